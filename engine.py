@@ -1,0 +1,281 @@
+"""The loop: train one epoch, evaluate, and the learning rate as a function of the step."""
+
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import coco_eval
+import utils
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on, such as one with infinite losses."""
+
+
+# --------------------------------------------------------------------------------- precision
+
+
+def precision(device: torch.device, amp: bool, name: str | None) -> tuple[torch.dtype | None, str]:
+    """The type of autocast, None for plain float32, and a line for the log that says why.
+
+    `name` is "float16" or "bfloat16" to overrule the choice: float16 on CUDA, bfloat16 on a CPU
+    that has instructions for it, float32 on any other.
+    """
+    if not amp:
+        return None, "float32"
+    if name is not None:
+        return getattr(torch, name), f"mixed, {name} (as asked)"
+    if device.type == "cuda":
+        return torch.float16, "mixed, float16 with loss scaling"
+    if _cpu_has_bfloat16():
+        return torch.bfloat16, "mixed, bfloat16"
+    return None, "float32: this CPU has no bfloat16 instructions, so --amp would only slow it down"
+
+
+def _cpu_has_bfloat16() -> bool:
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# ------------------------------------------------------------------------------ learning rate
+
+
+def learning_rate_factor(
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,
+    warmup_steps: int,
+    milestones: list[int] | None,
+    gamma: float,
+) -> float:
+    """What the base rate is multiplied by in step `step`, counted from 0 over the whole training.
+
+    Linear from 1/1000 to 1 over `warmup_steps`, times `gamma` for each of the `milestones`
+    (epochs) that has begun, or a cosine down to 0 over `epochs` where milestones is None.
+    """
+    warmup = min(1.0, 0.001 + 0.999 * step / warmup_steps) if warmup_steps else 1.0
+    if milestones is None:
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / (steps_per_epoch * epochs))))
+    return warmup * gamma ** sum(step >= epoch * steps_per_epoch for epoch in milestones)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sets the learning rate of every parameter group: `lr * factor(step)`."""
+
+    lr: float
+    factor: Callable[[int], float]
+
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        rate = self.lr * self.factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+class FiniteWatch:
+    """Remembers on the device the first step whose loss was NaN or infinite on any process."""
+
+    NEVER = 2**62
+
+    def __init__(self, device: torch.device):
+        self.first_bad = torch.full((), self.NEVER, dtype=torch.int64, device=device)
+        self.seen = {}
+
+    def note(self, step: int, loss: torch.Tensor, image_ids: list[int]) -> None:
+        """Look at a loss without waiting for it."""
+        bad = torch.where(torch.isfinite(loss), self.NEVER, step)
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.seen[step] = image_ids
+
+    def check(self) -> None:
+        """Raise TrainingError on all processes if any has noted a bad loss; waits for the device."""
+        mine = int(self.first_bad)
+        first = int(utils.all_reduce(self.first_bad, "min"))
+        if first < self.NEVER:
+            mine = f"images {self.seen[first]}" if mine == first else None
+            where = [f"{at} on rank {r}" for r, at in enumerate(utils.gather_objects(mine)) if at]
+            raise TrainingError(
+                f"the loss of step {first} is not finite: {', '.join(where)}. Nothing was saved since "
+                "the last checkpoint. Look at these images and their boxes, lower --lr, lengthen "
+                "--warmup-steps, or use --clip-grad-norm"
+            )
+        self.seen.clear()
+
+
+class LossMeter:
+    """Averages the parts of the loss over steps and processes; waits for the device when read."""
+
+    def __init__(self):
+        self.total, self.steps = 0, 0
+
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        self.names = list(losses)
+        self.total = self.total + torch.stack([loss.detach().float() for loss in losses.values()])
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The averages since the last read: "loss", their sum, first."""
+        mean = utils.all_reduce(self.total) / (self.steps * utils.world_size())
+        parts = dict(zip(self.names, mean.tolist(), strict=True))
+        self.total, self.steps = 0, 0
+        return {"loss": sum(parts.values()), **parts}
+
+
+def to_device(
+    images: list[torch.Tensor], targets: list[dict], device: torch.device
+) -> tuple[list[torch.Tensor], list[dict]]:
+    """Copy a batch as uint8, a quarter of the bytes, and make the images float in [0, 1] there."""
+    images = [image.to(device, non_blocking=True).float().div_(255) for image in images]
+    boxes = [
+        {key: target[key].to(device, non_blocking=True) for key in ("boxes", "labels")}
+        for target in targets
+    ]
+    return images, boxes
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    schedule: Schedule,
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    epoch: int,
+    step: int,
+    last_step: int,
+    seed: int,
+    clip_grad_norm: float | None,
+    print_freq: int,
+    metrics: utils.MetricsFile,
+) -> int:
+    """Train from step `step` (counted over the whole training) to `last_step`; return `last_step`.
+
+    `loader` begins with the batch of `step`. Raises TrainingError when a loss is not finite.
+    """
+    model.train()
+    rate = schedule(optimizer, step)
+    meter, watch, steps_per_epoch = LossMeter(), FiniteWatch(device), len(loader.batch_sampler)
+    position = step - epoch * steps_per_epoch
+    progress = utils.Progress(loader, steps_per_epoch, position, f"epoch {epoch}")
+    for images, targets in progress:
+        utils.seed_step(seed, step)
+        image_ids = [target["image_id"] for target in targets]
+        images, targets = to_device(images, targets, device)
+        # Reading a number makes the host wait for the device, so it is done in these steps only (a
+        # CPU has nothing to wait for, and a bad loss is found there before it does harm).
+        log_now = (step + 1) % print_freq == 0 or step + 1 == last_step
+
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            losses = model(images, targets)
+        loss = sum(losses.values())
+        watch.note(step, loss, image_ids)
+        if log_now or device.type == "cpu":
+            watch.check()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if clip_grad_norm is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        meter.add(losses)
+        step += 1
+        if log_now:
+            report_step(progress, meter.read(), epoch, step, rate, len(images), device, metrics)
+        rate = schedule(optimizer, step)
+        if step == last_step:
+            break
+    images_seen = (step - epoch * steps_per_epoch - position) * len(images) * utils.world_size()
+    utils.log(
+        f"epoch {epoch}: {images_seen:,} images in {progress.seconds:.1f} s, "
+        f"{images_seen / progress.seconds:.2f} images/s, of which "
+        f"{100 * progress.waited / progress.seconds:.0f} % waiting for data"
+    )
+    return step
+
+
+def report_step(
+    progress: utils.Progress,
+    losses: dict[str, float],
+    epoch: int,
+    step: int,
+    rate: float,
+    batch_size: int,
+    device: torch.device,
+    metrics: utils.MetricsFile,
+) -> None:
+    """Say how the steps since the last report went, on the console and in `metrics.jsonl`."""
+    steps, seconds, waited = progress.lap()
+    speed = steps * batch_size * utils.world_size() / seconds
+    memory = utils.peak_memory(device)
+    parts = "  ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in losses.items())
+    progress.show(f"{parts}  lr {rate:.6f}  {speed:.2f} images/s")
+    metrics.write(
+        "train",
+        epoch=epoch,
+        step=step,
+        lr=rate,
+        **losses,
+        images_per_second=speed,
+        data_seconds=waited,
+        peak_memory_mib=memory,
+    )
+
+
+# --------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader,
+    categories,
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    output_dir: Path,
+) -> dict | None:
+    """COCO's numbers of `model` on the data set of `loader`, as `coco_eval.score` returns them.
+
+    Each process runs its share of the images; rank 0 gathers, writes `detections.json` and scores,
+    the others return None. `model` is the bare detector, not its DDP wrapper.
+    """
+    model.eval()
+    utils.share_buffers(model)
+    category_ids = categories.ids_of_labels()
+    rows = [np.empty((0, 7))]
+    progress = utils.Progress(loader, len(loader), 0, "evaluation")
+    for images, targets in progress:
+        image_ids = [target["image_id"] for target in targets]
+        images, _ = to_device(images, targets, device)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            outputs = model(images)
+        rows += [
+            coco_eval.detection_rows(output, image_id, category_ids)
+            for output, image_id in zip(outputs, image_ids, strict=True)
+        ]
+    detections = utils.gather_rows(np.concatenate(rows))
+    if detections is None:
+        return None
+    # In the order of image ids, whatever the number of processes was.
+    detections = detections[np.argsort(detections[:, 0], kind="stable")]
+    coco_eval.write_results(detections, output_dir / "detections.json")
+    index = loader.dataset.index
+    utils.log(
+        f"evaluation: {len(index):,} images in {progress.seconds:.1f} s, "
+        f"{len(index) / progress.seconds:.2f} images/s, {len(detections):,} detections"
+    )
+    return coco_eval.score(index, detections)

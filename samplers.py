@@ -1,0 +1,94 @@
+"""In which order the images come, and which process gets which: one global plan of batches."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+class PlanError(ValueError):
+    """A data set too small for the batch; the message says by how much."""
+
+
+def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, factor: int) -> np.ndarray:
+    """The group of each image, int64 `[I]`: images of one group need little padding in a batch.
+
+    The bounds are 2 ** linspace(-1, 1, 2 * factor + 1) in width / height, as in torchvision's
+    references; 0 tells only portrait from landscape and a negative factor makes a single group.
+    """
+    if factor < 0:
+        return np.zeros(len(widths), dtype=np.int64)
+    bounds = 2.0 ** np.linspace(-1, 1, 2 * factor + 1) if factor else np.ones(1)
+    return np.searchsorted(bounds, widths / heights, side="right")
+
+
+class TrainingPlan:
+    """The batches of an epoch as a function of (seed, epoch): a `batch_sampler` for a DataLoader.
+
+    A global batch is `world_size * batch_size` images of one aspect-ratio group, of which rank r
+    takes the r-th share. What the groups leave over shares mixed batches at the end of the epoch.
+    The images that do not fill a last global batch sit the epoch out: another few each epoch, by
+    turns, so that over the epochs every image is seen equally often. Nothing depends on the number
+    of loader workers, and only the cutting into shares depends on the number of processes.
+
+    Iterating yields lists of `(image, seed)`: which image, and the seed of its augmentation, which
+    is f(seed, epoch, image). `start(epoch, step)` says where the next iteration begins.
+    """
+
+    def __init__(
+        self, groups: np.ndarray, batch_size: int, world_size: int = 1, rank: int = 0, seed: int = 0
+    ):
+        self.groups, self.batch_size, self.rank, self.seed = groups, batch_size, rank, seed
+        self.global_batch = batch_size * world_size
+        if len(groups) < self.global_batch:
+            raise PlanError(
+                f"the training set has {len(groups)} usable images, fewer than one global batch of "
+                f"{self.global_batch} ({batch_size} images on each of {world_size} processes): "
+                "lower --batch-size or the number of processes"
+            )
+        self.epoch = self.first_step = 0
+
+    def start(self, epoch: int, step: int = 0) -> None:
+        """Let the next iteration begin at step `step` (from 0) of epoch `epoch`."""
+        self.epoch, self.first_step = epoch, step
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        return len(self.groups) // self.global_batch
+
+    def batches(self, epoch: int) -> np.ndarray:
+        """The whole plan of an epoch: image indices, int64 `[steps, global_batch]`."""
+        rng = np.random.default_rng((self.seed, epoch))
+        images = rng.permutation(np.setdiff1d(np.arange(len(self.groups)), self._resting(epoch)))
+        full, rest = [], []
+        for group in np.unique(self.groups):
+            members = images[self.groups[images] == group]
+            cut = len(members) - len(members) % self.global_batch
+            full.append(members[:cut])
+            rest.append(members[cut:])
+        full = np.concatenate(full).reshape(-1, self.global_batch)
+        mixed = rng.permutation(np.concatenate(rest)).reshape(-1, self.global_batch)
+        return np.concatenate([rng.permutation(full), mixed])
+
+    def _resting(self, epoch: int) -> np.ndarray:
+        """The images that an epoch leaves out: the next few of one fixed, shuffled round."""
+        count = len(self.groups) % self.global_batch
+        round_of_images = np.random.default_rng(self.seed).permutation(len(self.groups))
+        return round_of_images[(epoch * count + np.arange(count)) % len(self.groups)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, share = (
+            self.epoch,
+            slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size),
+        )
+        for batch in self.batches(epoch)[self.first_step :, share]:
+            yield [(int(image), image_seed(self.seed, epoch, int(image))) for image in batch]
+
+
+def image_seed(seed: int, epoch: int, image: int) -> int:
+    """The seed of an image's augmentation in an epoch, 64 bits well mixed."""
+    return int(np.random.SeedSequence((seed, epoch, image)).generate_state(1, np.uint64)[0])
+
+
+def evaluation_share(images: int, world_size: int = 1, rank: int = 0) -> range:
+    """The images that a process evaluates: shares without padding, so none is scored twice."""
+    return range(rank, images, world_size)

@@ -1,0 +1,703 @@
+#!/usr/bin/env python3
+"""Train and evaluate Faster R-CNN (https://arxiv.org/abs/1506.01497) on COCO-format data.
+
+COCO 2017 on 8 GPUs of one machine, to box AP 37.0 with a ResNet-50-FPN (torchvision's result):
+
+    torchrun --nproc-per-node 8 train.py --data-path datasets/coco --amp
+
+Your own pictures on one GPU, from COCO weights:
+
+    python train.py --data-path my_pictures --weights COCO_V1 --epochs 12 --amp
+"""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import checkpoint
+import coco_eval
+import coco_utils
+import engine
+import models
+import samplers
+import transforms
+import utils
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UsageError(ValueError):
+    """Flags that contradict each other or what is there."""
+
+
+# --------------------------------------------------------------------------------- arguments
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+
+def at_least(kind: type, least: float):
+    """An argparse type: a number that is not below `least`."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return value
+
+    return convert
+
+
+count, natural = at_least(int, 1), at_least(int, 0)
+positive = at_least(float, 0.0)
+
+
+# fmt: off
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-path", type=Path, default=ROOT / "datasets/coco", metavar="FOLDER",
+        help="COCO 2017's layout, or train/ and valid/ (or val/) with _annotations.coco.json "
+        "beside the images (default: datasets/coco)")
+    add("--dataset", choices=["coco"], default="coco", help="format of the data; there is only one")
+    for part in ("train", "val"):
+        add(f"--{part}-annotations", type=Path, metavar="FILE",
+            help="annotation file elsewhere")
+        add(f"--{part}-images", type=Path, metavar="FOLDER", help="its images")
+    add("--keep-empty", action="store_true", help="train on images without a usable box, too")
+    add("--data-augmentation", choices=transforms.PRESETS,
+        help="hflip: mirror every second image; multiscale: and draw the size from 0.6 to 1 x "
+        "--min-size; lsj: large-scale jitter in squares of --min-size (then 1024); ssd and ssdlite: "
+        "crops, with colours and zoom-out in ssd (default: hflip)")
+    add("--aspect-ratio-group-factor", type=int, default=3, metavar="K",
+        help="fill batches with images of similar shape, out of 2K+2 groups of width / height; "
+        "0: upright or wide, -1: any (default: %(default)s)")
+    add("-b", "--batch-size", type=count, default=2, metavar="N",
+        help="images in a step on each device (default: %(default)s)")
+    add("-j", "--workers", type=natural, metavar="N",
+        help="loading processes for each device (default: 4, or the number of cores for each)")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", choices=models.MODELS, help=f"(default: {models.MODELS[0]})", metavar="NAME")
+    add("--weights", metavar="NAME|FILE",
+        help="start from a whole detector: COCO_V1, or a .pth file; its head is replaced where the "
+        "categories differ")
+    add("--weights-backbone", metavar="NAME|FILE|none",
+        help="start from an ImageNet backbone; none: from random weights, training all layers and "
+        "norms (default: IMAGENET1K_V1)")
+    add("--trainable-backbone-layers", type=natural, metavar="N",
+        help="train the last N layers of a pretrained backbone, of 5 in a ResNet and 6 in a "
+        "MobileNet (default: 3)")
+    add("--min-size", type=count, metavar="PIXELS",
+        help="shortest side that images are resized to (default: 800, or 320 for the 320 model)")
+    add("--max-size", type=count, metavar="PIXELS",
+        help="bound of the longest side (default: 1333 at 800, in proportion at others)")
+    add("--rpn-score-thresh", type=positive, metavar="SCORE",
+        help="drop proposals below this objectness, 0 to 1 (default: the model's own)")
+    add("--sync-bn", action="store_true",
+        help="share trainable norms' statistics between devices")
+
+
+def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimization")
+    add = group.add_argument
+    add("--epochs", type=count, default=26, metavar="N", help="(default: %(default)s)")
+    add("--opt", choices=["sgd", "adamw"], default="sgd", help="(default: %(default)s)")
+    add("--lr", type=positive, metavar="RATE",
+        help="learning rate, taken literally (default: 0.02 for sgd and 0.0001 for adamw, times "
+        "the images in a step on all devices / 16)")
+    add("--momentum", type=positive, metavar="M", help="of sgd (default: 0.9)")
+    add("--weight-decay", "--wd", type=positive, default=1e-4, metavar="W",
+        help="(default: %(default)s)")
+    add("--norm-weight-decay", type=positive, metavar="W",
+        help="for the parameters of norms (default: as the others)")
+    add("--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], default="multisteplr",
+        help="(default: %(default)s)")
+    add("--lr-steps", type=count, nargs="+", metavar="EPOCH",
+        help="multiply the rate by --lr-gamma after these epochs (default: 16 22 of 26, in "
+        "proportion for other --epochs)")
+    add("--lr-gamma", type=positive, metavar="FACTOR", help="(default: 0.1)")
+    add("--warmup-steps", type=natural, metavar="N",
+        help="steps of linear warm-up (default: 1000, or the first epoch if that is shorter)")
+    add("--clip-grad-norm", type=positive, metavar="NORM",
+        help="scale larger gradients down to this norm (default: do not)")
+    add("--max-steps", type=count, metavar="N",
+        help="for trials: stop after N steps in all, evaluate and save")
+    add("--start-epoch", "--start_epoch", type=natural, metavar="E",
+        help="count epochs from E on, without a checkpoint to resume (default: 0)")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("device and precision")
+    add = group.add_argument
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--amp", action="store_true",
+        help="mixed precision: float16 on CUDA, bfloat16 on a CPU that is made for it")
+    add("--amp-dtype", choices=["float16", "bfloat16"], help="overrule that choice of --amp")
+    add("--seed", type=natural, default=0, metavar="N",
+        help="of everything random (default: %(default)s)")
+    add("--use-deterministic-algorithms", action="store_true",
+        help="the same bits every time also on CUDA, slower")
+    add("--world-size", type=count, metavar="N",
+        help="checked against torchrun's number of processes")
+    add("--dist-url", metavar="URL", help="where the processes of torchrun meet (default: env://)")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output-dir", type=Path, default=ROOT / "output", metavar="FOLDER",
+        help="checkpoints, metrics.jsonl, detections.json (default: output)")
+    add("--print-freq", type=count, default=20, metavar="N",
+        help="steps from one report of losses to the next (default: %(default)s)")
+    add("--resume", metavar="FILE|auto",
+        help="continue from a checkpoint; auto: from the newest in --output-dir, if there is one")
+    add("--test-only", action="store_true",
+        help="evaluate --resume or --weights; the flags of training have no effect then")
+
+
+# fmt: on
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(
+        description="Train and evaluate Faster R-CNN on COCO-format data.",
+        epilog="Exit codes: 0 done; 1 failed; 2 the command line, the data or a checkpoint is wrong.",
+        allow_abbrev=False,
+    )
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_optimization_flags(parser)
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+# The flags that shape the model: left out, they are taken from the checkpoint of --resume.
+SHAPE = (
+    *("model", "weights", "weights_backbone", "trainable_backbone_layers"),
+    *("data_augmentation", "min_size", "max_size", "rpn_score_thresh"),
+)
+
+
+def settle(args: argparse.Namespace, saved: dict | None) -> None:
+    """Fill in what was left out, from a checkpoint's arguments or by default; refuse what clashes."""
+    for name in SHAPE if saved else ():
+        given, before = getattr(args, name), saved[name]
+        if given is None:
+            setattr(args, name, before)
+        elif given != before and not args.test_only:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {given} differs from {before}, which {args.resume} was "
+                "trained with: leave it out, or start a new training in another --output-dir"
+            )
+    args.model = args.model or models.MODELS[0]
+    if args.weights is None and args.weights_backbone is None:
+        args.weights_backbone = "IMAGENET1K_V1"
+    args.data_augmentation = args.data_augmentation or "hflip"
+    min_size, max_size = models.sizes(args.model)
+    if args.data_augmentation == "lsj":
+        min_size = max_size = 1024
+    args.max_size = args.max_size or round(max_size * (args.min_size or min_size) / min_size)
+    args.min_size = args.min_size or min_size
+    if args.opt == "sgd" and args.momentum is None:
+        args.momentum = 0.9
+    if args.lr is None:
+        base = {"sgd": 0.02, "adamw": 1e-4}[args.opt]
+        args.lr = base * args.batch_size * utils.world_size() / 16
+    if args.lr_scheduler == "multisteplr":
+        args.lr_steps = args.lr_steps or [round(args.epochs * e / 26) for e in (16, 22)]
+        args.lr_gamma = 0.1 if args.lr_gamma is None else args.lr_gamma
+    if args.workers is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = max(1, min(4, (os.cpu_count() or 1) // processes))
+
+
+def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> None:
+    """Raise UsageError for a flag that would have no effect, or not the one it promises."""
+    from_scratch = args.weights is None and args.weights_backbone in (None, "none")
+    square = args.data_augmentation == "lsj"
+    train = not args.test_only
+    for wrong, reason in (
+        (args.opt != "sgd" and args.momentum is not None, "--momentum is for --opt sgd"),
+        (
+            args.lr_scheduler != "multisteplr" and (args.lr_steps or args.lr_gamma is not None),
+            "--lr-steps and --lr-gamma are for --lr-scheduler multisteplr",
+        ),
+        (args.amp_dtype and not args.amp, "--amp-dtype needs --amp"),
+        (
+            args.weights and args.weights_backbone,
+            "--weights brings its own backbone: leave out --weights-backbone",
+        ),
+        (
+            from_scratch and args.trainable_backbone_layers is not None,
+            "--trainable-backbone-layers needs pretrained weights: all layers of random ones train",
+        ),
+        (square and args.max_size != args.min_size, "lsj makes squares: leave out --max-size"),
+        (
+            args.sync_bn and train and (device.type != "cuda" or utils.world_size() == 1),
+            "--sync-bn needs torchrun with several CUDA devices",
+        ),
+        (
+            args.sync_bn and not from_scratch and args.model != "fasterrcnn_resnet50_fpn_v2",
+            "--sync-bn has nothing to share: the norms of a pretrained model are frozen",
+        ),
+        (args.start_epoch and args.resume, "--resume knows its epoch: leave out --start-epoch"),
+        (
+            args.start_epoch is not None and args.start_epoch >= args.epochs,
+            f"--start-epoch {args.start_epoch} leaves nothing of {args.epochs} epochs",
+        ),
+        (
+            args.test_only and not args.resume and not args.weights,
+            "--test-only needs a model to test: --resume FILE or --weights NAME|FILE",
+        ),
+        (
+            args.world_size not in (None, utils.world_size()),
+            f"--world-size {args.world_size}, but {utils.world_size()} were started: use torchrun "
+            "--nproc-per-node N, or start_scripts/train_fasterrcnn_resnet50_amp_dist_torch.sh",
+        ),
+        (args.dist_url and "RANK" not in os.environ, "--dist-url needs torchrun"),
+    ):
+        if wrong:
+            raise UsageError(reason)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this process; with several processes on a machine each has its own."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: use cuda, cuda:N or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(f"--device {name}: this recipe runs on cuda and cpu only")
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", utils.local_rank())
+        elif utils.world_size() > 1:
+            raise UsageError(
+                f"--device {name}: under torchrun say cuda, each process takes its own"
+            )
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"{device}: there are {torch.cuda.device_count()} CUDA devices here")
+        torch.cuda.set_device(device)
+    return device
+
+
+# --------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Data:
+    """What the epochs draw on; `plan` and `train_loader` are None for --test-only."""
+
+    categories: coco_utils.Categories
+    val_loader: DataLoader
+    plan: samplers.TrainingPlan | None = None
+    train_loader: DataLoader | None = None
+
+
+def load_data(args: argparse.Namespace, pinned: bool, saved: dict | None) -> Data:
+    """Find, read and check the data; `saved` is the checkpoint that evaluation or training resumes."""
+    val_index = read_index(args, "val")
+    known = coco_utils.Categories.from_list(saved["categories"]) if saved else None
+    make_loader = partial(
+        DataLoader,
+        collate_fn=coco_utils.collate,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        pin_memory=pinned,
+    )
+    if args.test_only:
+        categories = known or val_index.categories
+        plan = train_loader = None
+    else:
+        index = read_index(args, "train")
+        categories = index.categories
+        if known and known != categories:
+            raise UsageError(
+                f"{index.annotation_file} has other categories than {args.resume} was trained on: "
+                "to start from its weights use --weights instead of --resume"
+            )
+        images = None if args.keep_empty else index.images_with_boxes()
+        augmentation = transforms.training_preset(args.data_augmentation, args.min_size)
+        dataset = coco_utils.CocoDetection(index, categories, images, augmentation)
+        widths, heights = index.sizes[dataset.images].T
+        groups = samplers.aspect_ratio_groups(widths, heights, args.aspect_ratio_group_factor)
+        plan = samplers.TrainingPlan(
+            groups, args.batch_size, utils.world_size(), utils.rank(), args.seed
+        )
+        train_loader = make_loader(dataset, batch_sampler=plan, generator=torch.Generator())
+    categories.check_contains(val_index.categories, val_index.annotation_file)
+    share = samplers.evaluation_share(len(val_index), utils.world_size(), utils.rank())
+    val_set = coco_utils.CocoDetection(val_index, categories)
+    val_loader = make_loader(val_set, sampler=share, generator=torch.Generator())
+    return Data(categories, val_loader, plan, train_loader)
+
+
+def read_index(args: argparse.Namespace, part: str) -> coco_utils.CocoIndex:
+    paths = (getattr(args, f"{part}_annotations"), getattr(args, f"{part}_images"))
+    index = coco_utils.CocoIndex(coco_utils.find_split(args.data_path, part, *paths))
+    utils.log(f"{part}: {index.annotation_file}: {index.summary()}")
+    return index
+
+
+# -------------------------------------------------------------------------------------- model
+
+
+def build_model(
+    args: argparse.Namespace, categories: coco_utils.Categories, saved: dict | None
+) -> nn.Module:
+    """The detector with the weights it starts from: a checkpoint's, --weights, or a backbone's."""
+    torch.manual_seed(args.seed)
+    model = models.build_model(
+        args.model,
+        categories.num_classes,
+        pretrained=args.weights is not None or args.weights_backbone != "none",
+        trainable_backbone_layers=args.trainable_backbone_layers,
+        min_sizes=transforms.training_sizes(args.data_augmentation, args.min_size),
+        max_size=args.max_size,
+        rpn_score_thresh=args.rpn_score_thresh,
+    )
+    with utils.first_on_each_machine():
+        if saved:
+            models.load_detector(model, saved["model"], True, str(args.resume))
+        elif args.weights:
+            load_weights(model, args, categories)
+        elif args.weights_backbone != "none":
+            load_backbone(model, args)
+    if args.sync_bn and not args.test_only:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def load_weights(
+    model: nn.Module, args: argparse.Namespace, categories: coco_utils.Categories
+) -> None:
+    """Start from a whole detector, with its head if it was made for the same categories."""
+    if models.is_file(args.weights):
+        state = checkpoint.load_weights_file(Path(args.weights))
+        rows, state = state.get("categories"), state.get("model", state)
+        same = (
+            rows == categories.to_list()
+            if rows
+            else models.outputs(state) == categories.num_classes
+        )
+    else:
+        state, same = models.detector_weights(args.model, args.weights), categories.is_coco
+    if not same and args.test_only:
+        raise UsageError(
+            f"--weights {args.weights} was trained on other categories than these: fine-tune it "
+            "first, without --test-only"
+        )
+    models.load_detector(model, state, same, f"--weights {args.weights}")
+    head = "its head included" if same else f"with a new head for {len(categories.ids)} categories"
+    utils.log(f"weights: {args.weights}, {head}")
+
+
+def load_backbone(model: nn.Module, args: argparse.Namespace) -> None:
+    if models.is_file(args.weights_backbone):
+        state = checkpoint.load_weights_file(Path(args.weights_backbone))
+    else:
+        state = models.backbone_weights(args.model, args.weights_backbone)
+    models.load_backbone(model, state, f"--weights-backbone {args.weights_backbone}")
+    utils.log(f"weights: backbone {args.weights_backbone}, the rest random (seed {args.seed})")
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    groups = models.parameter_groups(model, args.weight_decay, args.norm_weight_decay)
+    if args.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model for training: wrapped for DDP if there are other processes."""
+    if utils.world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        # Frozen norms never change, so only trainable ones are worth sending in every step.
+        broadcast_buffers=models.has_trainable_norms(model),
+        gradient_as_bucket_view=True,
+    )
+
+
+# ------------------------------------------------------------------------------------ the run
+
+
+@dataclass
+class Run:
+    """A training in progress: what a checkpoint is made of."""
+
+    args: argparse.Namespace
+    data: Data
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    best_AP: float | None = None
+
+    def restore(self, saved: dict | None) -> tuple[int, int]:
+        """Take over a checkpoint's state; return the epoch to go on in, and the steps done so far."""
+        steps = len(self.data.plan)
+        if not saved:
+            epoch = self.args.start_epoch or 0
+            return epoch, epoch * steps
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.best_AP = saved["best_AP"]
+        epoch, step, before = saved["epoch"], saved["step"], saved["args"]
+        if (before["steps_per_epoch"], before["global_batch"], before["seed"]) != (
+            *(steps, self.data.plan.global_batch, self.args.seed),
+        ):
+            epochs_done, inside = divmod(step, before["steps_per_epoch"])
+            if inside:
+                raise UsageError(
+                    f"{self.args.resume} was saved in the middle of epoch {epoch}, which only the same "
+                    f"data, --seed {before['seed']} and {before['global_batch']} images in a step (on "
+                    "all devices) can go on with"
+                )
+            step = epochs_done * steps
+        return epoch, step
+
+    def save(self, epoch: int, step: int) -> None:
+        """Write `checkpoint.pth`: a resumed run goes on in `epoch`, `step` steps being done in all."""
+        if utils.rank() != 0:
+            return
+        plan = {"steps_per_epoch": len(self.data.plan), "global_batch": self.data.plan.global_batch}
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": epoch,
+            "step": step,
+            "best_AP": self.best_AP,
+            "categories": self.data.categories.to_list(),
+            "args": {**plain(self.args), **plan},
+        }
+        checkpoint.save(self.args.output_dir / checkpoint.NEWEST, state)
+
+    def save_evaluated(self, epoch: int, step: int, numbers: dict | None) -> None:
+        """Write `checkpoint.pth` again, and `model_best.pth` if no AP so far was as high."""
+        if numbers is None:
+            return
+        best = numbers["AP"] is not None and (self.best_AP is None or numbers["AP"] > self.best_AP)
+        if best:
+            self.best_AP = numbers["AP"]
+        self.save(epoch, step)
+        if best:
+            checkpoint.save_best(self.args.output_dir)
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """The arguments as plain types, for a checkpoint or JSON."""
+    return {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+
+
+def read_resumed(args: argparse.Namespace) -> dict | None:
+    """The checkpoint to resume, if any; refuses to write over one that nobody resumes."""
+    newest = args.output_dir / checkpoint.NEWEST
+    if args.resume == "auto":
+        args.resume = str(newest) if newest.exists() else None
+        if args.resume is None:
+            utils.log(f"--resume auto: there is no {newest} yet, so this is a new training")
+    if args.resume:
+        return checkpoint.load(Path(args.resume))
+    if newest.exists() and not args.test_only:
+        raise UsageError(
+            f"{newest} is there from another training, which this one would write over: go on with "
+            "--resume auto, or choose another --output-dir"
+        )
+    return None
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the output folder, and fail now rather than at the first checkpoint if that is useless."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir {folder} cannot be written: {error.strerror}") from error
+
+
+def facts(device: torch.device, precision: str, data: Data) -> dict:
+    """What a figure from this run depends on, for `metrics.jsonl`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "world_size": utils.world_size(),
+        "precision": precision,
+        "train_images": len(data.train_loader.dataset) if data.train_loader else None,
+        "val_images": len(data.val_loader.dataset),
+        "categories": data.categories.to_list(),
+    }
+
+
+def say_training(run: Run, epoch: int, step: int) -> None:
+    """The lines before the first step: what is about to happen, with the arithmetic."""
+    args, plan, processes = run.args, run.data.plan, utils.world_size()
+    shares = f"{args.batch_size} x {processes} processes" if processes > 1 else f"{args.batch_size}"
+    utils.log(
+        f"training: {len(run.data.train_loader.dataset):,} images, {plan.global_batch} a step ({shares})"
+        f", {len(plan)} steps an epoch, epochs {epoch} to {args.epochs - 1}"
+    )
+    if args.lr_scheduler == "multisteplr":
+        drops = f"x {args.lr_gamma} after epochs {' '.join(map(str, args.lr_steps))}"
+    else:
+        drops = "then a cosine down to 0"
+    base = {"sgd": 0.02, "adamw": 1e-4}[args.opt]
+    sum_ = (
+        f" = {base} x {plan.global_batch} / 16" if args.lr == base * plan.global_batch / 16 else ""
+    )
+    utils.log(f"learning rate: {args.lr:g}{sum_}, warm-up over {args.warmup_steps} steps, {drops}")
+    if step:
+        utils.log(f"resumed: {args.resume or '--start-epoch'}, {step} steps done")
+
+
+def say_numbers(
+    numbers: dict | None, metrics: utils.MetricsFile, epoch: int | None, step: int | None
+) -> None:
+    if numbers is not None:
+        metrics.write("eval", epoch=epoch, step=step, **numbers)
+        utils.log(coco_eval.table(numbers))
+
+
+def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtype, metrics) -> None:
+    """All epochs from where `saved` left off, each followed by an evaluation and a checkpoint."""
+    args, plan = run.args, run.data.plan
+    epoch, step = run.restore(saved)
+    if args.warmup_steps is None:
+        args.warmup_steps = min(1000, len(plan))
+    say_training(run, epoch, step)
+    factor = partial(
+        engine.learning_rate_factor,
+        steps_per_epoch=len(plan),
+        epochs=args.epochs,
+        warmup_steps=args.warmup_steps,
+        milestones=args.lr_steps,
+        gamma=args.lr_gamma,
+    )
+    model = distribute(run.model, device)
+    end = min(args.epochs * len(plan), args.max_steps or sys.maxsize)
+    for epoch in range(epoch, args.epochs):
+        last_step = min((epoch + 1) * len(plan), end)
+        if step < last_step:
+            plan.start(epoch, step - epoch * len(plan))
+            step = engine.train_one_epoch(
+                model,
+                run.data.train_loader,
+                run.optimizer,
+                run.scaler,
+                engine.Schedule(args.lr, factor),
+                device=device,
+                amp_dtype=amp_dtype,
+                epoch=epoch,
+                step=step,
+                last_step=last_step,
+                seed=args.seed,
+                clip_grad_norm=args.clip_grad_norm,
+                print_freq=args.print_freq,
+                metrics=metrics,
+            )
+            run.save(epoch, step)
+        numbers = evaluate(run.model)
+        say_numbers(numbers, metrics, epoch, step)
+        run.save_evaluated(step // len(plan), step, numbers)
+        if step >= end:
+            break
+
+
+def main(argv: list[str] | None = None) -> None:
+    begin = time.perf_counter()
+    args = parse_arguments(argv)
+    device = choose_device(args.device)
+    saved = read_resumed(args)
+    settle(args, saved and saved["args"])
+    refuse_what_cannot_apply(args, device)
+    prepare_output(args.output_dir)
+    amp_dtype, precision = engine.precision(device, args.amp, args.amp_dtype)
+    no_gpu = "" if torch.cuda.is_available() or args.device else ": no CUDA device was found"
+    utils.log(f"device: {device.type}{no_gpu}, precision: {precision}")
+
+    data = load_data(args, device.type == "cuda", saved)
+    utils.start_processes(device, args.dist_url or "env://")
+    if args.use_deterministic_algorithms:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+    model = build_model(args, data.categories, saved).to(device)
+    metrics = utils.MetricsFile(args.output_dir)
+    metrics.write("start", args=plain(args), **facts(device, precision, data))
+    evaluate = partial(
+        engine.evaluate,
+        loader=data.val_loader,
+        categories=data.categories,
+        device=device,
+        amp_dtype=amp_dtype,
+        output_dir=args.output_dir,
+    )
+    if args.test_only:
+        say_numbers(evaluate(model), metrics, saved and saved["epoch"], saved and saved["step"])
+        return
+
+    float16 = amp_dtype is torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=float16)
+    run = Run(args, data, model, build_optimizer(args, model), scaler)
+    train(run, saved, device, evaluate, amp_dtype, metrics)
+    metrics.write("end", best_AP=run.best_AP, seconds=time.perf_counter() - begin)
+    best = "" if run.best_AP is None else f"best AP {run.best_AP:.3f}, "
+    utils.log(f"done: {best}results in {args.output_dir}")
+
+
+@record
+def run_and_exit() -> None:
+    """Run `main`; say what a user can mend in one message and without a traceback."""
+    try:
+        main()
+    except (
+        UsageError,
+        coco_utils.DataError,
+        samplers.PlanError,
+        models.WeightsError,
+        checkpoint.CheckpointError,
+    ) as error:
+        give_up(error, 2)
+    except engine.TrainingError as error:
+        give_up(error, 1)
+    finally:
+        utils.stop_processes()
+
+
+def give_up(error: Exception, exit_code: int) -> None:
+    if utils.rank() != 0:
+        # Rank 0 most likely says the same; torchrun ends this process once it has.
+        time.sleep(5)
+    print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    run_and_exit()

@@ -1,0 +1,76 @@
+"""What happens to a training image and its boxes, as named presets.
+
+Every preset is built from `torchvision.transforms.v2` and works on uint8 images, so that what
+travels to the device stays small. Resizing to `--min-size`, normalising and padding are not here:
+torchvision's own `GeneralizedRCNNTransform`, the first part of the model, does them on the device.
+"""
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+PRESETS = ("hflip", "multiscale", "lsj", "ssd", "ssdlite")
+
+# The grey that borders are filled with: ImageNet's mean colour times 255, which the model's
+# normalisation turns into (almost) zero.
+FILL = {tv_tensors.Image: (123, 117, 104), "others": 0}
+
+
+def training_sizes(preset: str, min_size: int) -> tuple[int, ...]:
+    """Shortest sides in pixels, one of which the model draws for each training image.
+
+    The last one is what the model evaluates at. `multiscale` has the eleven sizes of 480 to 800
+    that Detectron2 and torchvision use, in proportion to `min_size`; the others have one.
+    """
+    if preset != "multiscale":
+        return (min_size,)
+    return tuple(round(min_size * side / 800) for side in range(480, 801, 32))
+
+
+def training_preset(name: str, min_size: int) -> v2.Transform:
+    """The augmentation called `name`, one of `PRESETS`.
+
+    `min_size` is the side of the square that `lsj` (large-scale jitter, arXiv 2012.07177, scales
+    0.1 to 2) crops and pads to; the others do not use it. The names and their contents are those of
+    torchvision's detection references.
+    """
+    flip = v2.RandomHorizontalFlip(0.5)
+    if name in ("hflip", "multiscale"):
+        return flip
+    if name == "lsj":
+        square = (min_size, min_size)
+        return v2.Compose(
+            [
+                v2.ScaleJitter(target_size=square, scale_range=(0.1, 2.0), antialias=True),
+                v2.RandomCrop(square, pad_if_needed=True, fill=FILL),
+                flip,
+            ]
+        )
+    if name == "ssd":
+        distort, zoom_out = v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=FILL)
+        return v2.Compose([distort, zoom_out, v2.RandomIoUCrop(), flip])
+    if name == "ssdlite":
+        return v2.Compose([v2.RandomIoUCrop(), flip])
+    raise ValueError(f"unknown augmentation {name!r}, choose from {', '.join(PRESETS)}")
+
+
+def augment(
+    transform: v2.Transform, image: torch.Tensor, target: dict, seed: int
+) -> tuple[torch.Tensor, dict]:
+    """Apply `transform` to `image` (uint8 `[3, H, W]`) and the `boxes` of `target`.
+
+    What is drawn depends on `seed` alone, and the global generator is left as it was. Boxes that a
+    crop cuts away are removed, together with their `labels`, `iscrowd` and `area` (which stays
+    the area stated for the stored image). It may be that no box is left.
+    """
+    boxes = tv_tensors.BoundingBoxes(
+        target["boxes"], format="XYXY", canvas_size=tuple(image.shape[-2:])
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        image, boxes = transform(tv_tensors.Image(image), boxes)
+    # The crops leave a box without a size, rather than no box, where they cut one away.
+    boxes = v2.functional.clamp_bounding_boxes(boxes).as_subclass(torch.Tensor)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    per_box = {key: target[key][keep] for key in ("labels", "iscrowd", "area")}
+    return image.as_subclass(torch.Tensor), {**target, **per_box, "boxes": boxes[keep]}
