@@ -49,7 +49,7 @@ class Split(NamedTuple):
 
 
 def find_split(data_path: Path, part: str, annotations: Path | None, images: Path | None) -> Split:
-    """The files of `part`, "train" or "val": the two paths if given, else by looking in `data_path`.
+    """The files of `part`, "train" or "val": the two paths if given, else found in `data_path`.
 
     Raises DataError with everything that was looked for.
     """
@@ -402,8 +402,8 @@ def read_image(path: Path, width: int, height: int) -> torch.Tensor:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
-                    f"{path}: {image.width} x {image.height} pixels is more than the {MAX_PIXELS:,} "
-                    "that a picture may have here: store a smaller one"
+                    f"{path}: {image.width} x {image.height} pixels is more than the "
+                    f"{MAX_PIXELS:,} that a picture may have here: store a smaller one"
                 )
             pixels = _to_rgb(_upright(image, (width, height)), path)
     except (OSError, SyntaxError) as error:

@@ -82,8 +82,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--keep-empty", action="store_true", help="train on images without a usable box, too")
     add("--data-augmentation", choices=transforms.PRESETS,
         help="hflip: mirror every second image; multiscale: and draw the size from 0.6 to 1 x "
-        "--min-size; lsj: large-scale jitter in squares of --min-size (then 1024); ssd and ssdlite: "
-        "crops, with colours and zoom-out in ssd (default: hflip)")
+        "--min-size; lsj: large-scale jitter in squares of --min-size (then 1024); ssd and "
+        "ssdlite: crops, with colours and zoom-out in ssd (default: hflip)")
     add("--aspect-ratio-group-factor", type=int, default=3, metavar="K",
         help="fill batches with images of similar shape, out of 2K+2 groups of width / height; "
         "0: upright or wide, -1: any (default: %(default)s)")
@@ -177,7 +177,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         description="Train and evaluate Faster R-CNN on COCO-format data.",
-        epilog="Exit codes: 0 done; 1 failed; 2 the command line, the data or a checkpoint is wrong.",
+        epilog="Exit codes: 0 done; 1 failed; 2 the flags, the data or a checkpoint are wrong.",
         allow_abbrev=False,
     )
     add_data_flags(parser)
@@ -195,15 +195,15 @@ SHAPE = (
 
 
 def settle(args: argparse.Namespace, saved: dict | None) -> None:
-    """Fill in what was left out, from a checkpoint's arguments or by default; refuse what clashes."""
+    """Fill in what was left out, by a checkpoint's arguments or by default; refuse what clashes."""
     for name in SHAPE if saved else ():
         given, before = getattr(args, name), saved[name]
         if given is None:
             setattr(args, name, before)
         elif given != before and not args.test_only:
             raise UsageError(
-                f"--{name.replace('_', '-')} {given} differs from {before}, which {args.resume} was "
-                "trained with: leave it out, or start a new training in another --output-dir"
+                f"--{name.replace('_', '-')} {given} differs from {before}, with which "
+                f"{args.resume} was trained: leave it out, or start a new training in another --output-dir"
             )
     args.model = args.model or models.MODELS[0]
     if args.weights is None and args.weights_backbone is None:
@@ -313,7 +313,7 @@ class Data:
 
 
 def load_data(args: argparse.Namespace, pinned: bool, saved: dict | None) -> Data:
-    """Find, read and check the data; `saved` is the checkpoint that evaluation or training resumes."""
+    """Find, read and check the data; `saved` is the checkpoint that is resumed."""
     val_index = read_index(args, "val")
     known = coco_utils.Categories.from_list(saved["categories"]) if saved else None
     make_loader = partial(
@@ -454,7 +454,7 @@ class Run:
     best_AP: float | None = None
 
     def restore(self, saved: dict | None) -> tuple[int, int]:
-        """Take over a checkpoint's state; return the epoch to go on in, and the steps done so far."""
+        """Take over a checkpoint's state; return the epoch to go on in and the steps done."""
         steps = len(self.data.plan)
         if not saved:
             epoch = self.args.start_epoch or 0
@@ -469,15 +469,15 @@ class Run:
             epochs_done, inside = divmod(step, before["steps_per_epoch"])
             if inside:
                 raise UsageError(
-                    f"{self.args.resume} was saved in the middle of epoch {epoch}, which only the same "
-                    f"data, --seed {before['seed']} and {before['global_batch']} images in a step (on "
-                    "all devices) can go on with"
+                    f"{self.args.resume} was saved in the middle of epoch {epoch}: to go on, use "
+                    f"the same data, --seed {before['seed']}, and {before['global_batch']} images in a "
+                    "step on all devices together"
                 )
             step = epochs_done * steps
         return epoch, step
 
     def save(self, epoch: int, step: int) -> None:
-        """Write `checkpoint.pth`: a resumed run goes on in `epoch`, `step` steps being done in all."""
+        """Write `checkpoint.pth`: `step` steps are done, a resumed run goes on in `epoch`."""
         if utils.rank() != 0:
             return
         plan = {"steps_per_epoch": len(self.data.plan), "global_batch": self.data.plan.global_batch}
@@ -528,7 +528,7 @@ def read_resumed(args: argparse.Namespace) -> dict | None:
 
 
 def prepare_output(folder: Path) -> None:
-    """Make the output folder, and fail now rather than at the first checkpoint if that is useless."""
+    """Make the output folder; one that cannot be written fails now, not at the first checkpoint."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -559,10 +559,12 @@ def facts(device: torch.device, precision: str, data: Data) -> dict:
 def say_training(run: Run, epoch: int, step: int) -> None:
     """The lines before the first step: what is about to happen, with the arithmetic."""
     args, plan, processes = run.args, run.data.plan, utils.world_size()
-    shares = f"{args.batch_size} x {processes} processes" if processes > 1 else f"{args.batch_size}"
+    shares = (
+        f"{args.batch_size} on each of {processes} processes" if processes > 1 else args.batch_size
+    )
     utils.log(
-        f"training: {len(run.data.train_loader.dataset):,} images, {plan.global_batch} a step ({shares})"
-        f", {len(plan)} steps an epoch, epochs {epoch} to {args.epochs - 1}"
+        f"training: {len(plan.groups):,} images, {shares} a step, {len(plan)} steps an epoch, "
+        f"epochs {epoch} to {args.epochs - 1}"
     )
     if args.lr_scheduler == "multisteplr":
         drops = f"x {args.lr_gamma} after epochs {' '.join(map(str, args.lr_steps))}"
@@ -588,10 +590,10 @@ def say_numbers(
 def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtype, metrics) -> None:
     """All epochs from where `saved` left off, each followed by an evaluation and a checkpoint."""
     args, plan = run.args, run.data.plan
-    epoch, step = run.restore(saved)
+    first_epoch, step = run.restore(saved)
     if args.warmup_steps is None:
         args.warmup_steps = min(1000, len(plan))
-    say_training(run, epoch, step)
+    say_training(run, first_epoch, step)
     factor = partial(
         engine.learning_rate_factor,
         steps_per_epoch=len(plan),
@@ -602,7 +604,7 @@ def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtyp
     )
     model = distribute(run.model, device)
     end = min(args.epochs * len(plan), args.max_steps or sys.maxsize)
-    for epoch in range(epoch, args.epochs):
+    for epoch in range(first_epoch, args.epochs):
         last_step = min((epoch + 1) * len(plan), end)
         if step < last_step:
             plan.start(epoch, step - epoch * len(plan))

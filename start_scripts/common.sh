@@ -1,0 +1,40 @@
+# What the scripts share; each sources this file. Nothing here changes the working folder.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fail() {
+    printf '%s\n' "$@" >&2
+    exit 2
+}
+
+# Sets PYTHON: that of the active virtual or conda environment, else of .venv in the project.
+find_python() {
+    local environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-$ROOT/.venv}}
+    PYTHON=$environment/bin/python
+    [ -x "$PYTHON" ] || PYTHON=$environment/Scripts/python.exe # Windows
+    [ -x "$PYTHON" ]
+}
+
+# Installs on first use; a look at which modules exist is all that it costs later.
+ensure_installed() {
+    if ! find_python || ! "$PYTHON" -c '
+import sys
+from importlib.util import find_spec
+sys.exit(not all(map(find_spec, sys.argv[1:])))' \
+        torch torchvision pycocotools numpy PIL msgspec tqdm; then
+        bash "$ROOT/start_scripts/init_torch.sh"
+        find_python
+    fi
+}
+
+# One process on one device: run_one FLAGS...
+run_one() {
+    ensure_installed
+    exec "$PYTHON" "$ROOT/train.py" "$@"
+}
+
+# One process for each device of this machine: run_all FLAGS...
+run_all() {
+    ensure_installed
+    exec "$PYTHON" "$ROOT/start_scripts/launch.py" "$@"
+}

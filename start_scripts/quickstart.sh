@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# From nothing to a trained detector in a few minutes: install, make the built-in data set of shapes,
+# train on it from random weights and evaluate. Run again, it goes on where it was stopped.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+ensure_installed
+data=$ROOT/datasets/shapes
+output=$ROOT/output/quickstart
+[ -f "$data/annotations/instances_val2017.json" ] || "$PYTHON" "$ROOT/datasets/shapes.py" "$data"
+bash "$ROOT/start_scripts/train_fasterrcnn_resnet50_amp_torch.sh" --data-path "$data" \
+    --weights-backbone none --min-size 128 --batch-size 4 --epochs 5 --lr-scheduler cosineannealinglr \
+    --lr 0.02 --warmup-steps 50 --clip-grad-norm 10 --output-dir "$output" --resume auto "$@"
+cat << END
+
+The results are in $output:
+  model_best.pth    the detector with the best AP
+  detections.json   its boxes on the validation pictures, in COCO's results format
+  metrics.jsonl     every loss and every AP
+Train on your own pictures next: README.md, "Your own data".
+END

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Install what the tests need and run them; arguments go to pytest: bash start_scripts/test.sh -k plan
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+ensure_installed
+"$PYTHON" -c 'import pytest' 2> /dev/null ||
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements-dev.txt"
+exec "$PYTHON" -m pytest --rootdir "$ROOT" -c "$ROOT/pyproject.toml" "$@"
