@@ -65,11 +65,14 @@ def load_weights_file(path: Path) -> dict:
         raise CheckpointError(f"{path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except pickle.UnpicklingError as error:  # whose text advises to execute the file
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint of tensors and plain types: {reason}"
+            f"{path} cannot be read: it is not a file of torch.save, or it holds more than tensors "
+            "and plain types, which is refused because loading it could run code"
         ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read, it is damaged: {reason}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     return state

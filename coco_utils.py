@@ -203,7 +203,6 @@ class CocoIndex:
         self._keep_images(data.images)
         self._keep_annotations(data.annotations)
         del data
-        self._check_images()
         self._check_annotations()
 
     def _keep_images(self, images: list[_Image]) -> None:
@@ -212,6 +211,7 @@ class CocoIndex:
         self.image_ids = np.array([image.id for image in images], dtype=np.int64)
         self.file_names = np.array([image.file_name.encode() for image in images])
         self.sizes = np.array([(image.width, image.height) for image in images], dtype=np.int32)
+        self._check_images()
 
     def _keep_annotations(self, annotations: list[_Annotation]) -> None:
         image_of = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}

@@ -99,7 +99,7 @@ class FiniteWatch:
         self.seen[step] = image_ids
 
     def check(self) -> None:
-        """Raise TrainingError on all processes if one has noted a bad loss; waits for the device."""
+        """Raise TrainingError on every process if one noted a bad loss; waits for the device."""
         mine = int(self.first_bad)
         first = int(utils.all_reduce(self.first_bad, "min"))
         if first < self.NEVER:
@@ -107,8 +107,8 @@ class FiniteWatch:
             where = [f"{at} on rank {r}" for r, at in enumerate(utils.gather_objects(mine)) if at]
             raise TrainingError(
                 f"the loss of step {first} is not finite: {', '.join(where)}. Nothing was saved "
-                "since the last checkpoint. Look at these images and their boxes, lower --lr, lengthen "
-                "--warmup-steps, or use --clip-grad-norm"
+                "since the last checkpoint. Look at these images and their boxes, lower --lr, "
+                "lengthen --warmup-steps, or use --clip-grad-norm"
             )
         self.seen.clear()
 

@@ -173,7 +173,8 @@ class BoxPool(MultiScaleRoIAlign):
         if features[0].device.type != "cpu" or torch.jit.is_tracing():
             return super().forward(x, boxes, image_shapes)
         if self.scales is None:  # torchvision finds them out in its first call
-            super().forward(x, [b[:1] for b in boxes], image_shapes)
+            alike = {k: f.new_zeros((), dtype=torch.float32).expand(f.shape) for k, f in x.items()}
+            super().forward(alike, [b[:0] for b in boxes], image_shapes)
         cells, weights = self._cells([f.shape for f in features], boxes)
         channels = features[0].shape[1]
         rows = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels).float() for f in features])

@@ -203,7 +203,7 @@ def settle(args: argparse.Namespace, saved: dict | None) -> None:
         elif given != before and not args.test_only:
             raise UsageError(
                 f"--{name.replace('_', '-')} {given} differs from {before}, with which "
-                f"{args.resume} was trained: leave it out, or start a new training in another --output-dir"
+                f"{args.resume} was trained: leave it out, or start anew in another --output-dir"
             )
     args.model = args.model or models.MODELS[0]
     if args.weights is None and args.weights_backbone is None:
@@ -470,8 +470,8 @@ class Run:
             if inside:
                 raise UsageError(
                     f"{self.args.resume} was saved in the middle of epoch {epoch}: to go on, use "
-                    f"the same data, --seed {before['seed']}, and {before['global_batch']} images in a "
-                    "step on all devices together"
+                    f"the same data, --seed {before['seed']}, and {before['global_batch']} images "
+                    "in a step on all devices together"
                 )
             step = epochs_done * steps
         return epoch, step

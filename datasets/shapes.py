@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 CATEGORIES = {1: "circle", 3: "square", 6: "triangle"}
 SIDE = 128
-PICTURES = {"train": 400, "val": 80}
+PICTURES = {"train": 400, "val": 60}
 SEED = 2017
 
 

@@ -2,6 +2,12 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# Keep freed memory for the next tensor: on a CPU, glibc would hand every large one back to the
+# system and ask for it anew, page by page, in each step.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1000000000}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
+export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-200000000}
+
 fail() {
     printf '%s\n' "$@" >&2
     exit 2

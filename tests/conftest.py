@@ -1,0 +1,86 @@
+"""Small data to test on, made anew for each session."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One thread, so that sums have one order whatever the machine.
+torch.set_num_threads(1)
+
+
+def write_part(
+    root: Path, part: str, sizes: list[tuple[int, int]], boxes: list[list[list]]
+) -> Path:
+    """COCO 2017's layout: noise pictures of `sizes` with `boxes` (category_id, x, y, w, h)."""
+    folder = root / f"{part}2017"
+    folder.mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    rng = np.random.default_rng(len(part))
+    images, annotations = [], []
+    for n, ((width, height), rows) in enumerate(zip(sizes, boxes, strict=True)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+        images.append({"id": 100 + n, "file_name": f"{n}.png", "width": width, "height": height})
+        annotations += [
+            {
+                "id": 1000 * n + k,
+                "image_id": 100 + n,
+                "category_id": category_id,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+            for k, (category_id, *box) in enumerate(rows)
+        ]
+    categories = [{"id": 2, "name": "cat"}, {"id": 5, "name": "dog"}]
+    file = root / "annotations" / f"instances_{part}2017.json"
+    file.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return file
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    """Eight training and three validation pictures of two shapes with one or two boxes each."""
+    root = tmp_path / "tiny"
+    sizes = [(64, 48), (48, 64)] * 4
+    boxes = [[[2, 4, 4, 30, 20]], [[5, 10, 8, 20, 30], [2, 0, 0, 12, 16]]] * 4
+    write_part(root, "train", sizes, boxes)
+    write_part(root, "val", sizes[:3], boxes[:3])
+    return root
+
+
+# A small model, small pictures and few threads: a training of seconds.
+SMALL = (
+    *("--model", "fasterrcnn_mobilenet_v3_large_320_fpn", "--weights-backbone", "none"),
+    *("--min-size", "64", "--print-freq", "1", "-j", "0", "--epochs", "1"),
+)
+
+
+def run(*command, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+    """Run a command as a user does, without a GPU and with one thread for each process."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    env.pop("RANK", None)
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=timeout, env=env
+    )
+
+
+def train(*flags, **kwargs) -> subprocess.CompletedProcess:
+    return run(sys.executable, ROOT / "train.py", *SMALL, *flags, **kwargs)
+
+
+def losses(output_dir: Path) -> list[float]:
+    """The loss of every step that `metrics.jsonl` has."""
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "train"]

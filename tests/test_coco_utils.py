@@ -1,0 +1,344 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_part
+from PIL import Image
+
+import coco_utils
+from coco_utils import Categories, CocoDetection, CocoIndex, DataError, Split
+
+
+def split_of(root, part="train") -> Split:
+    return Split(root / f"annotations/instances_{part}2017.json", root / f"{part}2017")
+
+
+def rewrite(split: Split, change) -> None:
+    data = json.loads(split.annotations.read_text())
+    change(data)
+    split.annotations.write_text(json.dumps(data))
+
+
+def dataset_of(root, part="train") -> CocoDetection:
+    index = CocoIndex(split_of(root, part))
+    return CocoDetection(index, index.categories)
+
+
+# ------------------------------------------------------------------------------------- finding
+
+
+def test_both_layouts_and_explicit_paths_are_found(tiny, tmp_path):
+    assert coco_utils.find_split(tiny, "val", None, None) == split_of(tiny, "val")
+    for folder in ("train", "valid"):
+        (tmp_path / "export" / folder).mkdir(parents=True)
+        (tmp_path / "export" / folder / "_annotations.coco.json").touch()
+    home = tmp_path / "export" / "valid"
+    found = coco_utils.find_split(tmp_path / "export", "val", None, None)
+    assert found == Split(home / "_annotations.coco.json", home)
+    explicit = split_of(tiny, "train")
+    assert coco_utils.find_split(tmp_path / "nowhere", "val", *explicit) == explicit
+
+
+def test_missing_data_says_what_was_looked_for_and_the_ways_on(tmp_path):
+    with pytest.raises(DataError) as caught:
+        coco_utils.find_split(tmp_path, "val", None, None)
+    message = str(caught.value)
+    for part in ("instances_val2017.json (missing)", "valid", "download_coco.sh", "quickstart.sh"):
+        assert part in message
+    with pytest.raises(DataError, match="belong together"):
+        coco_utils.find_split(tmp_path, "val", tmp_path / "a.json", None)
+
+
+# ---------------------------------------------------------------------------------- categories
+
+
+def test_labels_leave_no_gaps_but_for_coco_itself():
+    own = Categories.from_names({4: "WBC", 1: "Platelets", 3: "RBC"})
+    assert own.ids == (1, 3, 4)
+    assert own.labels == (1, 2, 3)
+    assert own.num_classes == 4
+    coco = Categories.from_names({i: str(i) for i in coco_utils.COCO_CATEGORY_IDS})
+    assert len(coco.ids) == 80
+    assert coco.labels == coco.ids
+    assert coco.num_classes == 91
+    part = Categories.from_names({i: str(i) for i in coco.ids[:-1]})
+    assert part.num_classes == 80
+
+
+@pytest.mark.parametrize("ids", [(0, 7, 1000), (5,), coco_utils.COCO_CATEGORY_IDS])
+def test_ids_become_labels_and_ids_again(ids):
+    categories = Categories.from_names({i: f"n{i}" for i in ids})
+    labels = categories.labels_of(np.array(ids))
+    assert (labels > 0).all()
+    assert categories.ids_of_labels()[labels].tolist() == list(ids)
+    assert categories.ids_of_labels()[0] == -1
+    assert Categories.from_list(json.loads(json.dumps(categories.to_list()))) == categories
+
+
+def test_other_categories_are_refused_by_name(tmp_path):
+    ours = Categories.from_names({1: "a", 2: "b"})
+    ours.check_contains(Categories.from_names({2: "b"}), tmp_path)
+    with pytest.raises(DataError, match=r"category 2 \('x'\).*category 2 is 'b'"):
+        ours.check_contains(Categories.from_names({2: "x"}), tmp_path)
+
+
+# --------------------------------------------------------------------------------------- index
+
+
+def test_the_index_has_what_the_file_says(tiny):
+    index = CocoIndex(split_of(tiny))
+    assert len(index) == 8
+    assert index.image_ids.tolist() == list(range(100, 108))
+    assert index.file_name(3) == "3.png"
+    assert index.sizes[1].tolist() == [48, 64]
+    assert index.boxes[index.box_range(1)].tolist() == [[10, 8, 20, 30], [0, 0, 12, 16]]
+    assert index.category_ids[index.box_range(1)].tolist() == [5, 2]
+    assert index.areas[index.box_range(1)].tolist() == [600, 192]
+
+
+def test_annotations_need_not_be_in_order_nor_complete(tiny):
+    split = split_of(tiny)
+    before = CocoIndex(split)
+
+    def change(data):
+        data["annotations"].reverse()
+        for row in data["annotations"]:
+            del row["area"], row["iscrowd"], row["id"]
+            row["segmentation"] = {"counts": "abc", "size": [1, 1]}
+        data["info"] = {"anything": [1, None]}
+
+    rewrite(split, change)
+    after = CocoIndex(split)
+    assert np.array_equal(before.offsets, after.offsets)
+    assert np.array_equal(before.areas, after.areas[::1].reshape(-1)[np.argsort(_rows(after))])
+    assert not after.iscrowd.any()
+    assert (after.annotation_ids == -1).all()
+
+
+def _rows(index) -> np.ndarray:
+    """Sorts the boxes of each image back into the order of the file."""
+    order = []
+    for i in range(len(index)):
+        rows = range(len(index.boxes))[index.box_range(i)]
+        order += [rows[0] + n for n in reversed(range(len(rows)))]
+    return np.array(order)
+
+
+def test_crowds_and_boxes_without_a_size_do_not_train(tiny):
+    split = split_of(tiny)
+
+    def change(data):
+        data["annotations"][0]["iscrowd"] = 1
+        data["annotations"][1]["bbox"] = [5, 5, 0, 10]
+
+    rewrite(split, change)
+    index = CocoIndex(split)
+    assert 0 not in index.images_with_boxes()
+    target = CocoDetection(index, index.categories)[1][1]
+    assert len(target["boxes"]) == len(target["labels"]) == len(target["area"]) == 1
+    assert target["labels"].tolist() == [1]
+    assert "1 crowd boxes" in index.summary()
+    assert "1 boxes without a size" in index.summary()
+    empty = CocoDetection(index, index.categories)[0][1]
+    assert empty["boxes"].shape == (0, 4)
+    assert empty["boxes"].dtype == torch.float32
+
+
+def nan_box(data):
+    data["annotations"][2]["bbox"] = [1.0, float("nan"), 5, 5]
+
+
+def infinite_box(data):
+    data["annotations"][2]["bbox"] = [1.0, 2.0, float("inf"), 5]
+
+
+def short_box(data):
+    data["annotations"][2]["bbox"] = [1.0, 2.0]
+
+
+def unknown_category(data):
+    data["annotations"][2]["category_id"] = 77
+
+
+def unknown_image(data):
+    data["annotations"][2]["image_id"] = 77
+
+
+def twin_images(data):
+    data["images"][3]["id"] = 100
+
+
+def twin_annotations(data):
+    data["annotations"][3]["id"] = 1001
+
+
+def box_outside(data):
+    data["annotations"][2]["bbox"] = [900, 2, 5, 5]
+
+
+def name_outside(data):
+    data["images"][0]["file_name"] = "../../x.png"
+
+
+def absolute_name(data):
+    data["images"][0]["file_name"] = "/x.png"
+
+
+def file_missing(data):
+    data["images"][0]["file_name"] = "gone.png"
+
+
+def no_width(data):
+    del data["images"][2]["width"]
+
+
+def negative_height(data):
+    data["images"][2]["height"] = -3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (nan_box, "1 annotations with NaN or infinity in their bbox: 1001 of image 101"),
+        (infinite_box, "1 annotations with NaN or infinity in their bbox: 1001 of image 101"),
+        (short_box, r"annotations\[2\] \(id 1001\): .*bbox"),
+        (unknown_category, "category_id the file does not define: 1001 of image 101"),
+        (unknown_image, "images that the file does not list: 1001 of image 77"),
+        (twin_images, "1 image ids that stand twice: 100"),
+        (twin_annotations, "1 annotation ids that stand twice: 1001"),
+        (box_outside, "1 boxes wholly outside their image: 1001 of image 101"),
+        (name_outside, r"lead out of the image folder: \.\./\.\./x\.png"),
+        (absolute_name, "lead out of the image folder: /x.png"),
+        (file_missing, "1 image files missing in .*: gone.png"),
+        (no_width, r"images\[2\] \(id 102\): .*width"),
+        (negative_height, "images without a positive size: 102"),
+        (lambda data: data.update(categories=[]), "has no categories"),
+        (lambda data: data.pop("categories"), "has no list 'categories'"),
+        (lambda data: data.update(images=[], annotations=[]), "lists no images"),
+        (lambda data: data["categories"].append({"id": 2}), "two categories with the same id"),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_and_id(tiny, change, message):
+    split = split_of(tiny)
+    rewrite(split, change)
+    with pytest.raises(DataError, match=message) as caught:
+        CocoIndex(split)
+    assert str(split.annotations) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"images": [', "not valid JSON"),
+        (b"[]", "holds a list at its top level"),
+        (b'{"images": "\xff"}', "not UTF-8"),
+        (b"", "not valid JSON"),
+    ],
+)
+def test_files_that_are_no_annotations_are_named(tiny, content, message):
+    split = split_of(tiny)
+    split.annotations.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        CocoIndex(split)
+    assert str(split.annotations) in str(caught.value)
+
+
+def test_more_than_twenty_faults_are_counted(tmp_path):
+    boxes = [[[2, 1, 1, 5, 5]]] * 30
+    split = Split(write_part(tmp_path, "train", [(20, 20)] * 30, boxes), tmp_path / "train2017")
+    rewrite(split, lambda data: [a.update(category_id=9) for a in data["annotations"]])
+    with pytest.raises(DataError, match=r": 30 annotations .* and 10 more"):
+        CocoIndex(split)
+
+
+# -------------------------------------------------------------------------------------- images
+
+
+def test_a_target_is_as_torchvision_wants_it(tiny):
+    image, target = dataset_of(tiny)[1]
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 64, 48)
+    expected = np.asarray(Image.open(tiny / "train2017/1.png")).transpose(2, 0, 1)
+    assert np.array_equal(image.numpy(), expected)
+    assert target["boxes"].tolist() == [[10, 8, 30, 38], [0, 0, 12, 16]]
+    assert target["labels"].tolist() == [2, 1]
+    assert target["image_id"] == 101
+    assert {k: v.dtype for k, v in target.items() if k != "image_id"} == {
+        "boxes": torch.float32,
+        "labels": torch.int64,
+        "area": torch.float32,
+        "iscrowd": torch.int64,
+    }
+
+
+def test_boxes_are_clipped_to_the_picture(tiny):
+    rewrite(split_of(tiny), lambda d: d["annotations"][0].update(bbox=[-5, 10, 200, 500]))
+    assert dataset_of(tiny)[0][1]["boxes"].tolist() == [[0, 10, 64, 48]]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    grey = Image.fromarray(np.full((4, 6), 255, dtype=np.uint8))
+    file = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    grey.convert("RGB").convert(mode).save(file)
+    image = coco_utils.read_image(file, 6, 4)
+    assert image.shape == (3, 4, 6)
+    assert image.min() >= 250
+
+
+def test_16_bits_are_scaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "x.png")
+    image = coco_utils.read_image(tmp_path / "x.png", 16, 16)
+    assert torch.equal(image[0], image[2])
+    assert image[0].flatten().tolist() == (ramp.flatten() >> 8).tolist()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_followed_where_the_size_says_so(tmp_path, orientation):
+    pixels = np.zeros((20, 30, 3), dtype=np.uint8)
+    pixels[:8, :8] = 255  # a white corner, to see what was turned
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    turned = orientation >= 5
+    upright = coco_utils.read_image(tmp_path / "x.png", *((20, 30) if turned else (30, 20)))
+    corners = [upright[0, 0, 0], upright[0, 0, -1], upright[0, -1, -1], upright[0, -1, 0]]
+    # Where the first row and column of the file belong, by the EXIF standard.
+    where = {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
+    assert [int(c) for c in corners].index(255) == where
+    if turned:  # the other size says that the boxes belong to the file as it is stored
+        raw = coco_utils.read_image(tmp_path / "x.png", 30, 20)
+        assert np.array_equal(raw.permute(1, 2, 0).numpy(), pixels)
+
+
+def test_bad_pictures_are_named(tmp_path):
+    file = tmp_path / "x.png"
+    with pytest.raises(DataError, match=r"x\.png cannot be read.*No such file"):
+        coco_utils.read_image(file, 4, 4)
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.png cannot be read"):
+        coco_utils.read_image(file, 4, 4)
+    noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file)
+    with pytest.raises(DataError, match=r"is 50 x 50 pixels, its annotation file says 4 x 4"):
+        coco_utils.read_image(file, 4, 4)
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"x\.png cannot be read.*truncated"):
+        coco_utils.read_image(file, 50, 50)
+
+
+def test_huge_pictures_are_refused_before_decoding(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "x.png")
+    with pytest.raises(DataError, match="10000 x 10000 pixels is more than"):
+        coco_utils.read_image(tmp_path / "x.png", 10_000, 10_000)
+
+
+def test_an_error_of_a_loading_process_keeps_only_its_own_words(tiny):
+    (tiny / "train2017/0.png").write_bytes(b"no picture")
+    loader = torch.utils.data.DataLoader(dataset_of(tiny), num_workers=1)
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert str(caught.value).startswith(str(tiny / "train2017/0.png"))
+    assert "Traceback" not in str(caught.value)

@@ -1,0 +1,92 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+
+import engine
+
+RATE = partial(
+    engine.learning_rate_factor,
+    steps_per_epoch=10,
+    epochs=26,
+    warmup_steps=5,
+    milestones=[16, 22],
+    gamma=0.1,
+)
+
+
+def test_the_rate_warms_up_then_drops_at_the_milestones():
+    assert RATE(0) == pytest.approx(0.001)
+    assert RATE(4) == pytest.approx(0.001 + 0.999 * 0.8)
+    assert RATE(5) == RATE(159) == 1
+    assert RATE(160) == pytest.approx(0.1)
+    assert RATE(219) == pytest.approx(0.1)
+    assert RATE(220) == RATE(10_000) == pytest.approx(0.01)
+
+
+def test_the_cosine_ends_at_zero():
+    cosine = partial(RATE, milestones=None, warmup_steps=0)
+    assert cosine(0) == 1
+    assert cosine(130) == pytest.approx(0.5)
+    assert cosine(260) == pytest.approx(0)
+    assert cosine(65) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_an_epoch_of_one_batch_reaches_the_base_rate():
+    one = partial(RATE, steps_per_epoch=1, warmup_steps=1)
+    assert [one(step) for step in (0, 1, 15)] == [0.001, 1, 1]
+
+
+def test_the_schedule_sets_every_group():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
+    optimizer = torch.optim.SGD(groups, lr=9.0)
+    assert engine.Schedule(0.02, RATE)(optimizer, 160) == pytest.approx(0.002)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.002] * 2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_loss_is_reported_with_its_own_step_and_images(bad):
+    watch = engine.FiniteWatch(torch.device("cpu"))
+    for step, loss in ((7, 1.0), (8, bad), (9, bad)):
+        watch.note(step, torch.tensor(loss), [100 + step, 200 + step])
+    with pytest.raises(engine.TrainingError, match=r"step 8 .*images \[108, 208\] on rank 0"):
+        watch.check()
+
+
+def test_good_losses_pass_and_are_forgotten():
+    watch = engine.FiniteWatch(torch.device("cpu"))
+    for step in range(5):
+        watch.note(step, torch.tensor(1e30), [step])
+    watch.check()
+    assert not watch.seen
+
+
+def test_the_meter_averages_over_steps_since_the_last_read():
+    meter = engine.LossMeter()
+    for value in (1.0, 3.0):
+        meter.add({"a": torch.tensor(value), "b": torch.tensor(10 * value)})
+    assert meter.read() == {"loss": 22.0, "a": 2.0, "b": 20.0}
+    meter.add({"a": torch.tensor(5.0), "b": torch.tensor(1.0)})
+    assert meter.read() == {"loss": 6.0, "a": 5.0, "b": 1.0}
+
+
+def test_images_become_float_between_0_and_1_on_the_device():
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
+    target = {"boxes": torch.ones(1, 4), "labels": torch.ones(1), "image_id": 3}
+    images, targets = engine.to_device([image], [target], torch.device("cpu"))
+    assert images[0].flatten().tolist() == pytest.approx([0, 0.2, 1])
+    assert targets[0].keys() == {"boxes", "labels"}
+
+
+def test_the_type_of_autocast_follows_the_device(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert engine.precision(cpu, False, None)[0] is None
+    assert engine.precision(cuda, True, None)[0] is torch.float16
+    assert engine.precision(cuda, True, "bfloat16")[0] is torch.bfloat16
+    monkeypatch.setattr(engine, "_cpu_has_bfloat16", lambda: True)
+    assert engine.precision(cpu, True, None)[0] is torch.bfloat16
+    monkeypatch.setattr(engine, "_cpu_has_bfloat16", lambda: False)
+    dtype, why = engine.precision(cpu, True, None)
+    assert dtype is None
+    assert "no bfloat16 instructions" in why

@@ -1,0 +1,251 @@
+import functools
+
+import pytest
+import torch
+import torchvision
+from torchvision.models import ResNet50_Weights, get_model
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+import models
+
+SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"
+RESNET = "fasterrcnn_resnet50_fpn"
+
+
+def batch(count: int = 2) -> tuple[list, list]:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, 90, 120, generator=generator) for _ in range(count)]
+    boxes = [torch.tensor([[10.0, 12, 60, 70], [50, 5, 110, 80]]), torch.empty(0, 4)]
+    targets = [{"boxes": b, "labels": torch.arange(1, len(b) + 1)} for b in boxes]
+    return images, targets[:count]
+
+
+@functools.cache
+def stock_and_ours() -> tuple:
+    """The same weights in torchvision's own model and in ours; do not change them.
+
+    Both in the same memory layout: another one rounds otherwise, which is enough to swap proposals
+    of almost equal score in a model with random weights.
+    """
+    options = {"num_classes": 4, "min_size": 128, "max_size": 200}
+    stock = get_model(RESNET, weights=None, weights_backbone=None, **options)
+    stock = stock.to(memory_format=torch.channels_last)
+    ours = models.build_model(RESNET, 4, pretrained=False, min_sizes=(128,), max_size=200)
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+def test_losses_equal_those_of_the_stock_model():
+    results = []
+    for model in stock_and_ours():
+        torch.manual_seed(1)
+        model.train()
+        results.append(model(*batch()))
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert results[1][name].item() == pytest.approx(value.item(), abs=1e-5)
+
+
+def test_detections_equal_those_of_the_stock_model():
+    stock, ours = (model.eval() for model in stock_and_ours())
+    with torch.inference_mode():
+        expected, found = stock(batch()[0]), ours(batch()[0])
+    for a, b in zip(expected, found, strict=True):
+        assert len(a["boxes"]) > 0
+        assert torch.equal(a["labels"], b["labels"])
+        torch.testing.assert_close(a["boxes"], b["boxes"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(a["scores"], b["scores"], atol=1e-5, rtol=0)
+
+
+def test_gradients_equal_those_of_the_stock_model():
+    gradients = []
+    for model in stock_and_ours():
+        torch.manual_seed(1)
+        model.train()
+        model.zero_grad()
+        sum(model(*batch()).values()).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-3 * a.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("layers", [None, 0, 1, 3, 5])
+def test_pretrained_structure_is_torchvisions(name, layers, monkeypatch):
+    """Against torchvision's builder with its download replaced by random weights."""
+    enum = models.BACKBONE_WEIGHTS[name]
+    classifier = "resnet50" if enum is ResNet50_Weights else "mobilenet_v3_large"
+    state = get_model(classifier, weights=None).state_dict()
+    monkeypatch.setattr(enum, "get_state_dict", lambda *a, **k: state)
+    stock = get_model(
+        name,
+        weights=None,
+        weights_backbone=enum.IMAGENET1K_V1,
+        num_classes=3,
+        trainable_backbone_layers=layers,
+    )
+    ours = models.build_model(name, 3, pretrained=True, trainable_backbone_layers=layers)
+    models.load_backbone(ours, models.backbone_weights(name, "IMAGENET1K_V1"), "test")
+    trains = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (stock, ours)]
+    assert trains[0] == trains[1]
+    assert stock.state_dict().keys() == ours.state_dict().keys()
+    norms = [
+        [n for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)]
+        for model in (stock, ours)
+    ]
+    assert norms[0] == norms[1]
+    for key, value in ours.backbone.body.state_dict().items():
+        assert torch.equal(value, stock.backbone.body.state_dict()[key])
+    assert models.has_trainable_norms(ours) == (name == "fasterrcnn_resnet50_fpn_v2")
+
+
+@pytest.mark.parametrize(("name", "most"), [(RESNET, 5), (SMALL, 6)])
+def test_more_layers_than_there_are_are_refused(name, most):
+    with pytest.raises(models.WeightsError, match=f"0 to {most}"):
+        models.build_model(name, 3, pretrained=True, trainable_backbone_layers=most + 1)
+
+
+def test_boxes_stay_float32_under_bfloat16():
+    _, ours = stock_and_ours()
+    ours.eval()
+    seen = {}
+    generator = ours.rpn.anchor_generator
+    hooks = [
+        generator.register_forward_hook(lambda m, a, out: seen.update(anchors=out)),
+        ours.rpn.head.register_forward_hook(lambda m, a, out: seen.update(rpn=out)),
+        ours.backbone.register_forward_hook(lambda m, a, out: seen.update(features=out)),
+    ]
+    anchors = []
+    with torch.inference_mode():
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                output = ours(batch()[0])
+            anchors.append(seen["anchors"])
+    for hook in hooks:
+        hook.remove()
+    assert seen["features"]["0"].dtype == torch.bfloat16  # autocast was really on
+    assert all(tensor.dtype == torch.float32 for part in seen["rpn"] for tensor in part)
+    assert output[0]["boxes"].dtype == output[0]["scores"].dtype == torch.float32
+    for plain, mixed in zip(*anchors, strict=True):
+        assert mixed.dtype == torch.float32
+        assert torch.equal(plain, mixed)
+
+
+# ---------------------------------------------------------------------------------- RoIAlign
+
+
+def pyramid(dtype=torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"0": (32, 48), "1": (16, 24), "2": (8, 12), "3": (4, 6)}
+    return {
+        name: torch.rand(2, 5, *size, generator=generator).to(dtype).requires_grad_()
+        for name, size in sizes.items()
+    }
+
+
+def random_boxes(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    corner = torch.rand(count, 2, generator=generator) * torch.tensor([190.0, 120])
+    return torch.cat([corner, corner + torch.rand(count, 2, generator=generator) * 150], dim=1)
+
+
+@pytest.mark.parametrize("counts", [(40, 60), (0, 5), (0, 0)])
+def test_box_pool_equals_torchvisions(counts):
+    boxes = [random_boxes(count) for count in counts]
+    if counts[0]:
+        boxes[0][:3] = torch.tensor([[-20.0, -30, 300, 200], [5, 5, 5, 5], [191, 127, 192, 128]])
+    results = []
+    for pool in (MultiScaleRoIAlign, models.BoxPool):
+        features = pyramid()
+        output = pool(["0", "1", "2", "3"], 7, 2)(features, boxes, [(128, 192)] * 2)
+        (output * torch.arange(output.numel()).view_as(output).cos()).sum().backward()
+        results.append((output.detach(), {name: f.grad for name, f in features.items()}))
+    (expected, gradients), (found, our_gradients) = results
+    assert found.shape == expected.shape == (sum(counts), 5, 7, 7)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for name, gradient in gradients.items():
+        ours = our_gradients[name]
+        torch.testing.assert_close(ours, gradient, atol=1e-3, rtol=1e-3)
+
+
+def test_box_pool_keeps_the_type_of_the_features():
+    pool = models.BoxPool(["0", "1", "2", "3"], 7, 2)
+    features = pyramid(torch.bfloat16)
+    output = pool(features, [random_boxes(4), random_boxes(3)], [(128, 192)] * 2)
+    output.sum().backward()
+    assert output.dtype == features["0"].grad.dtype == torch.bfloat16
+
+
+# ----------------------------------------------------------------------------------- weights
+
+
+def test_weights_that_cannot_be_downloaded_say_where_to_place_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(models.WeightsError) as caught:
+        models.backbone_weights(RESNET, "IMAGENET1K_V1")
+    message = str(caught.value)
+    assert str(tmp_path / "checkpoints" / "resnet50-0676ba61.pth") in message
+    assert "--weights-backbone none" in message
+    assert "https://" in message
+    with pytest.raises(models.WeightsError, match="or leave out --weights"):
+        models.detector_weights(RESNET, "COCO_V1")
+
+
+def test_placed_weights_are_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    torch.save(state, tmp_path / "checkpoints" / "resnet50-0676ba61.pth")
+    found = models.backbone_weights(RESNET, "ResNet50_Weights.IMAGENET1K_V1")
+    assert torch.equal(found["conv1.weight"], state["conv1.weight"])
+
+
+def test_unknown_weights_are_refused_with_the_choices():
+    with pytest.raises(models.WeightsError, match=r"'IMAGENET9'.*IMAGENET1K_V1, IMAGENET1K_V2"):
+        models.backbone_weights(RESNET, "IMAGENET9")
+
+
+def test_a_new_head_leaves_the_rest_as_loaded():
+    donor = models.build_model(SMALL, 91, pretrained=True)
+    model = models.build_model(SMALL, 4, pretrained=True)
+    head = model.roi_heads.box_predictor.cls_score.weight.clone()
+    models.load_detector(model, donor.state_dict(), False, "test")
+    assert torch.equal(model.roi_heads.box_predictor.cls_score.weight, head)
+    assert torch.equal(model.rpn.head.conv[0][0].weight, donor.rpn.head.conv[0][0].weight)
+    assert models.outputs(donor.state_dict()) == 91
+    with pytest.raises(models.WeightsError, match="test does not fit this model: size mismatch"):
+        models.load_detector(model, donor.state_dict(), True, "test")
+
+
+def test_coco_weights_give_a_stock_model_the_same_norms(monkeypatch):
+    """COCO_V1 was trained with an epsilon of 0; a stock model divides with 1e-5."""
+    norm = FrozenBatchNorm2d(6, eps=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in norm.named_buffers():
+        values = torch.randn(6, generator=generator)
+        buffer.copy_(values.abs() ** 8 * 1e-3 if name == "running_var" else values)
+    state = {f"bn.{key}": value.clone() for key, value in norm.state_dict().items()}
+    enum = torchvision.models.get_model_weights(RESNET)
+    monkeypatch.setattr(enum, "get_state_dict", lambda *a, **k: state)
+    absorbed = models.detector_weights(RESNET, "COCO_V1")
+    stock = FrozenBatchNorm2d(6)
+    stock.load_state_dict({key.removeprefix("bn."): value for key, value in absorbed.items()})
+    x = torch.randn(2, 6, 3, 3, generator=generator)
+    torch.testing.assert_close(stock(x), norm(x), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_get_their_own_weight_decay():
+    model = models.build_model(SMALL, 3, pretrained=False)
+    groups = models.parameter_groups(model, 0.1, 0.0)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.dim() == 1 for p in groups[1]["params"])
+    everything = models.parameter_groups(model, 0.1, None)
+    assert len(everything) == 1
+    total = sum(len(group["params"]) for group in groups)
+    assert total == len(everything[0]["params"]) == len(list(model.parameters()))

@@ -1,0 +1,89 @@
+import itertools
+
+import numpy as np
+import pytest
+
+import samplers
+from samplers import TrainingPlan
+
+
+def groups_of(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 3, count)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [10, 37, 60])
+def test_an_epoch_has_every_image_once_but_for_the_remainder(world_size, count):
+    groups = groups_of(count)
+    shares = [TrainingPlan(groups, 2, world_size, rank) for rank in range(world_size)]
+    for epoch in range(3):
+        seen = []
+        for plan in shares:
+            plan.start(epoch)
+            seen += [image for batch in plan for image, _ in batch]
+        assert len(seen) == len(set(seen)) == count - count % (2 * world_size)
+
+
+def test_each_epoch_leaves_out_another_remainder():
+    plan = TrainingPlan(groups_of(37), 8)
+    rests = [set(range(37)) - set(plan.batches(epoch).flat) for epoch in range(8)]
+    assert all(len(rest) == 5 for rest in rests)
+    assert set().union(*rests) == set(range(37))
+    assert all(not a & b for a, b in itertools.pairwise(rests))
+
+
+def test_only_the_last_batches_mix_shapes():
+    groups = groups_of(200)
+    kinds = [len(set(groups[batch])) for batch in TrainingPlan(groups, 4, 2).batches(0)]
+    pure = kinds.count(1)
+    assert kinds == sorted(kinds, key=lambda kind: kind > 1)
+    assert pure >= sum((groups == g).sum() // 8 for g in range(3)) - 1
+
+
+def test_two_processes_of_one_image_see_what_one_of_two_sees():
+    groups = groups_of(21)
+    whole = TrainingPlan(groups, 2, seed=3)
+    halves = [TrainingPlan(groups, 1, 2, rank, seed=3) for rank in range(2)]
+    for plan in (whole, *halves):
+        plan.start(4)
+    assert [a + b for a, b in zip(*halves, strict=True)] == list(whole)
+
+
+def test_the_plan_is_a_function_of_seed_and_epoch():
+    groups = groups_of(40)
+    plan = TrainingPlan(groups, 4, seed=1)
+    first = plan.batches(0)
+    assert np.array_equal(first, TrainingPlan(groups, 4, seed=1).batches(0))
+    assert not np.array_equal(first, plan.batches(1))
+    assert not np.array_equal(first, TrainingPlan(groups, 4, seed=2).batches(0))
+
+
+def test_an_iteration_can_begin_in_the_middle_of_an_epoch():
+    plan = TrainingPlan(groups_of(40), 4)
+    plan.start(2)
+    whole = list(plan)
+    plan.start(2, 3)
+    assert list(plan) == whole[3:]
+    assert len(plan) == len(whole) == 10
+
+
+def test_augmentation_seeds_differ_by_image_epoch_and_seed():
+    seeds = {samplers.image_seed(s, e, i) for s in range(3) for e in range(3) for i in range(3)}
+    assert len(seeds) == 27
+
+
+def test_too_few_images_are_refused_with_the_arithmetic():
+    with pytest.raises(samplers.PlanError, match=r"7 usable images.*8 .4 images on each of 2"):
+        TrainingPlan(groups_of(7), 4, 2)
+
+
+def test_aspect_ratio_groups_tell_shapes_apart():
+    widths, heights = np.array([640, 480, 500, 1000]), np.array([480, 640, 500, 200])
+    assert len(set(samplers.aspect_ratio_groups(widths, heights, 3))) == 4
+    assert samplers.aspect_ratio_groups(widths, heights, 0).tolist() == [1, 0, 1, 1]
+    assert set(samplers.aspect_ratio_groups(widths, heights, -1)) == {0}
+
+
+def test_evaluation_shares_have_every_image_once():
+    shares = [samplers.evaluation_share(7, 3, rank) for rank in range(3)]
+    assert sorted(image for share in shares for image in share) == list(range(7))

@@ -1,0 +1,277 @@
+"""Whole runs of train.py on small data, as processes."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, SMALL, losses, run, train
+from test_coco_utils import nan_box, no_width, rewrite, split_of, unknown_category
+
+import coco_utils
+import train as train_module
+
+BCCD = ROOT.parent / "shared/data/bccd"
+
+
+def weights_hash(file: Path) -> str:
+    model = torch.load(file, weights_only=True)["model"]
+    digest = hashlib.sha256()
+    for name, value in model.items():
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def evaluations(output_dir: Path) -> list[dict]:
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "eval"]
+
+
+def test_a_run_leaves_what_the_readme_says(tiny, tmp_path):
+    out = tmp_path / "out"
+    done = train("--data-path", tiny, "--output-dir", out, "--epochs", "2")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == {
+        *("checkpoint.pth", "model_best.pth", "metrics.jsonl", "detections.json")
+    }
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    epoch = ["train"] * 4 + ["eval"]
+    assert [line["kind"] for line in lines] == ["start", *epoch, *epoch, "end"]
+    assert lines[1].keys() == {
+        *("kind", "epoch", "step", "lr", "loss", "loss_classifier", "loss_box_reg"),
+        *("loss_objectness", "loss_rpn_box_reg", "images_per_second", "data_seconds"),
+        "peak_memory_mib",
+    }
+    saved = torch.load(out / "checkpoint.pth", weights_only=True)
+    assert saved.keys() == {
+        *("model", "optimizer", "scaler", "epoch", "step", "best_AP", "categories", "args"),
+        "format",
+    }
+    assert (saved["epoch"], saved["step"]) == (2, 8)
+    assert "images/s" in done.stdout
+    assert "AP at IoU 0.50:0.95" in done.stdout
+    assert "0.0025 = 0.02 x 2 / 16" in done.stdout
+    # a second run does not write over the first
+    again = train("--data-path", tiny, "--output-dir", out)
+    assert again.returncode == 2
+    assert "--resume auto" in again.stderr
+
+
+def test_the_model_loads_into_stock_torchvision_and_detects_the_same(tiny, tmp_path):
+    done = train("--data-path", tiny, "--output-dir", tmp_path, "--keep-empty")
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
+    # max_size: 640 / 320 of --min-size 64
+    stock = torchvision.models.get_model(
+        SMALL[1], weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=128
+    )
+    stock.load_state_dict(state, strict=True)
+    stock.eval()
+    dataset = coco_utils.CocoDetection(
+        index := coco_utils.CocoIndex(split_of(tiny, "val")), index.categories
+    )
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert found
+    for image, target in dataset:
+        output = stock([image / 255])[0]
+        ours = [row for row in found if row["image_id"] == target["image_id"]]
+        assert len(ours) == len(output["scores"])
+        for row, box, score, label in zip(ours, *output.values(), strict=True) if ours else ():
+            x, y, w, h = row["bbox"]
+            values = dict(zip(("boxes", "labels", "scores"), (box, score, label), strict=True))
+            assert [x, y, x + w, y + h] == pytest.approx(values["boxes"].tolist(), abs=0.01)
+
+
+def test_losses_repeat_and_workers_do_not_matter(tiny, tmp_path):
+    runs = {}
+    for name, workers in (("a", 0), ("b", 0), ("c", 2)):
+        done = train("--data-path", tiny, "--output-dir", tmp_path / name, "-j", workers)
+        assert done.returncode == 0, done.stderr
+        runs[name] = losses(tmp_path / name)
+    assert len(runs["a"]) == 4
+    assert runs["a"] == runs["b"] == runs["c"]
+    done = train("--data-path", tiny, "--output-dir", tmp_path / "d", "--seed", "1")
+    assert done.returncode == 0
+    assert losses(tmp_path / "d") != runs["a"]
+
+
+@pytest.mark.parametrize(
+    ("stops", "flags"),
+    [
+        ((3, 4, 8), ()),
+        ((1, 2), ("--amp", "--amp-dtype", "float16", "--epochs", "1")),  # crawls on a CPU
+    ],
+)
+def test_a_run_stopped_and_resumed_ends_with_the_same_weights(tiny, tmp_path, stops, flags):
+    flags = ("--data-path", tiny, "--epochs", "2", *flags)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(*flags, "--output-dir", whole, "--max-steps", stops[-1]).returncode == 0
+    for stop in stops:
+        done = train(*flags, "--output-dir", cut, "--resume", "auto", "--max-steps", stop)
+        assert done.returncode == 0, done.stderr
+    assert losses(cut) == losses(whole)
+    assert weights_hash(cut / "checkpoint.pth") == weights_hash(whole / "checkpoint.pth")
+    scalers = [torch.load(d / "checkpoint.pth", weights_only=True)["scaler"] for d in (whole, cut)]
+    assert scalers[0] == scalers[1]
+    assert bool(scalers[0]) == ("float16" in flags)
+
+
+def test_testing_a_checkpoint_gives_its_ap_again(tiny, tmp_path):
+    out = tmp_path / "out"
+    done = train("--data-path", tiny, "--output-dir", out, "--epochs", "2")
+    assert done.returncode == 0, done.stderr
+    best = torch.load(out / "model_best.pth", weights_only=True)["best_AP"]
+    # no flag of the model is needed: the checkpoint knows
+    tested = run(
+        *(sys.executable, ROOT / "train.py", "--data-path", tiny, "--test-only", "-j", "0"),
+        *("--resume", out / "model_best.pth", "--output-dir", tmp_path / "test"),
+    )
+    assert tested.returncode == 0, tested.stderr
+    (numbers,) = evaluations(tmp_path / "test")
+    assert numbers["AP"] == best == max(line["AP"] for line in evaluations(out))
+
+
+def test_fine_tuning_from_a_file_replaces_the_head_for_other_categories(tiny, tmp_path):
+    assert train("--data-path", tiny, "--output-dir", tmp_path / "a").returncode == 0
+    flags = [flag for flag in SMALL if flag not in ("--weights-backbone", "none")]
+
+    def tune(name):
+        return run(
+            *(sys.executable, ROOT / "train.py", *flags, "--data-path", tiny, "--max-steps", "1"),
+            *("--weights", tmp_path / "a/checkpoint.pth", "--output-dir", tmp_path / name),
+        )
+
+    same = tune("b")
+    assert same.returncode == 0, same.stderr
+    assert "its head included" in same.stdout
+    for part in ("train", "val"):
+        rewrite(split_of(tiny, part), lambda d: d["categories"].append({"id": 6, "name": "cow"}))
+    other = tune("c")
+    assert other.returncode == 0, other.stderr
+    assert "with a new head for 3 categories" in other.stdout
+    resumed = train("--data-path", tiny, "--output-dir", tmp_path / "a", "--resume", "auto")
+    assert resumed.returncode == 2
+    assert "other categories" in resumed.stderr
+
+
+# --------------------------------------------------------------------------------- refusals
+
+
+def refused(*flags, **environment):
+    """Exit code 2, one message on stderr, no traceback; returns the message."""
+    done = train(*flags, **environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("train.py: error:") == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize("change", [nan_box, unknown_category, no_width])
+def test_bad_annotations_end_with_2_and_name_the_file(tiny, tmp_path, change):
+    rewrite(split_of(tiny), change)
+    message = refused("--data-path", tiny, "--output-dir", tmp_path)
+    assert "instances_train2017.json" in message
+    assert "10" in message
+
+
+def test_missing_things_end_with_2_and_are_named(tiny, tmp_path):
+    common = ("--data-path", tiny, "--output-dir", tmp_path / "out")
+    assert "nowhere" in refused("--data-path", tmp_path / "nowhere", "--output-dir", tmp_path)
+    assert "gone.pth: no such file" in refused(*common, "--resume", tmp_path / "gone.pth")
+    assert "fewer than one global batch of 9" in refused(*common, "-b", "9")
+    (tiny / "train2017/3.png").write_bytes(b"no picture")
+    assert "3.png cannot be read" in refused(*common, "-j", "1")
+    (tiny / "train2017/3.png").unlink()
+    assert "3.png" in refused(*common)
+    (tiny / "annotations/instances_val2017.json").unlink()
+    assert "instances_val2017.json (missing)" in refused(*common)
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused("--data-path", tiny, "--output-dir", tmp_path / "file/x")
+
+
+def settled(*flags) -> None:
+    """What `main` does with flags before it looks at data."""
+    args = train_module.parse_arguments([str(flag) for flag in flags])
+    device = train_module.choose_device(args.device)
+    train_module.settle(args, None)
+    train_module.refuse_what_cannot_apply(args, device)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--opt adamw --momentum 0.9", "--momentum is for --opt sgd"),
+        ("--lr-scheduler cosineannealinglr --lr-steps 3", "are for --lr-scheduler multisteplr"),
+        ("--amp-dtype float16", "--amp-dtype needs --amp"),
+        ("--weights COCO_V1 --weights-backbone IMAGENET1K_V1", "brings its own backbone"),
+        ("--weights-backbone none --trainable-backbone-layers 3", "needs pretrained weights"),
+        ("--data-augmentation lsj --min-size 512 --max-size 700", "lsj makes squares"),
+        ("--sync-bn", "--sync-bn needs torchrun"),
+        ("--start-epoch 26", "leaves nothing of 26 epochs"),
+        ("--resume x.pth --start-epoch 2", "--resume knows its epoch"),
+        ("--test-only", "needs a model to test"),
+        ("--world-size 4", "--world-size 4, but 1 were started"),
+        ("--dist-url tcp://localhost:1", "--dist-url needs torchrun"),
+        ("--device tpu", "use cuda, cuda:N or cpu"),
+        ("--device mps", "runs on cuda and cpu only"),
+        ("--dataset coco_kp", "invalid choice"),
+        ("--batch-size 0", "0 is below 1"),
+        ("--lr nan", "nan is below 0"),
+        ("--unknown", "unrecognized arguments: --unknown"),
+    ],
+)
+def test_flags_that_cannot_apply_are_refused_with_a_reason(flags, message):
+    with pytest.raises(train_module.UsageError, match=message):
+        settled(*flags.split())
+
+
+def test_unknown_weights_end_with_2(tiny, tmp_path):
+    message = refused("--data-path", tiny, "--output-dir", tmp_path, "--weights-backbone", "IMAGE9")
+    assert "IMAGENET1K_V1" in message
+
+
+def test_left_out_flags_are_the_coco_recipe():
+    args = settled()
+    assert (args.epochs, args.lr_steps, args.lr_gamma, args.batch_size) == (26, [16, 22], 0.1, 2)
+    assert (args.lr, args.momentum, args.weight_decay) == (0.02 * 2 / 16, 0.9, 1e-4)
+    assert (args.model, args.weights_backbone) == ("fasterrcnn_resnet50_fpn", "IMAGENET1K_V1")
+    assert (args.min_size, args.max_size, args.data_augmentation) == (800, 1333, "hflip")
+    assert args.aspect_ratio_group_factor == 3
+    assert settled("--epochs", 13).lr_steps == [8, 11]
+    assert settled("--min-size", 400).max_size == 666
+    assert settled("--weights", "COCO_V1").weights_backbone is None
+    assert settled("--data-augmentation", "lsj").min_size == 1024
+
+
+def test_help_fits_a_person():
+    done = run(sys.executable, ROOT / "train.py", "--help")
+    assert done.returncode == 0
+    for part in ("data:", "model:", "optimization:", "device and precision:", "output:", "Exit"):
+        assert part in done.stdout
+
+
+def test_every_flag_of_the_reference_is_there():
+    known = train_module.parse_arguments([])
+    names = """data_path dataset model device batch_size epochs workers lr momentum weight_decay
+    norm_weight_decay opt lr_scheduler lr_steps lr_gamma print_freq output_dir resume start_epoch
+    aspect_ratio_group_factor rpn_score_thresh trainable_backbone_layers data_augmentation sync_bn
+    test_only use_deterministic_algorithms weights weights_backbone amp seed world_size dist_url"""
+    assert set(names.split()) <= vars(known).keys()
+    assert train_module.parse_arguments(["--start_epoch", "3", "--wd", "0.1", "-b", "4"])
+
+
+@pytest.mark.skipif(not BCCD.exists(), reason="the BCCD pictures are not beside the project")
+def test_real_pictures_train_from_the_first_step(tmp_path):
+    done = train(
+        *("--data-path", BCCD, "--output-dir", tmp_path, "--max-steps", "2", "--amp"),
+        *("--val-annotations", BCCD / "annotations/instances_train2017.json"),
+        *("--val-images", BCCD / "train2017", "-j", os.cpu_count() or 1),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "292 images, 3,943 boxes in 3 categories, 2 boxes without a size" in done.stdout
+    assert len(losses(tmp_path)) == 2

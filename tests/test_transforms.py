@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+import transforms
+
+
+def picture(boxes: list[list[float]]) -> tuple[torch.Tensor, dict]:
+    count = len(boxes)
+    target = {
+        "boxes": torch.tensor(boxes).reshape(-1, 4),
+        "labels": torch.arange(1, count + 1),
+        "iscrowd": torch.zeros(count, dtype=torch.int64),
+        "area": torch.arange(count, dtype=torch.float32),
+        "image_id": 7,
+    }
+    return torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8), target
+
+
+BOXES = [[0.0, 0.0, 20.0, 30.0], [30.0, 10.0, 79.0, 59.0], [5.0, 5.0, 5.5, 50.0]]
+
+
+@pytest.mark.parametrize("name", transforms.PRESETS)
+def test_a_preset_is_a_function_of_the_seed_and_leaves_the_generator_alone(name):
+    transform = transforms.training_preset(name, 64)
+    image, target = picture(BOXES)
+    state = torch.get_rng_state()
+    results = [transforms.augment(transform, image, target, seed) for seed in (5, 5, *range(6, 12))]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1]["boxes"], results[1][1]["boxes"])
+    changed = [r for r in results if r[0].shape != image.shape or not torch.equal(r[0], image)]
+    assert changed, "the augmentation does nothing"
+
+
+@pytest.mark.parametrize("name", transforms.PRESETS)
+@pytest.mark.parametrize("boxes", [BOXES, []])
+def test_a_preset_keeps_boxes_inside_and_rows_together(name, boxes):
+    transform = transforms.training_preset(name, 64)
+    image, target = picture(boxes)
+    for seed in range(20):
+        new, result = transforms.augment(transform, image, target, seed)
+        assert new.dtype == torch.uint8
+        assert type(new) is torch.Tensor
+        assert type(result["boxes"]) is torch.Tensor
+        height, width = new.shape[1:]
+        limits = torch.tensor([width, height, width, height])
+        assert ((result["boxes"] >= 0) & (result["boxes"] <= limits)).all()
+        assert (result["boxes"][:, 2:] > result["boxes"][:, :2]).all()
+        # labels were 1.. and areas 0.. by row, so what is left must still match
+        assert torch.equal(result["labels"] - 1, result["area"].long())
+        assert len(result["labels"]) == len(result["boxes"]) == len(result["iscrowd"])
+        assert result["image_id"] == 7
+
+
+def test_hflip_mirrors_boxes_with_the_picture():
+    image, target = picture(BOXES)
+    transform = transforms.training_preset("hflip", 64)
+    flipped = 0
+    for seed in range(10):
+        new, result = transforms.augment(transform, image, target, seed)
+        if torch.equal(new, image.flip(2)):
+            flipped += 1
+            assert result["boxes"][0].tolist() == [60, 0, 80, 30]
+        else:
+            assert torch.equal(result["boxes"], target["boxes"])
+        assert len(result["boxes"]) == 3
+    assert 0 < flipped < 10
+
+
+def test_lsj_makes_squares():
+    transform = transforms.training_preset("lsj", 64)
+    shapes = {transforms.augment(transform, *picture(BOXES), seed)[0].shape for seed in range(5)}
+    assert shapes == {(3, 64, 64)}
+
+
+def test_multiscale_sizes_are_the_fields_own_and_end_with_the_evaluation_size():
+    sizes = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    assert transforms.training_sizes("multiscale", 800) == sizes
+    assert transforms.training_sizes("hflip", 800) == (800,)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="unknown augmentation 'mosaic'"):
+        transforms.training_preset("mosaic", 800)

@@ -1,0 +1,72 @@
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+
+
+def test_without_torchrun_the_helpers_answer_for_one_process():
+    assert (utils.rank(), utils.world_size(), utils.local_rank()) == (0, 1, 0)
+    rows = np.ones((3, 7))
+    assert utils.gather_rows(rows) is rows
+    assert utils.gather_objects("a") == ["a"]
+    assert utils.all_reduce(torch.tensor(3)).item() == 3
+    with utils.first_on_each_machine():
+        utils.barrier()
+
+
+def test_what_a_step_draws_is_a_function_of_seed_step_and_rank(monkeypatch):
+    def draw(seed: int, step: int) -> float:
+        torch.rand(5)  # whatever was drawn before
+        utils.seed_step(seed, step)
+        return torch.rand(()).item()
+
+    assert draw(1, 2) == draw(1, 2)
+    draws = [draw(1, 2), draw(1, 3), draw(2, 2)]
+    monkeypatch.setenv("RANK", "1")
+    draws.append(draw(1, 2))
+    assert len(set(draws)) == 4
+
+
+def test_metrics_are_lines_of_json_that_others_can_read(tmp_path):
+    metrics = utils.MetricsFile(tmp_path)
+    metrics.write("train", step=1, loss=0.5)
+    metrics.write("eval", AP=None)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines[0].startswith('{"kind": "train"')
+    assert [json.loads(line) for line in lines][1] == {"kind": "eval", "AP": None}
+    with pytest.raises(ValueError, match="Out of range"):
+        metrics.write("train", loss=float("nan"))
+
+
+def test_progress_counts_steps_and_tells_waiting_from_working(capsys):
+    def slow():
+        for n in range(3):
+            time.sleep(0.05)
+            yield n
+
+    progress, laps = utils.Progress(slow(), 5, 2, "epoch 0"), []
+    for _ in progress:
+        progress.show("loss 1.0")
+        laps.append(progress.lap())
+    assert [steps for steps, _, _ in laps] == [1, 1, 1]
+    assert all(0 < waited <= seconds for _, seconds, waited in laps)
+    assert progress.waited >= 0.15
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("epoch 0 [3/5]  loss 1.0  eta 0:00:0")
+    assert lines[-1].startswith("epoch 0 [5/5]")
+
+
+def test_only_rank_0_speaks(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    utils.log("hello")
+    utils.MetricsFile(tmp_path).write("train", step=1)
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_peak_memory_is_in_mebibytes():
+    assert 50 < utils.peak_memory(torch.device("cpu")) < 100_000
