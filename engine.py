@@ -198,13 +198,17 @@ def train_one_epoch(
         rate = schedule(optimizer, step)
         if step == last_step:
             break
-    images_seen = (step - epoch * steps_per_epoch - position) * len(images) * utils.world_size()
-    utils.log(
-        f"epoch {epoch}: {images_seen:,} images in {progress.seconds:.1f} s, "
-        f"{images_seen / progress.seconds:.2f} images/s, of which "
-        f"{100 * progress.waited / progress.seconds:.0f} % waiting for data"
-    )
+    report_epoch(progress, epoch, (progress.done - position) * len(images))
     return step
+
+
+def report_epoch(progress: utils.Progress, epoch: int, images: int) -> None:
+    """Say how fast the epoch was; `images` is the number that this process has trained on."""
+    seconds, images = progress.seconds, images * utils.world_size()
+    utils.log(
+        f"epoch {epoch}: {images:,} images in {seconds:.1f} s, {images / seconds:.2f} images/s, "
+        f"{100 * progress.waited / seconds:.0f} % of the time waiting for data"
+    )
 
 
 def report_step(
@@ -221,8 +225,8 @@ def report_step(
     steps, seconds, waited = progress.lap()
     speed = steps * batch_size * utils.world_size() / seconds
     memory = utils.peak_memory(device)
-    parts = "  ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in losses.items())
-    progress.show(f"{parts}  lr {rate:.6f}  {speed:.2f} images/s")
+    loss, *parts = [f"{name.removeprefix('loss_')} {x:.4f}" for name, x in losses.items()]
+    progress.show(f"{loss}  lr {rate:.6f}  {speed:.2f} images/s", ", ".join(parts))
     metrics.write(
         "train",
         epoch=epoch,

@@ -559,6 +559,9 @@ def facts(device: torch.device, precision: str, data: Data) -> dict:
 def say_training(run: Run, epoch: int, step: int) -> None:
     """The lines before the first step: what is about to happen, with the arithmetic."""
     args, plan, processes = run.args, run.data.plan, utils.world_size()
+    if epoch >= args.epochs:
+        utils.log(f"nothing is left to train of {args.epochs} epochs: raise --epochs to go on")
+        return
     shares = (
         f"{args.batch_size} on each of {processes} processes" if processes > 1 else args.batch_size
     )

@@ -191,15 +191,15 @@ class Progress:
         finally:
             self.bar.close()
 
-    def show(self, text: str) -> None:
-        """Put `text` on the bar, or print it as a line with the position and the time left."""
+    def show(self, text: str, details: str) -> None:
+        """Put `text` on the bar, or print it as a line with position, time left and `details`."""
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
             return
         left = self.seconds / (self.done - self.first) * (self.total - self.done)
         width = len(str(self.total))
         position = f"[{self.done:{width}}/{self.total}]"
-        log(f"{self.label} {position}  {text}  eta {timedelta(seconds=round(left))}")
+        log(f"{self.label} {position}  {text}  eta {timedelta(seconds=round(left))}  ({details})")
 
 
 def peak_memory(device: torch.device) -> int | None:

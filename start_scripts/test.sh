@@ -4,6 +4,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 ensure_installed
-"$PYTHON" -c 'import pytest' 2> /dev/null ||
+"$PYTHON" -c 'import pytest, ruff, xdist' 2> /dev/null ||
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements-dev.txt"
-exec "$PYTHON" -m pytest --rootdir "$ROOT" -c "$ROOT/pyproject.toml" "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --rootdir "$ROOT" -c "$ROOT/pyproject.toml" "$@"

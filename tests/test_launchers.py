@@ -148,6 +148,14 @@ def test_what_is_wrong_ends_all_processes_with_2_and_one_message(tiny, tmp_path,
     assert "Traceback" not in done.stderr
 
 
+def test_a_loss_that_is_not_finite_stops_both_processes(tiny, tmp_path):
+    flags = ("--data-path", tiny, "-b", "1", "--lr", "1e30", "--epochs", "2")
+    done = launch(ALL, *flags, "--output-dir", tmp_path / "out", timeout=200)
+    assert done.returncode == 1
+    assert "is not finite: images [10" in done.stderr
+    assert not (tmp_path / "out/checkpoint.pth").exists()
+
+
 def test_a_signal_to_the_launcher_reaches_the_training(tiny, tmp_path):
     flags = [*SMALL, "--data-path", tiny, "--output-dir", tmp_path / "out", "--epochs", "1000"]
     process = subprocess.Popen(

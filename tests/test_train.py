@@ -1,5 +1,6 @@
 """Whole runs of train.py on small data, as processes."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from conftest import ROOT, SMALL, losses, run, train
 from test_coco_utils import nan_box, no_width, rewrite, split_of, unknown_category
 
 import coco_utils
+import models
 import train as train_module
 
 BCCD = ROOT.parent / "shared/data/bccd"
@@ -55,7 +57,10 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path):
     assert "images/s" in done.stdout
     assert "AP at IoU 0.50:0.95" in done.stdout
     assert "0.0025 = 0.02 x 2 / 16" in done.stdout
-    # a second run does not write over the first
+    finished = train("--data-path", tiny, "--output-dir", out, "--epochs", "2", "--resume", "auto")
+    assert finished.returncode == 0, finished.stderr
+    assert "nothing is left to train of 2 epochs" in finished.stdout
+    # a second training does not write over the first
     again = train("--data-path", tiny, "--output-dir", out)
     assert again.returncode == 2
     assert "--resume auto" in again.stderr
@@ -158,6 +163,32 @@ def test_fine_tuning_from_a_file_replaces_the_head_for_other_categories(tiny, tm
     assert "other categories" in resumed.stderr
 
 
+def test_coco_weights_keep_their_head_for_coco_alone(monkeypatch):
+    donor = models.build_model(SMALL[1], 91, pretrained=True).state_dict()
+    monkeypatch.setattr(models, "detector_weights", lambda *a: donor)
+    coco = coco_utils.Categories.from_names({i: str(i) for i in coco_utils.COCO_CATEGORY_IDS})
+    own = coco_utils.Categories.from_names({1: "cell", 7: "dust"})
+    head = "roi_heads.box_predictor.cls_score.bias"
+    args = settled("--model", SMALL[1], "--weights", "COCO_V1")
+    kept = train_module.build_model(args, coco, None).state_dict()
+    assert torch.equal(kept[head], donor[head])
+    new = train_module.build_model(args, own, None).state_dict()
+    assert len(new[head]) == 3
+    body = "backbone.body.0.0.weight"
+    assert torch.equal(new[body], donor[body])
+    args.test_only = True
+    with pytest.raises(train_module.UsageError, match="trained on other categories"):
+        train_module.build_model(args, own, None)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    done = train("--data-path", tiny, "--output-dir", tmp_path, "--lr", "1e30", "--epochs", "2")
+    assert done.returncode == 1
+    assert "is not finite: images [10" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
 # --------------------------------------------------------------------------------- refusals
 
 
@@ -193,7 +224,7 @@ def test_missing_things_end_with_2_and_are_named(tiny, tmp_path):
     assert "cannot be written" in refused("--data-path", tiny, "--output-dir", tmp_path / "file/x")
 
 
-def settled(*flags) -> None:
+def settled(*flags) -> argparse.Namespace:
     """What `main` does with flags before it looks at data."""
     args = train_module.parse_arguments([str(flag) for flag in flags])
     device = train_module.choose_device(args.device)

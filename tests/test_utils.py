@@ -50,7 +50,7 @@ def test_progress_counts_steps_and_tells_waiting_from_working(capsys):
 
     progress, laps = utils.Progress(slow(), 5, 2, "epoch 0"), []
     for _ in progress:
-        progress.show("loss 1.0")
+        progress.show("loss 1.0", "a 0.5")
         laps.append(progress.lap())
     assert [steps for steps, _, _ in laps] == [1, 1, 1]
     assert all(0 < waited <= seconds for _, seconds, waited in laps)
@@ -58,6 +58,7 @@ def test_progress_counts_steps_and_tells_waiting_from_working(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("epoch 0 [3/5]  loss 1.0  eta 0:00:0")
     assert lines[-1].startswith("epoch 0 [5/5]")
+    assert lines[-1].endswith("(a 0.5)")
 
 
 def test_only_rank_0_speaks(capsys, monkeypatch, tmp_path):
