@@ -692,6 +692,11 @@ def run_and_exit() -> None:
         give_up(error, 2)
     except engine.TrainingError as error:
         give_up(error, 1)
+    except Exception:
+        # Where one process fails, the others fail to reach it. Waiting lets torchrun end them, so
+        # that the one traceback is the right one.
+        time.sleep(10 if utils.world_size() > 1 else 0)
+        raise
     finally:
         utils.stop_processes()
 
@@ -699,7 +704,7 @@ def run_and_exit() -> None:
 def give_up(error: Exception, exit_code: int) -> None:
     if utils.rank() != 0:
         # Rank 0 most likely says the same; torchrun ends this process once it has.
-        time.sleep(5)
+        time.sleep(20)
     print(f"train.py: error: {error}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 

@@ -29,10 +29,12 @@ def main() -> None:
     try:
         torchrun(["--standalone", f"--nproc-per-node={processes}", str(train), *sys.argv[1:]])
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if failure.exitcode not in EXPLAINED:
-            print(error, file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+        codes = {failure.exitcode for failure in error.failures.values()}
+        for code in EXPLAINED:
+            if code in codes:
+                sys.exit(code)
+        print(error, file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
