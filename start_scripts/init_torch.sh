@@ -19,6 +19,8 @@ for module, floor in zip((torch, torchvision), least):
     if numbers(module.__version__) < numbers(floor):
         sys.exit(f"{module.__name__} {module.__version__} is older than {floor}")
 nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
+device = "CUDA" if torch.cuda.is_available() else "CPU only"
+print(f"ready: torch {torch.__version__}, torchvision {torchvision.__version__}, {device}")
 '
 floor() { sed -n "s/^$1>=\([0-9.]*\).*/\1/p" "$ROOT/requirements.txt"; }
 torch_works() { "$1" -c "$check" "$(floor torch)" "$(floor torchvision)"; }
@@ -29,7 +31,7 @@ if ! find_python; then
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "$base is older than Python 3.10: set PYTHON_FOR_VENV to a newer one"
     options=()
-    if torch_works "$base" 2> /dev/null; then
+    if torch_works "$base" > /dev/null 2>&1; then
         echo "using the PyTorch of $base"
         options+=(--system-site-packages)
     fi
@@ -42,9 +44,9 @@ fi
 
 # Unchanged requirements in an environment that has them need nothing from pip.
 stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.faster-rcnn-recipe
-if [ $# -gt 0 ] || ! cmp -s "$ROOT/requirements.txt" "$stamp" || ! torch_works "$PYTHON"; then
+if [ $# -gt 0 ] || ! cmp -s "$ROOT/requirements.txt" "$stamp" || ! torch_works "$PYTHON" 2> /dev/null; then
     requirements=$ROOT/requirements.txt
-    if torch_works "$PYTHON" 2> /dev/null; then
+    if torch_works "$PYTHON" > /dev/null 2>&1; then
         requirements=$(mktemp)
         trap 'rm -f "$requirements"' EXIT
         grep -Ev '^torch(vision)?[<>=]' "$ROOT/requirements.txt" > "$requirements"
@@ -56,8 +58,6 @@ if [ $# -gt 0 ] || ! cmp -s "$ROOT/requirements.txt" "$stamp" || ! torch_works "
         "Most often the two were built for different versions: remove both and install them together:" \
         "  $PYTHON -m pip uninstall -y torch torchvision" \
         "  bash $ROOT/start_scripts/init_torch.sh"
-    cp "$ROOT/requirements.txt" "$stamp"
+    # Where the environment is not ours to write to, the next time merely takes longer.
+    cp "$ROOT/requirements.txt" "$stamp" 2> /dev/null || true
 fi
-"$PYTHON" -c 'import torch, torchvision
-device = "CUDA" if torch.cuda.is_available() else "CPU only"
-print(f"ready: torch {torch.__version__}, torchvision {torchvision.__version__}, {device}")'
