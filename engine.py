@@ -167,9 +167,9 @@ def train_one_epoch(
     """
     model.train()
     rate = schedule(optimizer, step)
-    meter, watch, steps_per_epoch = LossMeter(), FiniteWatch(device), len(loader.batch_sampler)
-    position = step - epoch * steps_per_epoch
-    progress = utils.Progress(loader, steps_per_epoch, position, f"epoch {epoch}")
+    meter, watch, begin = LossMeter(), FiniteWatch(device), epoch * len(loader.batch_sampler)
+    position = step - begin
+    progress = utils.Progress(loader, last_step - begin, position, f"epoch {epoch}")
     for images, targets in progress:
         utils.seed_step(seed, step)
         image_ids = [target["image_id"] for target in targets]

@@ -574,10 +574,10 @@ def say_training(run: Run, epoch: int, step: int) -> None:
     else:
         drops = "then a cosine down to 0"
     base = {"sgd": 0.02, "adamw": 1e-4}[args.opt]
-    sum_ = (
+    rule = (
         f" = {base} x {plan.global_batch} / 16" if args.lr == base * plan.global_batch / 16 else ""
     )
-    utils.log(f"learning rate: {args.lr:g}{sum_}, warm-up over {args.warmup_steps} steps, {drops}")
+    utils.log(f"learning rate: {args.lr:g}{rule}, warm-up over {args.warmup_steps} steps, {drops}")
     if step:
         utils.log(f"resumed: {args.resume or '--start-epoch'}, {step} steps done")
 
@@ -665,7 +665,9 @@ def main(argv: list[str] | None = None) -> None:
         output_dir=args.output_dir,
     )
     if args.test_only:
-        say_numbers(evaluate(model), metrics, saved and saved["epoch"], saved and saved["step"])
+        step = saved and saved["step"]
+        epoch = saved and max(0, step - 1) // saved["args"]["steps_per_epoch"]
+        say_numbers(evaluate(model), metrics, epoch, step)
         return
 
     float16 = amp_dtype is torch.float16
