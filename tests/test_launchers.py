@@ -83,6 +83,26 @@ def test_installing_again_is_quick_and_says_what_there_is():
     assert time.monotonic() - begin < 60
 
 
+def test_a_pytorch_that_is_there_is_used_and_not_replaced(tmp_path):
+    """As in a vendor's container: the Python that .venv is made with has one."""
+    root = tmp_path / "my project"
+    (root / "start_scripts").mkdir(parents=True)
+    for name in ("start_scripts/common.sh", "start_scripts/init_torch.sh", "requirements.txt"):
+        (root / name).write_text((ROOT / name).read_text())
+    done = run(
+        *("bash", root / "start_scripts/init_torch.sh"),
+        PYTHONPATH=os.pathsep.join(path for path in sys.path if "site-packages" in path),
+        PYTHON_FOR_VENV=getattr(sys, "_base_executable", sys.executable),
+        VIRTUAL_ENV="",
+        CONDA_PREFIX="",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "using the PyTorch of" in done.stdout
+    assert f"ready: torch {torch.__version__}" in done.stdout
+    assert "include-system-site-packages = true" in (root / ".venv/pyvenv.cfg").read_text()
+    assert not list((root / ".venv").glob("lib*/**/site-packages/torch"))
+
+
 def test_one_process_trains_through_the_launcher(tiny, tmp_path):
     done = launch(ONE, "--data-path", tiny, "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -130,13 +150,16 @@ def test_two_processes_of_one_see_the_images_of_one_of_two(tiny):
     assert list(whole) == [a + b for a, b in zip(*halves, strict=True)]
 
 
-@pytest.mark.parametrize("case", ["nan", "missing", "flag", "resume", "batch", "picture"])
+@pytest.mark.parametrize(
+    "case", ["nan", "missing", "flag", "resume", "batch", "picture", "weights"]
+)
 def test_what_is_wrong_ends_all_processes_with_2_and_one_message(tiny, tmp_path, case):
     flags = {
         "missing": ("--data-path", tmp_path / "nowhere"),
         "flag": ("--data-path", tiny, "--momentum", "x"),
         "resume": ("--data-path", tiny, "--resume", tmp_path / "gone.pth"),
         "batch": ("--data-path", tiny, "-b", "5"),
+        "weights": ("--data-path", tiny, "--weights-backbone", "IMAGE9"),
     }.get(case, ("--data-path", tiny))
     if case == "nan":
         rewrite(split_of(tiny), nan_box)
