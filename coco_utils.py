@@ -4,21 +4,29 @@ Format: https://cocodataset.org/#format-data. Required are `images[].id, file_na
 `annotations[].image_id, category_id, bbox` (x, y, width, height in pixels) and `categories[].id`.
 """
 
+import gc
 import json
-import math
+import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Annotated, NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
 import transforms
+
+try:
+    import msgspec
+except ImportError:  # slower and hungrier without, but nothing is missing
+    msgspec = None
 
 # The ids of COCO's 80 categories leave gaps between 1 and 90; torchvision's COCO weights have one
 # output for each number from 0 (background) to 90.
@@ -31,11 +39,15 @@ MAX_PIXELS, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
 
 
 class DataError(ValueError):
-    """Something wrong with the data; the message names the file and the id and says what to do."""
+    """Something wrong with the data; the message names the file and the id and says what to do.
 
-    def __init__(self, message: str):
+    `kind` is what to count it under in a list of many.
+    """
+
+    def __init__(self, message: str, kind: str = ""):
         # A DataLoader worker's error arrives as a text with its traceback: keep what was said.
         super().__init__(message.rpartition("DataError: ")[2].strip())
+        self.kind = kind
 
 
 # ---------------------------------------------------------------------------- where the data lies
@@ -154,34 +166,19 @@ class Categories:
 # ------------------------------------------------------------------------------------ the index
 
 
-class _Image(msgspec.Struct, gc=False):
-    id: int
-    file_name: str
-    width: int
-    height: int
+class Fault(NamedTuple):
+    """One kind of thing that is wrong with a data set, and the first places where it is."""
 
+    kind: str  # "images without a positive size"
+    found: list[str]  # at most 20, with their ids
+    count: int
+    remedy: str = "Correct them in the file, or take them out"
+    fatal: bool = True  # else the log counts it and training goes on
 
-class _Annotation(msgspec.Struct, gc=False):
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    id: int = -1
-    area: float | None = None
-    iscrowd: int = 0
-
-
-class _Category(msgspec.Struct, gc=False):
-    id: int
-    name: str | None = None
-
-
-class _File(msgspec.Struct, gc=False):
-    images: list[_Image]
-    annotations: list[_Annotation]
-    categories: list[_Category]
-
-
-CORRECT = "Correct them in the file, or take them out"
+    def __str__(self) -> str:
+        gap = ", " if max(map(len, self.found)) < 80 else "\n    "
+        more = f" and {self.count - len(self.found)} more" if self.count > len(self.found) else ""
+        return f"{self.count:,} {self.kind}: {gap.join(['', *self.found])[2:]}{more}. {self.remedy}"
 
 
 class CocoIndex:
@@ -193,112 +190,83 @@ class CocoIndex:
     as in the file, `category_ids` int64, `iscrowd` bool, `areas` float64. `usable` bool `[M]`
     marks what can train: no crowds, no boxes without a size.
 
-    Raises DataError for a file that cannot be used, naming it and the first ids that are wrong.
+    Raises DataError for a file that cannot be read. What else is wrong with it is found by
+    `coco_check`; `faults` has what only reading could see: rows that had to be left out.
     """
 
     def __init__(self, split: Split):
         self.annotation_file, self.image_dir = split
-        data = _read_json(self.annotation_file)
-        self.categories = _categories(data.categories, self.annotation_file)
-        self._keep_images(data.images)
-        self._keep_annotations(data.annotations)
-        del data
-        self._check_annotations()
+        rows, self.faults = _read_rows(self.annotation_file)
+        self.categories = self._keep_categories(rows.pop("categories"))
+        self._keep_images(rows.pop("images"))
+        self._keep_annotations(rows.pop("annotations"))
 
-    def _keep_images(self, images: list[_Image]) -> None:
-        if not images:
-            raise DataError(f"{self.annotation_file} lists no images")
-        self.image_ids = np.array([image.id for image in images], dtype=np.int64)
-        self.file_names = np.array([image.file_name.encode() for image in images])
-        self.sizes = np.array([(image.width, image.height) for image in images], dtype=np.int32)
-        self._check_images()
-
-    def _keep_annotations(self, annotations: list[_Annotation]) -> None:
-        image_of = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
-        images = np.array([image_of.get(a.image_id, -1) for a in annotations], dtype=np.int64)
-        if (images < 0).any():
-            rows = np.flatnonzero(images < 0)
-            found = [
-                f"{annotations[row].id} of image {annotations[row].image_id}" for row in rows[:20]
-            ]
-            self._fail("annotations of images that the file does not list", found, len(rows))
-        order = np.argsort(images, kind="stable")
-        counts = np.bincount(images, minlength=len(self.image_ids))
-        self.offsets = np.concatenate([[0], np.cumsum(counts)])
-        boxes = np.array([a.bbox for a in annotations], dtype=np.float64).reshape(-1, 4)[order]
-        areas = np.array([math.nan if a.area is None else a.area for a in annotations])[order]
-        self.boxes = boxes
-        self.areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
-        self.annotation_ids = np.array([a.id for a in annotations], dtype=np.int64)[order]
-        self.category_ids = np.array([a.category_id for a in annotations], dtype=np.int64)[order]
-        self.iscrowd = np.array([a.iscrowd for a in annotations], dtype=bool)[order]
-        self.usable = ~self.iscrowd & (boxes[:, 2:] > 0).all(axis=1)
-
-    def _check_images(self) -> None:
-        values, counts = np.unique(self.image_ids, return_counts=True)
-        self._fail_at("image ids that stand twice", values[counts > 1])
-        self._fail_at(
-            "images without a positive size", self.image_ids[(self.sizes <= 0).any(axis=1)]
-        )
-        outside = [
-            name for name in map(self.file_name, range(len(self))) if not _stays_inside(name)
-        ]
-        self._fail_at("file names that lead out of the image folder", outside)
-        missing = f"image files missing in {self.image_dir}"
-        self._fail_at(
-            missing, self._missing_files(), "Put them there, or take them out of the file"
-        )
-
-    def _missing_files(self) -> list[str]:
-        """By one listing of each folder, which costs less than asking for every file."""
-        names = [self.file_name(i) for i in range(len(self))]
-        present = {}
-        for folder in {os.path.dirname(name) for name in names}:
-            path = self.image_dir / folder
-            present[folder] = set(os.listdir(path)) if path.is_dir() else set()
-        return [n for n in names if os.path.basename(n) not in present[os.path.dirname(n)]]
-
-    def _check_annotations(self) -> None:
-        named = self.annotation_ids[self.annotation_ids >= 0]
-        values, counts = np.unique(named, return_counts=True)
-        self._fail_at("annotation ids that stand twice", values[counts > 1])
-        unknown = ~np.isin(self.category_ids, self.categories.ids)
-        what = "annotations whose category_id the file does not define"
-        self._fail_rows(what, unknown)
-        broken = ~np.isfinite(self.boxes).all(axis=1)
-        self._fail_rows("annotations with NaN or infinity in their bbox", broken)
-        per_box = self.sizes[self.image_of_rows()]
-        beyond = (self.boxes[:, :2] >= per_box) | (self.boxes[:, :2] + self.boxes[:, 2:] <= 0)
-        self._fail_rows("boxes wholly outside their image", beyond.any(axis=1) & self.usable)
-
-    def _fail_rows(self, kind: str, wrong: np.ndarray) -> None:
-        rows = np.flatnonzero(wrong)
-        image_ids = self.image_ids[self.image_of_rows()[rows[:20]]]
-        found = [
-            f"{annotation_id} of image {image_id}"
-            for annotation_id, image_id in zip(
-                self.annotation_ids[rows[:20]], image_ids, strict=True
+    def _keep_categories(self, rows: list) -> Categories:
+        if not rows:
+            raise DataError(
+                f"{self.annotation_file} has no categories: name at least one in its list "
+                "'categories'"
             )
-        ]
-        if found:
-            self._fail(kind, found, len(rows))
+        names = {row.id: row.name or f"category {row.id}" for row in rows}
+        if len(names) < len(rows):
+            raise DataError(
+                f"{self.annotation_file} has two categories with the same id: give each its own"
+            )
+        return Categories.from_names(names)
 
-    def _fail_at(self, kind: str, values: Iterable, remedy: str = CORRECT) -> None:
-        values = list(values)
-        if values:
-            self._fail(kind, [str(value) for value in values[:20]], len(values), remedy)
+    def _keep_images(self, rows: list) -> None:
+        if not rows:
+            raise DataError(f"{self.annotation_file} lists no images")
+        self.image_ids = _column(rows, "id", np.int64)
+        self.file_names = np.array([row.file_name.encode() for row in rows])
+        sides = [_column(rows, side, np.int64) for side in ("width", "height")]
+        self.sizes = np.stack(sides, axis=1).clip(-1, 2**31 - 1).astype(np.int32)
 
-    def _fail(self, kind: str, found: list[str], count: int, remedy: str = CORRECT) -> None:
-        more = f" and {count - len(found)} more" if count > len(found) else ""
-        raise DataError(
-            f"{self.annotation_file}: {count} {kind}: {', '.join(found)}{more}. {remedy}"
-        )
+    def _keep_annotations(self, rows: list) -> None:
+        images = self.positions_of(_column(rows, "image_id", np.int64))
+        annotation_ids = _column(rows, "id", np.int64)
+        if (images < 0).any():
+            lost = np.flatnonzero(images < 0)
+            found = [f"{annotation_ids[row]} of image {rows[row].image_id}" for row in lost[:20]]
+            kind = "annotations of images that the file does not list"
+            self.faults.append(Fault(kind, found, len(lost)))
+        order = np.argsort(images, kind="stable")[np.count_nonzero(images < 0) :]
+        counts = np.bincount(images[order], minlength=len(self.image_ids))
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        corners = chain.from_iterable(map(attrgetter("bbox"), rows))
+        self.boxes = np.fromiter(corners, np.float64, 4 * len(rows)).reshape(-1, 4)[order]
+        areas = np.array([row.area for row in rows], dtype=np.float64)[order]  # None becomes NaN
+        self.areas = np.where(np.isnan(areas), self.boxes[:, 2] * self.boxes[:, 3], areas)
+        self.annotation_ids = annotation_ids[order]
+        self.category_ids = _column(rows, "category_id", np.int64)[order]
+        self.iscrowd = _column(rows, "iscrowd", np.int64)[order] != 0
+        self.usable = ~self.iscrowd & (self.boxes[:, 2:] > 0).all(axis=1)
+
+    def without(self, images: Sequence[int]) -> "CocoIndex":
+        """The index without the images at these positions, as if the file had never listed them."""
+        kept = np.setdiff1d(np.arange(len(self)), images)
+        rows = np.isin(self.image_of_rows(), kept)
+        less = CocoIndex.__new__(CocoIndex)
+        less.__dict__.update(self.__dict__)
+        for name in ("image_ids", "file_names", "sizes"):
+            setattr(less, name, getattr(self, name)[kept])
+        for name in ("annotation_ids", "boxes", "category_ids", "iscrowd", "areas", "usable"):
+            setattr(less, name, getattr(self, name)[rows])
+        less.offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[kept])])
+        return less
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def file_name(self, image: int) -> str:
         return self.file_names[image].decode()
+
+    def positions_of(self, image_ids: np.ndarray) -> np.ndarray:
+        """int64: where in the index the images with these ids are, -1 for ids that it lacks."""
+        order = np.argsort(self.image_ids, kind="stable")
+        found = np.searchsorted(self.image_ids, image_ids, sorter=order)
+        positions = order[found.clip(max=len(self) - 1)]
+        return np.where(self.image_ids[positions] == image_ids, positions, -1)
 
     def box_range(self, image: int) -> slice:
         return slice(self.offsets[image], self.offsets[image + 1])
@@ -311,46 +279,66 @@ class CocoIndex:
         """The positions of the images that have a box to train on."""
         return np.unique(self.image_of_rows()[self.usable])
 
-    def summary(self) -> str:
-        """One line for the log: what there is, and what of it does not train."""
-        sizeless = np.count_nonzero(~self.usable & ~self.iscrowd)
-        parts = [
-            f"{len(self):,} images",
-            f"{len(self.boxes):,} boxes in {len(self.categories.ids)} categories",
-            f"{len(self) - len(self.images_with_boxes()):,} images without a usable box",
-            f"{np.count_nonzero(self.iscrowd):,} crowd boxes",
-            f"{sizeless:,} boxes without a size",
-        ]
-        return ", ".join(parts[:2] + [part for part in parts[2:] if not part.startswith("0 ")])
+
+def _column(rows: list, field: str, dtype: type) -> np.ndarray:
+    return np.fromiter(map(attrgetter(field), rows), dtype, len(rows))
 
 
-def _stays_inside(file_name: str) -> bool:
-    path = os.path.normpath(file_name)
-    return not (os.path.isabs(path) or path == ".." or path.startswith(".." + os.sep))
+# ------------------------------------------------------------------------------ reading the file
+
+# What is read of the rows of each list, with its type and, where it may be missing, what then
+# stands for it. Everything else in the file is passed over.
+FIELDS = {
+    "images": (("id", int), ("file_name", str), ("width", int), ("height", int)),
+    "annotations": (
+        *(("image_id", int), ("category_id", int), ("bbox", tuple[float, float, float, float])),
+        *(("id", int, -1), ("area", float | None, None), ("iscrowd", int, 0)),
+    ),
+    "categories": (("id", int), ("name", str | None, None)),
+}
 
 
-def _categories(rows: list[_Category], file: Path) -> Categories:
-    if not rows:
-        raise DataError(f"{file} has no categories: name at least one in its list 'categories'")
-    names = {row.id: row.name or f"category {row.id}" for row in rows}
-    if len(names) < len(rows):
-        raise DataError(f"{file} has two categories with the same id: give each its own")
-    return Categories.from_names(names)
+def _read_rows(file: Path) -> tuple[dict[str, list], list[Fault]]:
+    """The rows of the file's three lists, as objects with the attributes of `FIELDS`.
 
-
-def _read_json(file: Path) -> _File:
-    """Decode the needed fields; the rare file that this refuses is read again to say why."""
+    Decoded into these fields alone by msgspec; the rare file that it refuses, or any file where it
+    is not installed, is read by Python's decoder, which is slower but can say what is wrong.
+    """
     try:
-        content = file.read_bytes()
+        with file.open("rb") as opened:
+            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise DataError(f"{file} is empty") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    # A million new objects, none of them garbage, set off collections that find nothing.
+    collecting = gc.isenabled()
+    gc.disable()
     try:
-        return msgspec.json.decode(content, type=_File)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return _read_leniently(content, file)
+        with content:
+            if msgspec is not None:
+                try:
+                    return _decode(content), []
+                except (msgspec.MsgspecError, UnicodeDecodeError):
+                    pass
+            return _read_leniently(content[:], file)
+    finally:
+        if collecting:
+            gc.enable()
 
 
-def _read_leniently(content: bytes, file: Path) -> _File:
+def _decode(content: mmap.mmap) -> dict[str, list]:
+    # Larger ones would not survive in the float64 rows of detections.
+    whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
+    lists = []
+    for key, fields in FIELDS.items():
+        typed = [(name, whole if kind is int else kind, *rest) for name, kind, *rest in fields]
+        lists.append((key, list[msgspec.defstruct(key, typed, gc=False)]))
+    data = msgspec.json.decode(content, type=msgspec.defstruct("File", lists))
+    return {key: getattr(data, key) for key in FIELDS}
+
+
+def _read_leniently(content: bytes, file: Path) -> tuple[dict[str, list], list[Fault]]:
     """With Python's own decoder, which takes NaN, and numbers of other types where they fit."""
     try:
         data = json.loads(content.decode("utf-8"))
@@ -363,29 +351,58 @@ def _read_leniently(content: bytes, file: Path) -> _File:
             f"{file} holds a {type(data).__name__} at its top level, not an object with the lists "
             "images, annotations and categories: COCO results are not annotations"
         )
-    for key in ("images", "annotations", "categories"):
+    rows, wrong = {}, {}
+    for key, fields in FIELDS.items():
         if not isinstance(data.get(key), list):
             raise DataError(f"{file} has no list {key!r}: is it a COCO annotation file?")
-    rows = {
-        key: [_convert(row, kind, f"{file}: {key}[{i}]") for i, row in enumerate(data[key])]
-        for key, kind in (
-            ("images", _Image),
-            ("annotations", _Annotation),
-            ("categories", _Category),
-        )
-    }
-    return _File(**rows)
+        rows[key] = []
+        for number, row in enumerate(data.pop(key)):
+            try:
+                rows[key].append(_convert(row, fields))
+            except ValueError as error:
+                named = isinstance(row, dict) and row.get("id") is not None
+                where = f"id {row['id']}" if named else f"{key}[{number}]"
+                wrong.setdefault(f"{key} {error}", []).append(where)
+    return rows, [Fault(kind, where[:20], len(where)) for kind, where in wrong.items()]
 
 
-def _convert(row: object, kind: type, where: str) -> msgspec.Struct:
-    if isinstance(row, dict) and row.get("id") is not None:
-        where += f" (id {row['id']})"
-    if isinstance(row, dict) and row.get("iscrowd", 0) is None:
-        row = {**row, "iscrowd": 0}
+def _convert(row: object, fields: tuple) -> SimpleNamespace:
+    """A row of a list as an object; ValueError says what is wrong with it, as the end of a text."""
+    if not isinstance(row, dict):
+        raise ValueError("that are not objects")
+    values = {}
+    for name, kind, *default in fields:
+        value = row.get(name)
+        if value is None and default:
+            values[name] = default[0]
+        elif value is None and kind == (str | None):
+            values[name] = None
+        else:
+            values[name] = _converted(value, name, kind)
+    return SimpleNamespace(**values)
+
+
+def _converted(value: object, name: str, kind: type):
+    if value is None:
+        raise ValueError(f"without {name!r}")
+    if kind in (str, str | None):
+        if isinstance(value, str):
+            return value
+        raise ValueError(f"whose {name!r} is not a text")
+    whole = kind is int
     try:
-        return msgspec.convert(row, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise DataError(f"{where}: {error}".replace("`", "'").replace("$.", "")) from error
+        if name == "bbox":
+            x, y, width, height = map(float, value)
+            return x, y, width, height
+        number = float(value)
+        if not whole:
+            return number
+        if number == int(number) and abs(number) <= 2**53:
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    expected = "four numbers" if name == "bbox" else "a whole number" if whole else "a number"
+    raise ValueError(f"whose {name!r} is not {expected}")
 
 
 # ------------------------------------------------------------------------------------- the images
@@ -403,16 +420,22 @@ def read_image(path: Path, width: int, height: int) -> torch.Tensor:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
                     f"{path}: {image.width} x {image.height} pixels is more than the "
-                    f"{MAX_PIXELS:,} that a picture may have here: store a smaller one"
+                    f"{MAX_PIXELS:,} that a picture may have here: store a smaller one",
+                    kind="image files that are too large",
                 )
             pixels = _to_rgb(_upright(image, (width, height)), path)
-    except (OSError, SyntaxError) as error:
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # a broken file can make a decoder stumble in many ways
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read as an image: {reason}") from error
+        raise DataError(
+            f"{path} cannot be read as an image: {reason}", kind="image files that cannot be read"
+        ) from error
     if pixels.shape != (height, width, 3):
         raise DataError(
             f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, its annotation file says "
-            f"{width} x {height}: correct the file's 'width' and 'height', and its boxes"
+            f"{width} x {height}: correct the file's 'width' and 'height', and its boxes",
+            kind="image files of another size than their annotation file says",
         )
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -426,7 +449,10 @@ def _upright(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode == "F":
-        raise DataError(f"{path} has floating-point pixels of unknown range: store 8 or 16 bits")
+        raise DataError(
+            f"{path} has floating-point pixels of unknown range: store 8 or 16 bits",
+            kind="image files that cannot be read",
+        )
     if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip at 255
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,11 +252,12 @@ def evaluate(
     device: torch.device,
     amp_dtype: torch.dtype | None,
     output_dir: Path,
+    evaluator: str,
 ) -> dict | None:
     """COCO's numbers of `model` on the data set of `loader`, as `coco_eval.score` returns them.
 
-    Each process runs its share of the images; rank 0 gathers, writes `detections.json` and scores,
-    the others return None. `model` is the bare detector, not its DDP wrapper.
+    Each process runs its share of the images; rank 0 gathers, writes `detections.json` and scores
+    by `evaluator`, the others return None. `model` is the bare detector, not its DDP wrapper.
     """
     model.eval()
     utils.share_buffers(model)
@@ -267,10 +269,8 @@ def evaluate(
         images, _ = to_device(images, targets, device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             outputs = model(images)
-        rows += [
-            coco_eval.detection_rows(output, image_id, category_ids)
-            for output, image_id in zip(outputs, image_ids, strict=True)
-        ]
+        rows.append(coco_eval.detection_rows(outputs, image_ids, category_ids))
+    seconds = progress.seconds
     detections = utils.gather_rows(np.concatenate(rows))
     if detections is None:
         return None
@@ -278,8 +278,11 @@ def evaluate(
     detections = detections[np.argsort(detections[:, 0], kind="stable")]
     coco_eval.write_results(detections, output_dir / "detections.json")
     index = loader.dataset.index
+    begin = time.perf_counter()
+    numbers = coco_eval.score(index, detections, evaluator)
     utils.log(
-        f"evaluation: {len(index):,} images in {progress.seconds:.1f} s, "
-        f"{len(index) / progress.seconds:.2f} images/s, {len(detections):,} detections"
+        f"evaluation: {len(index):,} images in {seconds:.1f} s, "
+        f"{len(index) / seconds:.2f} images/s; {len(detections):,} detections, scored by "
+        f"{evaluator} in {time.perf_counter() - begin:.1f} s"
     )
-    return coco_eval.score(index, detections)
+    return numbers

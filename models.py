@@ -177,8 +177,10 @@ class BoxPool(MultiScaleRoIAlign):
             super().forward(alike, [b[:0] for b in boxes], image_shapes)
         cells, weights = self._cells([f.shape for f in features], boxes)
         channels = features[0].shape[1]
-        rows = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels).float() for f in features])
-        sums = _WeightedSum.apply(rows, cells.flatten(0, 1), weights.flatten(0, 1))
+        # In bfloat16 sums are kept in float32 until they are written; float16 has no such kernel.
+        dtype = torch.bfloat16 if features[0].dtype == torch.bfloat16 else torch.float32
+        rows = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features]).to(dtype)
+        sums = _WeightedSum.apply(rows, cells.flatten(0, 1), weights.flatten(0, 1).to(dtype))
         pooled = sums.view(-1, *self.output_size, channels).permute(0, 3, 1, 2)
         return pooled.to(features[0].dtype)
 

@@ -89,6 +89,19 @@ def image_seed(seed: int, epoch: int, image: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, image)).generate_state(1, np.uint64)[0])
 
 
-def evaluation_share(images: int, world_size: int = 1, rank: int = 0) -> range:
-    """The images that a process evaluates: shares without padding, so none is scored twice."""
-    return range(rank, images, world_size)
+def evaluation_batches(
+    sizes: np.ndarray, batch_size: int, world_size: int = 1, rank: int = 0
+) -> list[list[int]]:
+    """The batches of image positions that a process evaluates; no image is in two of them.
+
+    `sizes` is `[I, 2]`, width and height. A batch holds images of one size only: the model pads
+    those of different sizes, which changes what it sees near their borders, and so how many are
+    evaluated together is a matter of speed alone.
+    """
+    _, group = np.unique(sizes, axis=0, return_inverse=True)
+    batches = []
+    for members in np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1]):
+        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
+    # Full ones first, so that the shares of the processes differ by one batch at most.
+    batches.sort(key=len, reverse=True)
+    return [batch.tolist() for batch in batches[rank::world_size]]

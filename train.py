@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import checkpoint
+import coco_check
 import coco_eval
 import coco_utils
 import engine
@@ -91,6 +92,11 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="images in a step on each device (default: %(default)s)")
     add("-j", "--workers", type=natural, metavar="N",
         help="loading processes for each device (default: 4, or the number of cores for each)")
+    add("--check-data", action="store_true",
+        help="open every image, report what is in the data and all that is wrong with it, and end")
+    add("--max-bad-images", type=natural, default=0, metavar="N",
+        help="open every image first and go on without those that cannot be used, if they are not "
+        "more than N (default: do not look; the first bad one ends the run)")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -167,8 +173,15 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="steps from one report of losses to the next (default: %(default)s)")
     add("--resume", metavar="FILE|auto",
         help="continue from a checkpoint; auto: from the newest in --output-dir, if there is one")
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
     add("--test-only", action="store_true",
         help="evaluate --resume or --weights; the flags of training have no effect then")
+    add("--eval-batch-size", type=count, metavar="N",
+        help="images of one size evaluated together; changes nothing but speed and memory "
+        "(default: 8 on CUDA, 1 on a CPU)")
+    add("--evaluator", choices=coco_eval.EVALUATORS,
+        help="what computes COCO's numbers; both give the same (default: the first if installed)")
 
 
 # fmt: on
@@ -194,7 +207,12 @@ SHAPE = (
 )
 
 
-def settle(args: argparse.Namespace, saved: dict | None) -> None:
+def default_workers() -> int:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(4, (os.cpu_count() or 1) // processes))
+
+
+def settle(args: argparse.Namespace, saved: dict | None, device: torch.device) -> None:
     """Fill in what was left out, by a checkpoint's arguments or by default; refuse what clashes."""
     for name in SHAPE if saved else ():
         given, before = getattr(args, name), saved[name]
@@ -223,8 +241,9 @@ def settle(args: argparse.Namespace, saved: dict | None) -> None:
         args.lr_steps = args.lr_steps or [round(args.epochs * e / 26) for e in (16, 22)]
         args.lr_gamma = 0.1 if args.lr_gamma is None else args.lr_gamma
     if args.workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = max(1, min(4, (os.cpu_count() or 1) // processes))
+        args.workers = default_workers()
+    args.eval_batch_size = args.eval_batch_size or (8 if device.type == "cuda" else 1)
+    args.evaluator = args.evaluator or coco_eval.default_evaluator()
 
 
 def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> None:
@@ -271,6 +290,10 @@ def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> 
             "--nproc-per-node N, or start_scripts/train_fasterrcnn_resnet50_amp_dist_torch.sh",
         ),
         (args.dist_url and "RANK" not in os.environ, "--dist-url needs torchrun"),
+        (
+            args.evaluator not in coco_eval.LIBRARIES,
+            f"--evaluator {args.evaluator} is not installed: pip install {args.evaluator}",
+        ),
     ):
         if wrong:
             raise UsageError(reason)
@@ -312,9 +335,9 @@ class Data:
     train_loader: DataLoader | None = None
 
 
-def load_data(args: argparse.Namespace, pinned: bool, saved: dict | None) -> Data:
-    """Find, read and check the data; `saved` is the checkpoint that is resumed."""
-    val_index = read_index(args, "val")
+def load_data(args: argparse.Namespace, indexes: dict, pinned: bool, saved: dict | None) -> Data:
+    """What the epochs draw on, from `indexes` by part; `saved` is the checkpoint to resume."""
+    val_index = indexes["val"]
     known = coco_utils.Categories.from_list(saved["categories"]) if saved else None
     make_loader = partial(
         DataLoader,
@@ -327,7 +350,7 @@ def load_data(args: argparse.Namespace, pinned: bool, saved: dict | None) -> Dat
         categories = known or val_index.categories
         plan = train_loader = None
     else:
-        index = read_index(args, "train")
+        index = indexes["train"]
         categories = index.categories
         if known and known != categories:
             raise UsageError(
@@ -344,17 +367,60 @@ def load_data(args: argparse.Namespace, pinned: bool, saved: dict | None) -> Dat
         )
         train_loader = make_loader(dataset, batch_sampler=plan, generator=torch.Generator())
     categories.check_contains(val_index.categories, val_index.annotation_file)
-    share = samplers.evaluation_share(len(val_index), utils.world_size(), utils.rank())
+    share = samplers.evaluation_batches(
+        val_index.sizes, args.eval_batch_size, utils.world_size(), utils.rank()
+    )
     val_set = coco_utils.CocoDetection(val_index, categories)
-    val_loader = make_loader(val_set, sampler=share, generator=torch.Generator())
+    val_loader = make_loader(val_set, batch_sampler=share, generator=torch.Generator())
     return Data(categories, val_loader, plan, train_loader)
+
+
+def read_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
+    """The annotation files by part, "val" and "train", after the quick check."""
+    indexes = {}
+    for part in ("val",) if args.test_only else ("val", "train"):
+        index = indexes[part] = read_index(args, part)
+        found = coco_check.faults(index, missing=not args.max_bad_images)
+        coco_check.refuse(index, found)
+        utils.log(f"{part}: {index.annotation_file}: {coco_check.summary(index)}")
+        for fault in found:
+            utils.log(f"{part}: {fault}")
+    return indexes
 
 
 def read_index(args: argparse.Namespace, part: str) -> coco_utils.CocoIndex:
     paths = (getattr(args, f"{part}_annotations"), getattr(args, f"{part}_images"))
-    index = coco_utils.CocoIndex(coco_utils.find_split(args.data_path, part, *paths))
-    utils.log(f"{part}: {index.annotation_file}: {index.summary()}")
-    return index
+    return coco_utils.CocoIndex(coco_utils.find_split(args.data_path, part, *paths))
+
+
+def drop_bad_images(args: argparse.Namespace, indexes: dict) -> dict[str, coco_utils.CocoIndex]:
+    """The indexes without the images that cannot be used, of which there may be a few."""
+    bad = {part: coco_check.unreadable_images(x, args.workers) for part, x in indexes.items()}
+    total = sum(map(len, bad.values()))
+    if total > args.max_bad_images:
+        found = "; ".join(
+            str(f) for images in bad.values() for f in coco_check.image_faults(images)
+        )
+        raise coco_utils.DataError(f"--max-bad-images {args.max_bad_images}, but {found}")
+    for part, images in bad.items():
+        for _, _, message in images:
+            utils.log(f"{part}: left out: {message}")
+    return {part: x.without([i for i, *_ in bad[part]]) for part, x in indexes.items()}
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Report on the data, every image opened; raise DataError if it cannot be trained on."""
+    if utils.rank() != 0:
+        return
+    workers = default_workers() if args.workers is None else args.workers
+    parts = ("val",) if args.test_only else ("train", "val")
+    indexes = {part: read_index(args, part) for part in parts}
+    wrong = sum(coco_check.examine(index, part, workers) for part, index in indexes.items())
+    known, val = indexes[parts[0]].categories, indexes["val"]
+    known.check_contains(val.categories, val.annotation_file)
+    if wrong:
+        raise coco_utils.DataError(f"{wrong} kinds of faults, listed above, have to be mended")
+    utils.log("nothing here stands in the way of a training")
 
 
 # -------------------------------------------------------------------------------------- model
@@ -638,17 +704,24 @@ def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtyp
 def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     args = parse_arguments(argv)
+    if args.check_data:
+        check_data(args)
+        return
     device = choose_device(args.device)
     saved = read_resumed(args)
-    settle(args, saved and saved["args"])
+    settle(args, saved and saved["args"], device)
     refuse_what_cannot_apply(args, device)
     prepare_output(args.output_dir)
     amp_dtype, precision = engine.precision(device, args.amp, args.amp_dtype)
     no_gpu = "" if torch.cuda.is_available() or args.device else ": no CUDA device was found"
     utils.log(f"device: {device.type}{no_gpu}, precision: {precision}")
 
-    data = load_data(args, device.type == "cuda", saved)
+    indexes = read_indexes(args)
+    data = load_data(args, indexes, device.type == "cuda", saved)
     utils.start_processes(device, args.dist_url or "env://")
+    if args.max_bad_images:
+        indexes = drop_bad_images(args, indexes)
+        data = load_data(args, indexes, device.type == "cuda", saved)
     if args.use_deterministic_algorithms:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -663,6 +736,7 @@ def main(argv: list[str] | None = None) -> None:
         device=device,
         amp_dtype=amp_dtype,
         output_dir=args.output_dir,
+        evaluator=args.evaluator,
     )
     if args.test_only:
         step = saved and saved["step"]

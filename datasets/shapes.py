@@ -3,7 +3,7 @@
 
 usage: shapes.py FOLDER
 
-Coloured circles, squares and triangles of 20 to 80 pixels lie on mottled ground, some over others.
+Coloured circles, squares and triangles of 24 to 64 pixels lie on mottled ground, some over others.
 What real data has is here in small: gaps in the category ids, pictures without objects, a crowd.
 The pictures depend on nothing but the seed in this file.
 """
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 CATEGORIES = {1: "circle", 3: "square", 6: "triangle"}
 SIDE = 128
-PICTURES = {"train": 400, "val": 60}
+PICTURES = {"train": 400, "val": 50}
 SEED = 2017
 
 
@@ -69,9 +69,9 @@ def make_picture(rng: np.random.Generator, empty: bool, crowd: bool) -> tuple[Im
     if crowd:
         category_id = int(rng.choice(list(CATEGORIES)))
         objects.append((category_id, draw_crowd(picture, category_id, rng), 1))
-    for _ in range(0 if empty else rng.integers(1, 6)):
-        w = rng.uniform(20, 80)
-        h = np.clip(w * rng.uniform(0.7, 1.4), 20, 80)
+    for _ in range(0 if empty else rng.integers(2, 10)):
+        w = rng.uniform(24, 64)
+        h = np.clip(w * rng.uniform(0.7, 1.4), 24, 64)
         x, y = rng.uniform(0, SIDE - w), rng.uniform(0, SIDE - h)
         box = [round(float(value), 1) for value in (x, y, w, h)]
         if max((overlap(box, other) for _, other, _ in objects), default=0) < 0.35:

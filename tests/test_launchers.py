@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, losses, run, train
-from test_coco_utils import nan_box, rewrite, split_of
+from test_coco_utils import rewrite, split_of
 from test_train import evaluations, weights_hash
 
 import coco_utils
@@ -162,13 +162,28 @@ def test_what_is_wrong_ends_all_processes_with_2_and_one_message(tiny, tmp_path,
         "weights": ("--data-path", tiny, "--weights-backbone", "IMAGE9"),
     }.get(case, ("--data-path", tiny))
     if case == "nan":
-        rewrite(split_of(tiny), nan_box)
+        box = [1.0, float("nan"), 5, 5]
+        rewrite(split_of(tiny), lambda data: data["annotations"][2].update(bbox=box))
     if case == "picture":
         (tiny / "train2017/3.png").write_bytes(b"no picture")
     done = launch(ALL, *flags, "--output-dir", tmp_path / "out", timeout=120)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("train.py: error:") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_both_processes_leave_out_the_same_bad_images(tiny, tmp_path):
+    """One process would find the first, the other the second: each opens half of the images."""
+    for name in ("2", "5"):
+        (tiny / f"train2017/{name}.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    done = launch(
+        *(ALL, "--data-path", tiny, "--output-dir", out, "-b", "1", "--max-bad-images", "2"),
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left out:") == 2
+    assert len(losses(out)) == 3  # six images by twos
 
 
 def test_a_loss_that_is_not_finite_stops_both_processes(tiny, tmp_path):

@@ -84,6 +84,17 @@ def test_aspect_ratio_groups_tell_shapes_apart():
     assert set(samplers.aspect_ratio_groups(widths, heights, -1)) == {0}
 
 
-def test_evaluation_shares_have_every_image_once():
-    shares = [samplers.evaluation_share(7, 3, rank) for rank in range(3)]
-    assert sorted(image for share in shares for image in share) == list(range(7))
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (1, 3), (4, 1), (4, 2), (8, 3)])
+def test_evaluation_batches_have_every_image_once_and_one_size_each(batch_size, world_size):
+    sizes = np.array([(64, 48)] * 11 + [(48, 64)] * 6 + [(50, 50)])
+    sizes = np.random.default_rng(0).permutation(sizes)
+    shares = [
+        samplers.evaluation_batches(sizes, batch_size, world_size, rank)
+        for rank in range(world_size)
+    ]
+    batches = [batch for share in shares for batch in share]
+    assert sorted(image for batch in batches for image in batch) == list(range(18))
+    assert all(len(set(map(tuple, sizes[batch]))) == 1 for batch in batches)
+    assert max(map(len, batches)) == min(batch_size, 11)
+    images = [sum(map(len, share)) for share in shares]
+    assert max(images) - min(images) <= batch_size

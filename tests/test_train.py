@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, SMALL, losses, run, train
-from test_coco_utils import nan_box, no_width, rewrite, split_of, unknown_category
+from test_coco_utils import rewrite, split_of
 
+import coco_eval
 import coco_utils
 import models
 import train as train_module
@@ -141,6 +143,34 @@ def test_testing_a_checkpoint_gives_its_ap_again(tiny, tmp_path):
     assert numbers["AP"] == best
 
 
+def test_how_many_images_are_evaluated_together_changes_nothing(tiny, tmp_path):
+    """Nor does what scores them: detections and numbers stay the same."""
+    done = train("--data-path", tiny, "--output-dir", tmp_path, "--epochs", "2")
+    assert done.returncode == 0, done.stderr
+
+    def test(name, *flags):
+        out = tmp_path / name
+        tested = run(
+            *(sys.executable, ROOT / "train.py", "--data-path", tiny, "--test-only", "-j", "0"),
+            *("--resume", tmp_path / "checkpoint.pth", "--output-dir", out, *flags),
+        )
+        assert tested.returncode == 0, tested.stderr
+        for evaluator in coco_eval.EVALUATORS:
+            assert (f"scored by {evaluator} " in tested.stdout) == (evaluator in flags)
+        detections = json.loads((out / "detections.json").read_text())
+        return evaluations(out), detections
+
+    common = ("--val-annotations", split_of(tiny).annotations, "--val-images", tiny / "train2017")
+    numbers, found = test("one", *common, "--evaluator", "pycocotools")
+    assert len(found) > 8
+    other = coco_eval.default_evaluator()
+    same_numbers, same = test("four", *common, "--evaluator", other, "--eval-batch-size", "4")
+    for a, b in zip(found, same, strict=True):
+        assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+        assert [*a["bbox"], a["score"]] == pytest.approx([*b["bbox"], b["score"]], abs=1e-3)
+    assert numbers[0]["AP"] == pytest.approx(same_numbers[0]["AP"], abs=1e-6)
+
+
 def test_fine_tuning_from_a_file_replaces_the_head_for_other_categories(tiny, tmp_path):
     assert train("--data-path", tiny, "--output-dir", tmp_path / "a").returncode == 0
     flags = [flag for flag in SMALL if flag not in ("--weights-backbone", "none")]
@@ -202,12 +232,48 @@ def refused(*flags, **environment):
     return done.stderr
 
 
-@pytest.mark.parametrize("change", [nan_box, unknown_category, no_width])
-def test_bad_annotations_end_with_2_and_name_the_file(tiny, tmp_path, change):
-    rewrite(split_of(tiny), change)
+def break_both_parts(tiny) -> None:
+    """An unknown category among the training annotations, and a validation image cut short."""
+    rewrite(split_of(tiny), lambda data: data["annotations"][2].update(category_id=77))
+    file = split_of(tiny, "val").images / "1.png"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def test_bad_annotations_end_with_2_and_name_the_file(tiny, tmp_path):
+    break_both_parts(tiny)
     message = refused("--data-path", tiny, "--output-dir", tmp_path)
     assert "instances_train2017.json" in message
-    assert "10" in message
+    assert "1001 of image 101" in message
+
+
+def test_checking_data_names_everything_wrong_and_ends_with_2(tiny, tmp_path):
+    flags = ("--data-path", tiny, "--check-data", "--output-dir", tmp_path / "out")
+    done = train(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "8 images, 12 boxes in 2 categories" in done.stdout
+    assert "nothing here stands in the way" in done.stdout
+    break_both_parts(tiny)
+    done = train(*flags)
+    assert done.returncode == 2
+    assert "wrong: 1 annotations whose category_id the file does not define" in done.stdout
+    assert "1001 of image 101" in done.stdout
+    assert re.search(r"wrong: 1 image files that cannot be read: .*val2017.1\.png", done.stdout)
+    assert "2 kinds of faults" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_few_bad_images_may_be_left_out(tiny, tmp_path):
+    flags = ("--data-path", tiny, "--output-dir", tmp_path / "out")
+    (split_of(tiny).images / "3.png").write_bytes(b"no picture")
+    (split_of(tiny, "val").images / "2.png").unlink()
+    message = refused(*flags, "--max-bad-images", "1")
+    assert all(f"{name}.png cannot be read" in message for name in ("train2017/3", "val2017/2"))
+    done = train(*flags, "--max-bad-images", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"train: left out: .*3\.png cannot be read", done.stdout)
+    assert re.search(r"val: left out: .*2\.png cannot be read", done.stdout)
+    start = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
+    assert (start["train_images"], start["val_images"]) == (7, 2)
 
 
 def test_missing_things_end_with_2_and_are_named(tiny, tmp_path):
@@ -229,7 +295,7 @@ def settled(*flags) -> argparse.Namespace:
     """What `main` does with flags before it looks at data."""
     args = train_module.parse_arguments([str(flag) for flag in flags])
     device = train_module.choose_device(args.device)
-    train_module.settle(args, None)
+    train_module.settle(args, None, device)
     train_module.refuse_what_cannot_apply(args, device)
     return args
 
@@ -260,6 +326,15 @@ def settled(*flags) -> argparse.Namespace:
 def test_flags_that_cannot_apply_are_refused_with_a_reason(flags, message):
     with pytest.raises(train_module.UsageError, match=message):
         settled(*flags.split())
+
+
+def test_an_evaluator_that_is_not_installed_is_refused(monkeypatch):
+    assert settled().evaluator == coco_eval.default_evaluator()
+    assert settled().eval_batch_size == 1
+    monkeypatch.delitem(coco_eval.LIBRARIES, "faster-coco-eval", raising=False)
+    assert settled().evaluator == "pycocotools"
+    with pytest.raises(train_module.UsageError, match="pip install faster-coco-eval"):
+        settled("--evaluator", "faster-coco-eval")
 
 
 def test_unknown_weights_end_with_2(tiny, tmp_path):

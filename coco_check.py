@@ -1,0 +1,287 @@
+"""What is in a COCO-format data set, and everything that is wrong with it, by kind.
+
+`faults` needs the annotation file and a listing of the image folder, so it runs before every
+training; `unreadable_images` opens every picture, which takes minutes for a large data set.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import utils
+from coco_utils import MAX_PIXELS, CocoIndex, DataError, Fault, read_image
+
+EXAMPLES = 20
+MISSING = "image files that are missing"
+
+
+def refuse(index: CocoIndex, found: Iterable[Fault]) -> None:
+    """Raise one DataError that names every fatal fault, if there is any."""
+    fatal = [str(fault) for fault in found if fault.fatal]
+    if fatal:
+        gap = "\n  " if len(fatal) > 1 else " "
+        raise DataError(f"{index.annotation_file}:{gap}{gap.join(fatal)}")
+
+
+# ------------------------------------------------------------------------------ the quick check
+
+
+def faults(index: CocoIndex, missing: bool = True) -> list[Fault]:
+    """Everything wrong that shows without opening an image; `missing`: missing images, too.
+
+    Fatal is what dropping a box cannot repair. The others say what training does about them.
+    """
+    found = [*index.faults, *_image_faults(index), *_file_faults(index), *_annotation_faults(index)]
+    return [fault for fault in found if fault.count and (missing or fault.kind != MISSING)]
+
+
+def _image_faults(index: CocoIndex) -> Iterable[Fault]:
+    yield _of_images(index, "images whose id another image has", _repeated(index.image_ids))
+    sizes = index.sizes.astype(np.int64)
+    yield _of_images(index, "images without a positive size", (sizes <= 0).any(axis=1))
+    yield _of_images(
+        index,
+        f"images of more than {MAX_PIXELS:,} pixels",
+        sizes.prod(axis=1) > MAX_PIXELS,
+        remedy="Store smaller ones",
+    )
+
+
+def _file_faults(index: CocoIndex) -> Iterable[Fault]:
+    missing, outside = _look_for(index)
+    folder = index.image_dir
+    yield _of_images(
+        index,
+        f"file names that lead out of {folder}",
+        outside,
+        remedy="Store the pictures in that folder (it may be a link itself)",
+    )
+    remedy = f"Put them into {folder}, or take them out of the file"
+    yield _of_images(index, MISSING, missing, remedy=remedy)
+    yield _of_images(
+        index,
+        "images whose file another image has",
+        _repeated(index.file_names),
+        remedy="Each of them counts",
+        fatal=False,
+    )
+
+
+def _look_for(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
+    """Which files are missing, and which lead out of the image folder, also by links: bool `[I]`.
+
+    One listing of each folder costs less than asking for every file.
+    """
+    root = os.path.realpath(index.image_dir)
+    missing, outside = np.zeros((2, len(index)), dtype=bool)
+    listings = {}
+    for i in range(len(index)):
+        name = index.file_name(i)
+        if (".." in name or os.path.isabs(name)) and _leads_out(name):
+            outside[i] = True
+            continue
+        folder, _, base = name.rpartition("/")
+        if folder not in listings:
+            listings[folder] = _listing(os.path.join(root, folder), root)
+        suspect = listings[folder].get(base)
+        missing[i] = suspect is None
+        if suspect:
+            outside[i] = not _inside(os.path.join(root, name), root)
+    return missing, outside
+
+
+def _leads_out(name: str) -> bool:
+    path = os.path.normpath(name)
+    return os.path.isabs(path) or path == ".." or path.startswith(".." + os.sep)
+
+
+def _listing(folder: str, root: str) -> dict[str, bool]:
+    """The names in a folder, and whether each may be a way out of `root`."""
+    out = not _inside(folder, root)
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: out or entry.is_symlink() for entry in entries}
+    except OSError:
+        return {}
+
+
+def _inside(path: str, root: str) -> bool:
+    return os.path.realpath(path).startswith(os.path.join(root, "")) or path == root
+
+
+def _annotation_faults(index: CocoIndex) -> Iterable[Fault]:
+    x, y, width, height = index.boxes.T
+    named = index.annotation_ids >= 0
+    yield _of_rows(
+        index,
+        "annotations whose id another annotation has",
+        named & _repeated(np.where(named, index.annotation_ids, -1)),
+    )
+    yield _of_rows(
+        index,
+        "annotations whose category_id the file does not define",
+        ~np.isin(index.category_ids, index.categories.ids),
+    )
+    broken = ~np.isfinite(index.boxes).all(axis=1)
+    yield _of_rows(index, "annotations with NaN or infinity in their bbox", broken)
+    sides = index.sizes[index.image_of_rows()].T
+    beyond = (x >= sides[0]) | (y >= sides[1]) | (x + width <= 0) | (y + height <= 0)
+    outside = beyond & index.usable
+    yield _of_rows(index, "boxes wholly outside their image", outside & ~broken)
+    dropped = {"remedy": "They do not train", "fatal": False}
+    negative = ((width < 0) | (height < 0)) & ~broken
+    flat = ~negative & ((width == 0) | (height == 0)) & ~broken
+    yield _of_rows(index, "boxes of negative width or height", negative, **dropped)
+    yield _of_rows(index, "boxes of zero width or height", flat, **dropped)
+    # Less than this is rounding in the tool that wrote the file.
+    slack = 0.01
+    over = (np.minimum(x, y) < -slack) | (x + width > sides[0] + slack)
+    over |= y + height > sides[1] + slack
+    yield _of_rows(
+        index,
+        "boxes partly outside their image",
+        over & ~outside & ~broken & ~negative & ~flat,
+        remedy="They are cut off at its border",
+        fatal=False,
+    )
+
+
+def _repeated(values: np.ndarray) -> np.ndarray:
+    """Which of the values, bool, stand there more than once."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def _of_images(index: CocoIndex, kind: str, wrong: np.ndarray, **rest) -> Fault:
+    images = np.flatnonzero(wrong)
+    found = [f"{index.file_name(i)} (id {index.image_ids[i]})" for i in images[:EXAMPLES]]
+    return Fault(kind, found, len(images), **rest)
+
+
+def _of_rows(index: CocoIndex, kind: str, wrong: np.ndarray, **rest) -> Fault:
+    rows = np.flatnonzero(wrong)
+    images = index.image_ids[index.image_of_rows()[rows[:EXAMPLES]]]
+    ids = index.annotation_ids[rows[:EXAMPLES]]
+    found = [f"{i} of image {image}" for i, image in zip(ids, images, strict=True)]
+    return Fault(kind, found, len(rows), **rest)
+
+
+# ------------------------------------------------------------------------------ opening images
+
+
+class _Opening(Dataset):
+    """`dataset[i]` is None, or what is wrong with image i as (i, kind, message)."""
+
+    def __init__(self, index: CocoIndex):
+        self.index = index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[int, str, str] | None:
+        width, height = self.index.sizes[i].tolist()
+        try:
+            read_image(self.index.image_dir / self.index.file_name(i), width, height)
+        except DataError as error:
+            return i, error.kind, str(error)
+        return None
+
+
+def unreadable_images(index: CocoIndex, workers: int) -> list[tuple[int, str, str]]:
+    """Open every image of the index, each process a share, with a progress bar.
+
+    Returns (position, kind, message) of those that cannot be used, on every process the same list.
+    Files outside the image folder, which `faults` names, are not opened.
+    """
+    _, outside = _look_for(index)
+    share = np.flatnonzero(~outside)[utils.rank() :: utils.world_size()].tolist()
+    loader = DataLoader(
+        _Opening(index),
+        batch_size=16,
+        sampler=share,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+    )
+    found = []
+    for batch in utils.Progress(loader, len(loader), 0, "opening images"):
+        found += [wrong for wrong in batch if wrong is not None]
+    return sorted(chain.from_iterable(utils.gather_objects(found)))
+
+
+def image_faults(unreadable: Sequence[tuple[int, str, str]]) -> list[Fault]:
+    """What `unreadable_images` returns, by kind."""
+    kinds = {}
+    for _, kind, message in unreadable:
+        kinds.setdefault(kind, []).append(message)
+    remedy = "Mend them, or take them out of the file"
+    return [
+        Fault(kind, messages[:EXAMPLES], len(messages), remedy) for kind, messages in kinds.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------ the report
+
+
+def examine(index: CocoIndex, part: str, workers: int) -> int:
+    """Log what is in a data set and everything wrong with it; return how many kinds are fatal."""
+    utils.log(f"{part}: {index.annotation_file}\n{report(index)}")
+    found, begin = faults(index, missing=False), time.perf_counter()
+    found += image_faults(unreadable_images(index, workers))
+    utils.log(f"  opened {len(index):,} images in {time.perf_counter() - begin:.1f} s")
+    for fault in found:
+        utils.log(f"  {'wrong' if fault.fatal else 'note'}: {fault}")
+    return sum(fault.fatal for fault in found)
+
+
+def summary(index: CocoIndex) -> str:
+    """One line for the log: what there is, and what of it does not train."""
+    sizeless = np.count_nonzero(~index.usable & ~index.iscrowd)
+    parts = [
+        f"{len(index):,} images",
+        f"{len(index.boxes):,} boxes in {len(index.categories.ids)} categories",
+        f"{len(index) - len(index.images_with_boxes()):,} images without a usable box",
+        f"{np.count_nonzero(index.iscrowd):,} crowd boxes",
+        f"{sizeless:,} boxes without a size",
+    ]
+    return ", ".join(parts[:2] + [part for part in parts[2:] if not part.startswith("0 ")])
+
+
+def report(index: CocoIndex) -> str:
+    """What is in the data set, as lines for the console."""
+    areas = index.areas[~index.iscrowd]
+    small, large = (np.count_nonzero(x) for x in (areas < 32**2, areas > 96**2))
+    lines = [
+        f"  {summary(index)}",
+        f"  image sizes: {_image_sizes(index.sizes)}",
+        f"  box sizes: {small:,} small (area under 32 x 32), {len(areas) - small - large:,} "
+        f"medium, {large:,} large (over 96 x 96)",
+        "  boxes that are no crowds, and images with them, by category:",
+    ]
+    names, images = index.categories.names, index.image_of_rows()
+    width = max(map(len, names))
+    for category_id, name in zip(index.categories.ids, names, strict=True):
+        rows = (index.category_ids == category_id) & ~index.iscrowd
+        boxes, with_them = np.count_nonzero(rows), len(np.unique(images[rows]))
+        lines.append(f"    {name:<{width}} {boxes:9,} {with_them:9,}")
+    return "\n".join(lines)
+
+
+def _image_sizes(sizes: np.ndarray) -> str:
+    """The most frequent sizes with their numbers, and how many others there are."""
+    values, counts = np.unique(sizes, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    shown = [f"{values[i, 0]} x {values[i, 1]} ({counts[i]:,})" for i in order[:5]]
+    (low_w, low_h), (high_w, high_h) = sizes.min(axis=0), sizes.max(axis=0)
+    more = (
+        f" and {len(values) - 5:,} other sizes from {low_w} to {high_w} wide and {low_h} to "
+        f"{high_h} high"
+        if len(values) > 5
+        else ""
+    )
+    return ", ".join(shown) + more

@@ -1,0 +1,208 @@
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from conftest import write_part
+from PIL import Image
+from test_coco_utils import rewrite, split_of
+
+import coco_check
+from coco_utils import CocoIndex, DataError, Split
+
+
+def kinds_of(index: CocoIndex) -> dict[str, list[str]]:
+    return {fault.kind: fault.found for fault in coco_check.faults(index)}
+
+
+def change_annotation(**values):
+    return lambda data: data["annotations"][2].update(values)
+
+
+def change_image(**values):
+    return lambda data: data["images"][0].update(values)
+
+
+FATAL = [
+    (change_annotation(bbox=[1.0, float("nan"), 5, 5]), "NaN or infinity", "1001 of image 101"),
+    (change_annotation(bbox=[1.0, 2.0, float("inf"), 5]), "NaN or infinity", "1001 of image 101"),
+    (change_annotation(bbox=[1.0, 2.0]), "annotations whose 'bbox' is not four num", "id 1001"),
+    (change_annotation(category_id=77), "category_id the file does not", "1001 of image 101"),
+    (change_annotation(image_id=77), "images that the file does not list", "1001 of image 77"),
+    (change_annotation(id=0), "annotations whose id another", "0 of image 100"),
+    (change_annotation(bbox=[900, 2, 5, 5]), "wholly outside", "1001 of image 101"),
+    (change_image(id=101), "images whose id another image has", "0.png (id 101)"),
+    (change_image(id=2**60), "images whose 'id' is not a whole number", f"id {2**60}"),
+    (change_image(file_name="../../x.png"), "lead out of", "../../x.png (id 100)"),
+    (change_image(file_name="/x.png"), "lead out of", "/x.png (id 100)"),
+    (change_image(file_name="gone.png"), "files that are missing", "gone.png (id 100)"),
+    (change_image(file_name="no/0.png"), "files that are missing", "no/0.png (id 100)"),
+    (change_image(file_name=7), "images whose 'file_name' is not a text", "id 100"),
+    (change_image(width=None), "images without 'width'", "id 100"),
+    (change_image(height=-3), "images without a positive size", "0.png (id 100)"),
+    (change_image(width=10_000, height=10_000), "images of more than 89,", "0.png (id 100)"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "found"), FATAL)
+def test_what_cannot_be_repaired_is_refused_with_file_and_id(tiny, change, kind, found):
+    split = split_of(tiny)
+    rewrite(split, change)
+    index = CocoIndex(split)
+    faults = coco_check.faults(index)
+    assert any(f.fatal and kind in f.kind and found in f.found for f in faults), faults
+    with pytest.raises(DataError) as caught:
+        coco_check.refuse(index, faults)
+    for part in (str(split.annotations), kind, found):
+        assert part in str(caught.value)
+
+
+def test_good_data_has_no_faults(tiny):
+    assert coco_check.faults(CocoIndex(split_of(tiny))) == []
+
+
+def test_all_faults_are_named_at_once(tiny):
+    split = split_of(tiny)
+    rewrite(split, change_annotation(category_id=77))
+    rewrite(split, change_image(file_name="gone.png"))
+    index = CocoIndex(split)
+    with pytest.raises(DataError, match=r"(?s)gone\.png.*\n.*1001 of image 101"):
+        coco_check.refuse(index, coco_check.faults(index))
+
+
+def test_boxes_that_are_dropped_or_cut_are_counted_by_kind(tiny):
+    split = split_of(tiny)
+
+    def change(data):
+        for row, box in zip(
+            data["annotations"],
+            ([1, 1, 0, 5], [1, 1, 5, -2], [-3, 0, 10, 10], [56, 20, 8.005, 20]),
+            strict=False,
+        ):
+            row["bbox"] = box
+
+    rewrite(split, change)
+    index = CocoIndex(split)
+    faults = coco_check.faults(index)
+    assert not any(fault.fatal for fault in faults)
+    coco_check.refuse(index, faults)
+    assert kinds_of(index) == {
+        "boxes of zero width or height": ["0 of image 100"],
+        "boxes of negative width or height": ["1000 of image 101"],
+        "boxes partly outside their image": ["1001 of image 101"],
+    }
+    assert index.usable[:4].tolist() == [False, False, True, True]
+    assert "2 boxes without a size" in coco_check.summary(index)
+
+
+def test_two_images_of_one_file_are_noted(tiny):
+    split = split_of(tiny)
+    rewrite(split, change_image(file_name="2.png"))
+    found = kinds_of(CocoIndex(split))
+    assert found == {"images whose file another image has": ["2.png (id 100)", "2.png (id 102)"]}
+
+
+def test_more_than_twenty_are_counted(tmp_path):
+    boxes = [[[2, 1, 1, 5, 5]]] * 30
+    split = Split(write_part(tmp_path, "train", [(20, 20)] * 30, boxes), tmp_path / "train2017")
+    rewrite(split, lambda data: [a.update(category_id=9) for a in data["annotations"]])
+    index = CocoIndex(split)
+    (fault,) = coco_check.faults(index)
+    assert fault.count == 30
+    assert len(fault.found) == 20
+    assert re.search(r"^30 annotations .* and 10 more\.", str(fault))
+
+
+def test_links_may_stay_inside_the_folder_but_not_lead_out(tiny, tmp_path):
+    folder = split_of(tiny).images
+    secret = tmp_path / "secret.png"
+    secret.write_bytes((folder / "0.png").read_bytes())
+    (folder / "a.png").symlink_to(folder / "0.png")
+    (folder / "b.png").symlink_to(secret)
+    (folder / "sub").symlink_to(tmp_path)
+    for name, allowed in (("a.png", True), ("b.png", False), ("sub/secret.png", False)):
+        rewrite(split_of(tiny), change_image(file_name=name))
+        found = kinds_of(CocoIndex(split_of(tiny)))
+        assert (found == {}) == allowed, name
+        if not allowed:
+            assert [f"{name} (id 100)"] in found.values()
+    elsewhere = tmp_path / "linked"
+    elsewhere.symlink_to(tiny)
+    rewrite(split_of(tiny), change_image(file_name="a.png"))
+    assert coco_check.faults(CocoIndex(split_of(elsewhere))) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_image_is_opened_and_the_bad_ones_are_named_by_kind(tiny, workers):
+    split = split_of(tiny)
+    good = (split.images / "3.png").read_bytes()
+    (split.images / "0.png").write_bytes(b"")
+    (split.images / "1.png").write_bytes(good[: len(good) // 2])
+    Image.new("RGB", (9, 9)).save(split.images / "2.png")
+    Image.new("1", (10_000, 10_000)).save(split.images / "4.png")
+    os.remove(split.images / "5.png")
+    index = CocoIndex(split)
+    bad = coco_check.unreadable_images(index, workers)
+    assert [i for i, *_ in bad] == [0, 1, 2, 4, 5]
+    faults = {fault.kind: fault for fault in coco_check.image_faults(bad)}
+    assert {kind: fault.count for kind, fault in faults.items()} == {
+        "image files that cannot be read": 3,
+        "image files of another size than their annotation file says": 1,
+        "image files that are too large": 1,
+    }
+    unread = str(faults["image files that cannot be read"])
+    assert all(f"{n}.png" in unread for n in (0, 1, 5))
+
+
+def test_files_outside_are_not_opened(tiny, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    rewrite(split_of(tiny), change_image(file_name="../../x.png"))
+    assert coco_check.unreadable_images(CocoIndex(split_of(tiny)), 0) == []
+
+
+def test_the_report_counts_what_is_there(tiny):
+    split = split_of(tiny)
+
+    def change(data):
+        data["annotations"][0]["iscrowd"] = 1
+        data["annotations"][1]["area"] = 96**2 + 1
+        data["categories"].append({"id": 9, "name": "unseen"})
+
+    rewrite(split, change)
+    report = coco_check.report(CocoIndex(split))
+    for line in (
+        "8 images, 12 boxes in 3 categories, 1 images without a usable box, 1 crowd boxes",
+        "image sizes: 48 x 64 (4), 64 x 48 (4)",
+        "box sizes: 10 small (area under 32 x 32), 0 medium, 1 large",
+    ):
+        assert line in report
+    rows = [line.split() for line in report.splitlines()]
+    assert ["cat", "7", "7"] in rows
+    assert ["dog", "4", "4"] in rows
+    assert ["unseen", "0", "0"] in rows
+
+
+def test_only_a_few_of_many_image_sizes_are_listed():
+    sizes = np.array([(10 + n, 20) for n in range(8) for _ in range(n + 1)], dtype=np.int32)
+    line = coco_check._image_sizes(sizes)
+    assert line.startswith("17 x 20 (8), 16 x 20 (7)")
+    assert line.endswith("and 3 other sizes from 10 to 17 wide and 20 to 20 high")
+
+
+def test_annotations_of_every_kind_that_needs_no_repair_pass(tiny):
+    split = split_of(tiny)
+
+    def change(data):
+        data["annotations"][0].update(segmentation={"size": [48, 64], "counts": "abc"}, iscrowd=1)
+        data["annotations"][1]["segmentation"] = []
+        del data["annotations"][2]["area"]
+        data["annotations"] = data["annotations"][:6]
+
+    rewrite(split, change)
+    assert coco_check.faults(CocoIndex(split)) == []
+    rewrite(split, lambda data: data.update(annotations=[]))
+    index = CocoIndex(split)
+    assert coco_check.faults(index) == []
+    assert "0 boxes" in coco_check.report(index)
+    assert json.loads(split.annotations.read_text())["annotations"] == []
