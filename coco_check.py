@@ -79,18 +79,20 @@ def _look_for(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
     """
     root = os.path.realpath(index.image_dir)
     missing, outside = np.zeros((2, len(index)), dtype=bool)
-    listings = {}
-    for i in range(len(index)):
-        name = index.file_name(i)
-        if (".." in name or os.path.isabs(name)) and _leads_out(name):
+    listings = {"": _listing(root, root)}
+    fine = {name for name, suspect in listings[""].items() if not suspect}
+    for i, name in enumerate(map(bytes.decode, index.file_names.tolist())):
+        if name in fine:
+            continue
+        if _leads_out(name):
             outside[i] = True
             continue
         folder, _, base = name.rpartition("/")
         if folder not in listings:
             listings[folder] = _listing(os.path.join(root, folder), root)
-        suspect = listings[folder].get(base)
-        missing[i] = suspect is None
-        if suspect:
+        if base not in listings[folder]:
+            missing[i] = True
+        elif listings[folder][base]:
             outside[i] = not _inside(os.path.join(root, name), root)
     return missing, outside
 
@@ -111,7 +113,8 @@ def _listing(folder: str, root: str) -> dict[str, bool]:
 
 
 def _inside(path: str, root: str) -> bool:
-    return os.path.realpath(path).startswith(os.path.join(root, "")) or path == root
+    path = os.path.realpath(path)
+    return path == root or path.startswith(os.path.join(root, ""))
 
 
 def _annotation_faults(index: CocoIndex) -> Iterable[Fault]:
@@ -153,8 +156,8 @@ def _annotation_faults(index: CocoIndex) -> Iterable[Fault]:
 
 def _repeated(values: np.ndarray) -> np.ndarray:
     """Which of the values, bool, stand there more than once."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return counts[inverse] > 1
+    ordered = np.sort(values)
+    return np.isin(values, ordered[1:][ordered[1:] == ordered[:-1]])
 
 
 def _of_images(index: CocoIndex, kind: str, wrong: np.ndarray, **rest) -> Fault:

@@ -10,7 +10,7 @@ output=$ROOT/output/quickstart
 [ -f "$data/annotations/instances_val2017.json" ] || "$PYTHON" "$ROOT/datasets/shapes.py" "$data"
 bash "$ROOT/start_scripts/train_fasterrcnn_resnet50_amp_torch.sh" --data-path "$data" \
     --weights-backbone none --min-size 128 --batch-size 4 --epochs 3 --lr-scheduler cosineannealinglr \
-    --lr 0.02 --warmup-steps 50 --clip-grad-norm 10 --output-dir "$output" --resume auto "$@"
+    --lr 0.03 --warmup-steps 50 --clip-grad-norm 10 --output-dir "$output" --resume auto "$@"
 cat << END
 
 The results are in $output:

@@ -166,6 +166,74 @@ def test_any_decoder_gives_the_same_index(tiny, decoder, monkeypatch):
     assert index.faults == []
 
 
+def shuffled(data: dict, order: str, indent: int | None) -> str:
+    """The file with its lists in another order, and with lists and brackets that may mislead."""
+    data["images"][0]["note"] = 'ends like this: }], "annotations": [{'
+    data["annotations"][3]["segmentation"] = [{"x": [1]}, {"x": [2]}]
+    data["categories"][0]["skeleton"] = [[1, 2], [3]]
+    data["licenses"] = [{"id": 1}, {"id": 2, "annotations": []}]
+    return json.dumps({key: data[key] for key in order.split()}, indent=indent)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "images annotations categories licenses",
+        "licenses categories annotations images",
+        "categories images licenses annotations",
+        "annotations categories images",
+    ],
+)
+def test_lists_may_come_in_any_order_and_format(tiny, order, indent, monkeypatch):
+    split = split_of(tiny)
+    expected = vars(CocoIndex(split))
+    split.annotations.write_text(shuffled(json.loads(split.annotations.read_text()), order, indent))
+    for part in (1, 300, 2**20):
+        monkeypatch.setattr(coco_utils, "PART", part)
+        for name, value in vars(CocoIndex(split)).items():
+            assert np.array_equal(value, expected[name]), name
+
+
+def test_a_large_file_is_decoded_by_several_processes(tiny, monkeypatch):
+    split = split_of(tiny)
+
+    def grow(data):
+        rows = data["annotations"]
+        data["annotations"] = [{**row, "id": n} for n, row in enumerate(rows * 40)]
+
+    rewrite(split, grow)
+    whole = vars(CocoIndex(split))
+    used = []
+    in_processes = coco_utils._in_processes
+    monkeypatch.setattr(coco_utils, "PART", 500)
+    monkeypatch.setattr(coco_utils.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(coco_utils.sys, "platform", "linux")
+    monkeypatch.setattr(coco_utils, "_read_leniently", None)
+    monkeypatch.setattr(
+        coco_utils, "_in_processes", lambda *a: used.append(a[2]) or in_processes(*a)
+    )
+    for name, value in vars(CocoIndex(split)).items():
+        assert np.array_equal(value, whole[name]), name
+    assert used == [3]
+    assert len(whole["boxes"]) == 480
+
+
+def test_ids_far_apart_are_found_as_well(tiny):
+    split = split_of(tiny)
+    before = CocoIndex(split)
+
+    def change(data):
+        data["images"][0]["id"] = data["annotations"][0]["image_id"] = -(2**50)
+
+    rewrite(split, change)
+    index = CocoIndex(split)
+    assert np.array_equal(index.boxes, before.boxes)
+    for some in (before, index):
+        looked_up = some.positions_of(np.array([103, 5, 2**52, -(2**51), 107, some.image_ids[0]]))
+        assert looked_up.tolist() == [3, -1, -1, -1, 7, 0]
+
+
 def test_numbers_of_other_types_are_read_where_they_fit(tiny):
     split = split_of(tiny)
     before = CocoIndex(split)

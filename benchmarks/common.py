@@ -1,0 +1,96 @@
+"""What the benchmarks share: arms run by turns in processes of their own, medians, tables."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """With the flags that every benchmark has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--quick", action="store_true", help="a smoke test in seconds, no figures")
+    made.add_argument("--repeats", type=int, default=3, metavar="N", help="(default: 3)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write every single figure there")
+    made.add_argument("--arm", help=argparse.SUPPRESS)  # what a process of its own has to do
+    made.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return made
+
+
+def in_process(script: str, arm: str, work: Path, processes: int = 1) -> dict:
+    """The figures that one arm prints, run in one or more fresh processes of their own."""
+    command = [sys.executable, script, "--arm", arm, "--work", str(work)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        env.update(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**env, "RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        sys.exit(f"the arm {arm!r} failed, see above")
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def by_turns(arms: dict, repeats: int) -> dict[str, list[dict]]:
+    """Call every arm once, then every arm again: what disturbs the machine disturbs them all."""
+    figures = {name: [] for name in arms}
+    for turn in range(repeats):
+        for name, arm in arms.items():
+            figures[name].append(arm())
+            shown = ", ".join(f"{k} {_short(v)}" for k, v in figures[name][-1].items())
+            print(f"  {turn + 1}/{repeats}  {name}: {shown}", flush=True)
+    return figures
+
+
+def median(figures: list[dict], key: str) -> float | None:
+    values = [row[key] for row in figures if row.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def _short(value) -> str:
+    if isinstance(value, list):
+        return f"[{len(value)} numbers]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(header: list[str], rows: list[list]) -> None:
+    """Print rows as a Markdown table."""
+    cells = [header, *[["-" if v is None else _short(v) for v in row] for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    cells.insert(1, ["-" * width for width in widths])
+    for row in cells:
+        print("| " + " | ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)) + " |")
+
+
+def machine() -> dict:
+    """What a figure depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "numpy", "pillow", "pycocotools", "msgspec"):
+        versions[name] = version(name)
+    try:
+        versions["faster-coco-eval"] = version("faster-coco-eval")
+    except PackageNotFoundError:
+        versions["faster-coco-eval"] = None
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), cpu)
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), **versions}
+
+
+def save(file: Path | None, **content) -> None:
+    if file:
+        file.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
+        print(f"\nevery figure: {file}")
