@@ -130,7 +130,7 @@ def _annotation_faults(index: CocoIndex) -> Iterable[Fault]:
         "annotations whose category_id the file does not define",
         ~np.isin(index.category_ids, index.categories.ids),
     )
-    broken = ~np.isfinite(index.boxes).all(axis=1)
+    broken = ~(np.isfinite(x) & np.isfinite(y) & np.isfinite(width) & np.isfinite(height))
     yield _of_rows(index, "annotations with NaN or infinity in their bbox", broken)
     sides = index.sizes[index.image_of_rows()].T
     beyond = (x >= sides[0]) | (y >= sides[1]) | (x + width <= 0) | (y + height <= 0)

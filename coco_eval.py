@@ -66,10 +66,11 @@ def detection_rows(
             for o in outputs
         ]
     )
-    x1, y1, x2, y2, scores, labels = found.double().cpu().numpy().T  # one copy from the device
+    found[:, 2:4] -= found[:, :2]  # in float32, as everybody's results are
+    found = found.double().cpu().numpy()  # one copy from the device
     images = np.repeat(np.array(image_ids, dtype=np.float64), [len(o["labels"]) for o in outputs])
-    categories = category_ids[labels.astype(np.int64)]
-    rows = np.stack([images, x1, y1, x2 - x1, y2 - y1, scores, categories], axis=1)
+    categories = category_ids[found[:, 5].astype(np.int64)]
+    rows = np.column_stack([images, found[:, :5], categories])
     return rows[categories >= 0]
 
 

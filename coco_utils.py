@@ -234,15 +234,15 @@ class CocoIndex:
             found = [f"{i} of image {image}" for i, image in ids]
             kind = "annotations of images that the file does not list"
             self.faults.append(Fault(kind, found, len(lost)))
-        order = np.argsort(images, kind="stable")[len(lost) :]
+        order = _argsort(images)[len(lost) :]
         counts = np.bincount(images[order], minlength=len(self.image_ids))
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
-        self.boxes, areas = columns["bbox"][order], columns["area"][order]
+        self.boxes, areas = columns["bbox"].take(order, axis=0), columns["area"][order]
         self.areas = np.where(np.isnan(areas), self.boxes[:, 2] * self.boxes[:, 3], areas)
         self.annotation_ids = columns["id"][order]
         self.category_ids = columns["category_id"][order]
         self.iscrowd = columns["iscrowd"][order] != 0
-        self.usable = ~self.iscrowd & (self.boxes[:, 2:] > 0).all(axis=1)
+        self.usable = ~self.iscrowd & (self.boxes[:, 2] > 0) & (self.boxes[:, 3] > 0)
 
     def without(self, images: Sequence[int]) -> "CocoIndex":
         """The index without the images at these positions, as if the file had never listed them."""
@@ -286,6 +286,17 @@ class CocoIndex:
     def images_with_boxes(self) -> np.ndarray:
         """The positions of the images that have a box to train on."""
         return np.unique(self.image_of_rows()[self.usable])
+
+
+def _argsort(positions: np.ndarray) -> np.ndarray:
+    """Stable, for whole numbers from -1 up: by 16 bits at a time, as NumPy has a radix sort for
+    these, which takes a quarter of the time.
+    """
+    order = np.arange(len(positions))
+    for shift in range(0, int(positions.max(initial=0) + 1).bit_length(), 16):
+        digits = ((positions + 1) >> shift & 0xFFFF).astype(np.uint16)
+        order = order[np.argsort(digits[order], kind="stable")]
+    return order
 
 
 # ------------------------------------------------------------------------------ reading the file

@@ -24,9 +24,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def in_process(script: str, arm: str, work: Path, processes: int = 1) -> dict:
-    """The figures that one arm prints, run in one or more fresh processes of their own."""
+def in_process(script: str, arm: str, work: Path, processes: int = 1, ours: bool = False) -> dict:
+    """The figures that one arm prints, run in one or more fresh processes of their own.
+
+    `ours`: in the environment that the launchers of this project make.
+    """
     command = [sys.executable, script, "--arm", arm, "--work", str(work)]
+    if ours:
+        launcher = str(ROOT / "start_scripts/common.sh")
+        command = ["bash", "-c", 'source "$0"; exec "$@"', launcher, *command]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if processes > 1:
         env.update(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")

@@ -27,7 +27,7 @@ ensure_installed() {
 import sys
 from importlib.util import find_spec
 sys.exit(not all(map(find_spec, sys.argv[1:])))' \
-        torch torchvision pycocotools numpy PIL msgspec tqdm; then
+        torch torchvision pycocotools numpy PIL tqdm; then
         bash "$ROOT/start_scripts/init_torch.sh"
         find_python
     fi

@@ -45,14 +45,18 @@ fi
 # Unchanged requirements in an environment that has them need nothing from pip.
 stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.faster-rcnn-recipe
 if [ $# -gt 0 ] || ! cmp -s "$ROOT/requirements.txt" "$stamp" || ! torch_works "$PYTHON" 2> /dev/null; then
-    requirements=$ROOT/requirements.txt
-    if torch_works "$PYTHON" > /dev/null 2>&1; then
-        requirements=$(mktemp)
-        trap 'rm -f "$requirements"' EXIT
-        grep -Ev '^torch(vision)?[<>=]' "$ROOT/requirements.txt" > "$requirements"
-    fi
+    there='^#|^$'
+    if torch_works "$PYTHON" > /dev/null 2>&1; then there+='|^torch(vision)?[<>=]'; fi
+    pip_install() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"; }
     echo "installing into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" -r "$requirements"
+    needed=$(mktemp)
+    trap 'rm -f "$needed"' EXIT
+    sed '/^# Optional/,$d' "$ROOT/requirements.txt" | grep -Ev "$there" > "$needed"
+    pip_install "$@" -r "$needed"
+    for extra in $(sed '1,/^# Optional/d' "$ROOT/requirements.txt" | grep -Ev "$there"); do
+        pip_install --only-binary=:all: "$@" "$extra" ||
+            echo "going on without ${extra%%>=*}: everything works, only slower"
+    done
     torch_works "$PYTHON" || fail \
         "torchvision's operators do not run with this PyTorch (the lines above say why)." \
         "Most often the two were built for different versions: remove both and install them together:" \

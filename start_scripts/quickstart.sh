@@ -13,7 +13,7 @@ bash "$ROOT/start_scripts/train_fasterrcnn_resnet50_amp_torch.sh" --data-path "$
     --lr 0.03 --warmup-steps 50 --clip-grad-norm 10 --output-dir "$output" --resume auto "$@"
 cat << END
 
-The results are in $output:
+In that folder:
   model_best.pth    the detector with the best AP
   detections.json   its boxes on the validation pictures, in COCO's results format
   metrics.jsonl     every loss and every AP

@@ -67,12 +67,17 @@ SMALL = (
 )
 
 
-def run(*command, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+def run(*command, timeout: float = 300, cwd=None, **environment) -> subprocess.CompletedProcess:
     """Run a command as a user does, without a GPU and with one thread for each process."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     env.pop("RANK", None)
     return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=timeout, env=env
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
+        cwd=cwd,
     )
 
 

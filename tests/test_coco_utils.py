@@ -219,6 +219,14 @@ def test_a_large_file_is_decoded_by_several_processes(tiny, monkeypatch):
     assert len(whole["boxes"]) == 480
 
 
+@pytest.mark.parametrize("high", [1, 70_000, 2**33])
+def test_sorting_by_digits_is_sorting(high):
+    positions = np.random.default_rng(0).integers(-1, high, 5000)
+    expected = np.argsort(positions, kind="stable")
+    assert np.array_equal(coco_utils._argsort(positions), expected)
+    assert coco_utils._argsort(positions[:0]).tolist() == []
+
+
 def test_ids_far_apart_are_found_as_well(tiny):
     split = split_of(tiny)
     before = CocoIndex(split)

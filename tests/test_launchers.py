@@ -84,13 +84,18 @@ def test_installing_again_is_quick_and_says_what_there_is():
 
 
 def test_a_pytorch_that_is_there_is_used_and_not_replaced(tmp_path):
-    """As in a vendor's container: the Python that .venv is made with has one."""
+    """As in a vendor's container: the Python that .venv is made with has one.
+
+    What is optional and cannot be installed is done without.
+    """
     root = tmp_path / "my project"
     (root / "start_scripts").mkdir(parents=True)
     for name in ("start_scripts/common.sh", "start_scripts/init_torch.sh", "requirements.txt"):
         (root / name).write_text((ROOT / name).read_text())
+    with (root / "requirements.txt").open("a") as file:
+        file.write("no-wheel-of-this>=1\n")
     done = run(
-        *("bash", root / "start_scripts/init_torch.sh"),
+        *("bash", root / "start_scripts/init_torch.sh", "--no-index"),
         PYTHONPATH=os.pathsep.join(path for path in sys.path if "site-packages" in path),
         PYTHON_FOR_VENV=getattr(sys, "_base_executable", sys.executable),
         VIRTUAL_ENV="",
@@ -98,6 +103,8 @@ def test_a_pytorch_that_is_there_is_used_and_not_replaced(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "using the PyTorch of" in done.stdout
+    assert done.stdout.count("going on without") == 1
+    assert "going on without no-wheel-of-this: everything works" in done.stdout
     assert f"ready: torch {torch.__version__}" in done.stdout
     assert "include-system-site-packages = true" in (root / ".venv/pyvenv.cfg").read_text()
     assert not list((root / ".venv").glob("lib*/**/site-packages/torch"))

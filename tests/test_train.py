@@ -171,6 +171,17 @@ def test_how_many_images_are_evaluated_together_changes_nothing(tiny, tmp_path):
     assert numbers[0]["AP"] == pytest.approx(same_numbers[0]["AP"], abs=1e-6)
 
 
+def test_without_the_optional_packages_nothing_breaks(tiny, tmp_path):
+    hidden = "import sys; sys.modules.update(msgspec=None, faster_coco_eval=None); "
+    done = run(
+        *(sys.executable, "-c", f"{hidden}import runpy; runpy.run_path('train.py')['main']()"),
+        *(*SMALL, "--data-path", tiny, "--output-dir", tmp_path / "out", "--max-steps", "1"),
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "scored by pycocotools" in done.stdout
+
+
 def test_fine_tuning_from_a_file_replaces_the_head_for_other_categories(tiny, tmp_path):
     assert train("--data-path", tiny, "--output-dir", tmp_path / "a").returncode == 0
     flags = [flag for flag in SMALL if flag not in ("--weights-backbone", "none")]

@@ -1,0 +1,38 @@
+"""The benchmarks run, and measure what they say; how fast things are is not tested."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+
+def quick(name: str, tmp_path) -> tuple[str, dict]:
+    file = tmp_path / "figures.json"
+    done = run(sys.executable, ROOT / f"benchmarks/{name}.py", "--quick", "--json", file)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert {"cpu", "cores", "torch", "pillow"} <= figures["machine"].keys()
+    return done.stdout, figures
+
+
+def test_data(tmp_path):
+    printed, figures = quick("data", tmp_path)
+    assert "annotation file to first batch, s, 1x" in printed
+    for arm in ("plain", "ours"):
+        assert figures["loading"]["1"][arm][0]["seconds"] > 0
+        assert figures["workers"][arm][0]["seconds"] > 0
+    assert len(figures["pictures"]) == 2
+    for (turn,) in figures["pictures"].values():
+        assert turn["ours_ms"] > turn["decoding_ms"] > 0  # nothing is faster than its part
+
+
+def test_evaluation(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    printed, figures = quick("evaluation", tmp_path)
+    turns = figures["found"]["1"]
+    assert set(turns) == {"per image", "at once", "ours, pycocotools", "ours"}
+    numbers = [turn["numbers"] for way in turns.values() for turn in way]
+    assert 0 < numbers[0][0] < 1
+    assert all(each == numbers[0] for each in numbers)
+    assert printed.splitlines()[-3].rstrip(" |").endswith("yes")
