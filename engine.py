@@ -134,12 +134,25 @@ class LossMeter:
 
 
 def to_device(
-    images: list[torch.Tensor], targets: list[dict], device: torch.device
+    pixels: torch.Tensor, targets: list[dict], device: torch.device
 ) -> tuple[list[torch.Tensor], list[dict]]:
-    """Copy a batch as uint8, a quarter of the bytes, and make the images float in [0, 1] there."""
-    images = [image.to(device, non_blocking=True).float().div_(255) for image in images]
+    """A batch of `coco_utils.collate` on the device, as torchvision's detectors take it.
+
+    All images go in one copy, as uint8, a quarter of the bytes, and become float in [0, 1] there.
+    """
+    pixels = pixels.to(device, non_blocking=True)
+    sizes = [target["size"] for target in targets]
+    images = [
+        part.view(height, width, 3).permute(2, 0, 1).float().div_(255)
+        for part, (height, width) in zip(
+            pixels.split([3 * height * width for height, width in sizes]), sizes, strict=True
+        )
+    ]
     boxes = [
-        {key: target[key].to(device, non_blocking=True) for key in ("boxes", "labels")}
+        {
+            key: torch.from_numpy(target[key]).to(device, non_blocking=True)
+            for key in ("boxes", "labels")
+        }
         for target in targets
     ]
     return images, boxes
@@ -171,10 +184,10 @@ def train_one_epoch(
     meter, watch, begin = LossMeter(), FiniteWatch(device), epoch * len(loader.batch_sampler)
     position = step - begin
     progress = utils.Progress(loader, last_step - begin, position, f"epoch {epoch}")
-    for images, targets in progress:
+    for pixels, targets in progress:
         utils.seed_step(seed, step)
         image_ids = [target["image_id"] for target in targets]
-        images, targets = to_device(images, targets, device)
+        images, targets = to_device(pixels, targets, device)
         # Reading a number makes the host wait for the device, so it is done in these steps only (a
         # CPU has nothing to wait for, and a bad loss is found there before it does harm).
         log_now = (step + 1) % print_freq == 0 or step + 1 == last_step
@@ -264,9 +277,9 @@ def evaluate(
     category_ids = categories.ids_of_labels()
     rows = [np.empty((0, 7))]
     progress = utils.Progress(loader, len(loader), 0, "evaluation")
-    for images, targets in progress:
+    for pixels, targets in progress:
         image_ids = [target["image_id"] for target in targets]
-        images, _ = to_device(images, targets, device)
+        images, _ = to_device(pixels, targets, device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             outputs = model(images)
         rows.append(coco_eval.detection_rows(outputs, image_ids, category_ids))

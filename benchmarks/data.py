@@ -7,8 +7,8 @@ Makes a data set of COCO train2017's size (118,287 images, 860,001 annotations w
 twice and four times that, and runs this project and the plain way by turns, each in a process of
 its own. The plain way is torchvision's documented `CocoDetection` with
 `wrap_dataset_for_transforms_v2`; an image as torchvision's references read it has its polygons
-turned into masks. At four times the size, where it would need 16 GB of memory, the plain way is left
-out. Needs 6 GB of disk.
+turned into masks. At four times the size, where it would take 16 GB of memory, the plain way is
+left out. Needs 6 GB of disk.
 """
 
 import ctypes
@@ -84,13 +84,18 @@ def loader_of(arm: str, dataset, batch_size: int = 2):
 
     if arm == "plain":
         order = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
+        order["collate_fn"] = lists
     else:
         widths, heights = dataset.index.sizes[dataset.images].T
         groups = samplers.aspect_ratio_groups(widths, heights, 3)
         order = {"batch_sampler": samplers.TrainingPlan(groups, batch_size)}
-    return torch.utils.data.DataLoader(
-        dataset, num_workers=WORKERS, collate_fn=coco_utils.collate, **order
-    )
+        order["collate_fn"] = coco_utils.collate
+    return torch.utils.data.DataLoader(dataset, num_workers=WORKERS, **order)
+
+
+def lists(batch: list) -> tuple:
+    """The references' collate function."""
+    return tuple(zip(*batch, strict=True))
 
 
 def measure_loading(arm: str, work: Path) -> dict:

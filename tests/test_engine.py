@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 
+import coco_utils
 import engine
 
 RATE = partial(
@@ -71,12 +72,24 @@ def test_the_meter_averages_over_steps_since_the_last_read():
     assert meter.read() == {"loss": 6.0, "a": 5.0, "b": 1.0}
 
 
-def test_images_become_float_between_0_and_1_on_the_device():
-    image = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
-    target = {"boxes": torch.ones(1, 4), "labels": torch.ones(1), "image_id": 3}
-    images, targets = engine.to_device([image], [target], torch.device("cpu"))
-    assert images[0].flatten().tolist() == pytest.approx([0, 0.2, 1])
-    assert targets[0].keys() == {"boxes", "labels"}
+def test_a_batch_arrives_on_the_device_as_it_was_loaded():
+    images = [
+        torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8),
+        torch.randint(0, 256, (4, 6, 3), dtype=torch.uint8).permute(2, 0, 1),
+    ]
+    targets = [
+        {"boxes": torch.rand(n, 4), "labels": torch.arange(n), "image_id": n} for n in (2, 0)
+    ]
+    batch = coco_utils.collate(list(zip(images, targets, strict=True)))
+    assert sum(isinstance(part, torch.Tensor) for part in batch) == 1
+    assert not any(isinstance(v, torch.Tensor) for t in batch[1] for v in t.values())
+    assert [target["image_id"] for target in batch[1]] == [2, 0]
+    floats, arrived = engine.to_device(*batch, torch.device("cpu"))
+    for image, value in zip(images, floats, strict=True):
+        assert torch.equal(image.float() / 255, value)
+    for target, value in zip(targets, arrived, strict=True):
+        assert value.keys() == {"boxes", "labels"}
+        assert all(torch.equal(target[key], value[key]) for key in value)
 
 
 def test_the_type_of_autocast_follows_the_device(monkeypatch):
