@@ -221,7 +221,8 @@ class CocoIndex:
     def _keep_images(self, columns: dict) -> None:
         self.image_ids = columns["id"]
         if not len(self.image_ids):
-            raise DataError(f"{self.annotation_file} lists no images")
+            why = ": " + "; ".join(map(str, self.faults)) if self.faults else ""
+            raise DataError(f"{self.annotation_file} lists no images that can be used{why}")
         self.file_names = np.array([name.encode() for name in columns["file_name"]])
         sizes = np.stack([columns["width"], columns["height"]], axis=1)
         self.sizes = sizes.clip(-1, 2**31 - 1).astype(np.int32)
@@ -501,7 +502,9 @@ def _converted(value: object, name: str, kind: type):
             return int(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    expected = "four numbers" if name == "bbox" else "a whole number" if whole else "a number"
+    expected = (
+        "four numbers" if name == "bbox" else "a whole number up to 2**53" if whole else "a number"
+    )
     raise ValueError(f"whose {name!r} is not {expected}")
 
 
@@ -588,7 +591,13 @@ class CocoDetection(Dataset):
         position, seed = key if isinstance(key, tuple) else (key, None)
         i = self.images[position]
         width, height = self.index.sizes[i].tolist()
-        image = read_image(self.index.image_dir / self.index.file_name(i), width, height)
+        try:
+            image = read_image(self.index.image_dir / self.index.file_name(i), width, height)
+        except DataError as error:
+            raise DataError(
+                f"{error}. Mend it or take it out of {self.index.annotation_file}, or go on "
+                "without it by --max-bad-images 1. To find all such images: --check-data"
+            ) from None
         target = self.target(i)
         if seed is not None and self.augmentation is not None:
             image, target = transforms.augment(self.augmentation, image, target, seed)

@@ -286,6 +286,7 @@ def test_images_can_be_taken_out_as_if_they_had_never_been_listed(tiny):
         (lambda data: data.update(categories=[]), "has no categories"),
         (lambda data: data.pop("categories"), "has no list 'categories'"),
         (lambda data: data.update(images=[], annotations=[]), "lists no images"),
+        (lambda data: [row.pop("width") for row in data["images"]], "8 images without 'width'"),
         (lambda data: data["categories"].append({"id": 2}), "two categories with the same id"),
     ],
 )
@@ -404,3 +405,4 @@ def test_an_error_of_a_loading_process_keeps_only_its_own_words(tiny):
         list(loader)
     assert str(caught.value).startswith(str(tiny / "train2017/0.png"))
     assert "Traceback" not in str(caught.value)
+    assert "--max-bad-images" in str(caught.value)
