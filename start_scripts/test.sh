@@ -6,4 +6,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ensure_installed
 "$PYTHON" -c 'import pytest, ruff, xdist' 2> /dev/null ||
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements-dev.txt"
-exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --rootdir "$ROOT" -c "$ROOT/pyproject.toml" "$@"
+# pytest looks for tests where it is called, which may be anywhere.
+cd "$ROOT"
+exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 "$@"
