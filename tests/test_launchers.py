@@ -110,6 +110,22 @@ def test_a_pytorch_that_is_there_is_used_and_not_replaced(tmp_path):
     assert not list((root / ".venv").glob("lib*/**/site-packages/torch"))
 
 
+def test_the_tests_are_the_projects_own_wherever_they_are_called(tmp_path):
+    (tmp_path / "test_stray.py").write_text("raise SystemExit('not ours')")
+    flags = (
+        "--collect-only",
+        "--quiet",
+        "--numprocesses",
+        "0",
+        "--deselect",
+        "tests/test_train.py",
+    )
+    done = run(*("bash", SCRIPTS / "test.sh", *flags), cwd=tmp_path, VIRTUAL_ENV=sys.prefix)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests/test_samplers.py" in done.stdout
+    assert "stray" not in done.stdout + done.stderr
+
+
 def test_one_process_trains_through_the_launcher(tiny, tmp_path):
     done = launch(ONE, "--data-path", tiny, "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
