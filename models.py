@@ -145,15 +145,19 @@ def keep_boxes_float32(model: nn.Module) -> None:
 def _float32_feature_maps(module: nn.Module, args: tuple) -> tuple:
     image_list, feature_maps = args
     # The generator reads only shape, type and device: one number, expanded, has all three.
-    stand_ins = [f.new_zeros((), dtype=torch.float32).expand(f.shape) for f in feature_maps]
+    stand_ins = [_widen(f.new_zeros(())).expand(f.shape) for f in feature_maps]
     return image_list, stand_ins
 
 
 def _float32_output(module: nn.Module, args: tuple, output: tuple) -> tuple:
     return tuple(
-        [tensor.float() for tensor in part] if isinstance(part, list) else part.float()
+        [_widen(tensor) for tensor in part] if isinstance(part, list) else _widen(part)
         for part in output
     )
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.itemsize < 4 else tensor
 
 
 # ---------------------------------------------------------------------------- fast on a CPU
@@ -173,12 +177,12 @@ class BoxPool(MultiScaleRoIAlign):
         if features[0].device.type != "cpu" or torch.jit.is_tracing():
             return super().forward(x, boxes, image_shapes)
         if self.scales is None:  # torchvision finds them out in its first call
-            alike = {k: f.new_zeros((), dtype=torch.float32).expand(f.shape) for k, f in x.items()}
+            alike = {k: _widen(f.new_zeros(())).expand(f.shape) for k, f in x.items()}
             super().forward(alike, [b[:0] for b in boxes], image_shapes)
         cells, weights = self._cells([f.shape for f in features], boxes)
         channels = features[0].shape[1]
         # In bfloat16 sums are kept in float32 until they are written; float16 has no such kernel.
-        dtype = torch.bfloat16 if features[0].dtype == torch.bfloat16 else torch.float32
+        dtype = torch.float32 if features[0].dtype == torch.float16 else features[0].dtype
         rows = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features]).to(dtype)
         sums = _WeightedSum.apply(rows, cells.flatten(0, 1), weights.flatten(0, 1).to(dtype))
         pooled = sums.view(-1, *self.output_size, channels).permute(0, 3, 1, 2)
@@ -190,7 +194,7 @@ class BoxPool(MultiScaleRoIAlign):
         image = torch.repeat_interleave(torch.tensor([len(b) for b in boxes]))
         bins, first = self.output_size[0] * self.output_size[1], 0
         cells = torch.empty(len(all_boxes), bins, 4 * self.sampling_ratio**2, dtype=torch.int64)
-        weights = torch.empty(cells.shape)
+        weights = all_boxes.new_empty(cells.shape)
         for level, ((count, _, height, width), scale) in enumerate(
             zip(shapes, self.scales, strict=True)
         ):
