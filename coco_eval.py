@@ -8,6 +8,10 @@ import contextlib
 import gc
 import io
 import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,7 @@ LIBRARIES = {"pycocotools": (COCO, COCOeval)}
 if FasterCOCO is not None:
     LIBRARIES["faster-coco-eval"] = (FasterCOCO, COCOeval_faster)
 EVALUATORS = ("faster-coco-eval", "pycocotools")
+WORTH_PROCESSES = 50_000  # detections: with fewer, the copies of this process take longer
 
 METRICS = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -85,13 +90,13 @@ def score(index, detections: np.ndarray, evaluator: str) -> dict:
     gc.disable()  # which would look through a million new objects, none of them garbage
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            truth, results = _ground_truth(index, evaluator), _results(index, detections, evaluator)
-            evaluation = LIBRARIES[evaluator][1](truth, results, "bbox")
+            truth, found = _ground_truth(index), _found(index, detections)
             if evaluator == "pycocotools":
+                evaluation = _evaluation(evaluator, index.categories.ids, truth, found)
                 evaluation.evaluate()
                 evaluation.accumulate()
             else:
-                _evaluate_to_the_same_bits(evaluation, index)
+                evaluation = _by_category(evaluator, index.categories.ids, truth, found)
             evaluation.summarize()
     finally:
         if collecting:
@@ -106,29 +111,57 @@ def score(index, detections: np.ndarray, evaluator: str) -> dict:
     return {**numbers, "per_category": per_category}
 
 
-def _evaluate_to_the_same_bits(evaluation, index) -> None:
-    """Run faster-coco-eval, then give its precisions the rounding of pycocotools.
+def _by_category(evaluator: str, category_ids: list[int], truth: dict, found: dict):
+    """An evaluation of all categories, done one after the other, large ones on several cores.
+
+    That they do not depend on each other is COCO's definition. Apart, they need the memory of one,
+    which stays in the processor's cache, and no look at images that have nothing of a category.
+    """
+    parts = zip(_split(truth, category_ids), _split(found, category_ids), strict=True)
+    work = [(evaluator, i, *part) for i, part in zip(category_ids, parts, strict=True)]
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if min(cores, len(work)) > 1 and len(found["score"]) >= WORTH_PROCESSES:
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(cores, 8), mp_context=fork) as pool:
+            results = list(pool.map(_score_category, work))
+    else:
+        results = list(map(_score_category, work))
+    evaluation = LIBRARIES[evaluator][1](iouType="bbox")
+    evaluation.eval = {
+        "precision": np.concatenate([precision for precision, _ in results], axis=2),
+        "recall": np.concatenate([recall for _, recall in results], axis=1),
+    }
+    return evaluation
+
+
+def _score_category(work: tuple) -> tuple[np.ndarray, np.ndarray]:
+    evaluator, category_id, truth, found = work
+    evaluation = _evaluation(evaluator, [category_id], truth, found)
+    _evaluate_to_the_same_bits(evaluation, truth)
+    return evaluation.eval["precision"], evaluation.eval["recall"]
+
+
+def _evaluate_to_the_same_bits(evaluation, truth: dict[str, np.ndarray]) -> None:
+    """Run faster-coco-eval on one category, then give its precisions the rounding of pycocotools.
 
     pycocotools divides the hits by the number of detections + 2.2e-16. From two detections on that
     rounds to the number itself, but a first hit has precision 0.9999999999999998 with it and 1
     without. Such a 1 survives in the curves whose second hit has less, so their precision at the
     recall of the second hit is asked for, too.
     """
-    params, plain = evaluation.params, evaluation.params.recThrs
-    counted = np.stack(
+    params, plain, areas = evaluation.params, evaluation.params.recThrs, truth["area"]
+    truths = np.array(
         [
-            (index.areas >= low) & (index.areas <= high) & ~index.iscrowd
+            np.count_nonzero((areas >= low) & (areas <= high) & (truth["iscrowd"] == 0))
             for low, high in params.areaRng
         ]
     )
-    each_category = index.category_ids == np.array(params.catIds)[:, None]
-    truths = (each_category[:, None] & counted).sum(axis=2)  # [categories, area ranges]
     between = 1.5 / truths.clip(min=1)  # more recall than one hit has, less than two
-    params.recThrs = np.unique(np.concatenate([plain, between.ravel()]))
+    params.recThrs = np.unique(np.concatenate([plain, between]))
     evaluation.evaluate()
     evaluation.accumulate()
-    precision = evaluation.eval["precision"]  # [IoU, recall, categories, area ranges, limits]
-    at_second = np.searchsorted(params.recThrs, between)[None, None, :, :, None]
+    precision = evaluation.eval["precision"]  # [IoU, recall, 1, area ranges, limits]
+    at_second = np.searchsorted(params.recThrs, between)[None, None, None, :, None]
     second = np.take_along_axis(precision, at_second, axis=1)
     precision = precision[:, np.searchsorted(params.recThrs, plain)]
     first_alone = (precision == 1) & (second < 1)
@@ -140,47 +173,65 @@ def _known(value: float) -> float | None:
     return None if value < 0 else float(value)
 
 
-def _coco(index, evaluator: str, columns: dict[str, np.ndarray]) -> COCO:
-    """The library's own object, made of arrays, without a file.
+def _evaluation(evaluator: str, category_ids: list[int], truth: dict, found: dict):
+    """The library's own evaluation of arrays, without a file. Images with nothing are left out."""
+    numbers = np.union1d(truth["image_id"], found["image_id"]).tolist()
+    images = [{"id": number} for number in numbers or [0]]
+    make_coco, make_evaluation = LIBRARIES[evaluator]
+    objects = []
+    for columns in (truth, found):
+        names = (*columns, "id")
+        values = [column.tolist() for column in columns.values()]
+        # Numbered from 1: the libraries take id 0 for "not matched".
+        values.append(range(1, 1 + len(columns["image_id"])))
+        coco = make_coco()
+        coco.dataset = {
+            "images": images,
+            "categories": [{"id": category_id} for category_id in category_ids],
+            "annotations": [dict(zip(names, r, strict=True)) for r in zip(*values, strict=True)],
+        }
+        coco.createIndex()
+        objects.append(coco)
+    return make_evaluation(*objects, "bbox")
 
-    Images are numbered in the order of their ids, which decides between equal scores. Annotations
-    are numbered from 1: id 0 means "not matched" to the libraries.
-    """
-    coco = LIBRARIES[evaluator][0]()
-    columns["image_id"] = np.searchsorted(np.sort(index.image_ids), columns["image_id"])
-    names = (*columns, "id")
-    values = [column.tolist() for column in columns.values()]
-    values.append(range(1, 1 + len(columns["image_id"])))
-    coco.dataset = {
-        "images": [{"id": number} for number in range(len(index))],
-        "categories": [{"id": category_id} for category_id in index.categories.ids],
-        "annotations": [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)],
-    }
-    coco.createIndex()
-    return coco
+
+def _split(columns: dict[str, np.ndarray], category_ids: list[int]) -> list[dict[str, np.ndarray]]:
+    """The rows of each category, in the order that they had."""
+    order = np.argsort(columns["category_id"], kind="stable")
+    sorted_ids = columns["category_id"][order]
+    parts = [
+        order[np.searchsorted(sorted_ids, i) : np.searchsorted(sorted_ids, i, side="right")]
+        for i in category_ids
+    ]
+    return [{name: column[rows] for name, column in columns.items()} for rows in parts]
 
 
-def _ground_truth(index, evaluator: str) -> COCO:
-    columns = {
-        "image_id": index.image_ids[index.image_of_rows()],
+def _number_of(index, image_ids: np.ndarray) -> np.ndarray:
+    """Images are numbered in the order of their ids, which decides between equal scores."""
+    return np.searchsorted(np.sort(index.image_ids), image_ids)
+
+
+def _ground_truth(index) -> dict[str, np.ndarray]:
+    """COCO's fields of the true boxes, as columns."""
+    return {
+        "image_id": _number_of(index, index.image_ids[index.image_of_rows()]),
         "category_id": index.category_ids,
         "bbox": index.boxes,
         "area": index.areas,
         "iscrowd": index.iscrowd.astype(np.int64),
     }
-    return _coco(index, evaluator, columns)
 
 
-def _results(index, detections: np.ndarray, evaluator: str) -> COCO:
-    columns = {
-        "image_id": detections[:, 0].astype(np.int64),
+def _found(index, detections: np.ndarray) -> dict[str, np.ndarray]:
+    """COCO's fields of detections, as columns."""
+    return {
+        "image_id": _number_of(index, detections[:, 0].astype(np.int64)),
         "category_id": detections[:, 6].astype(np.int64),
         "bbox": detections[:, 1:5],
         "area": detections[:, 3] * detections[:, 4],
         "score": detections[:, 5],
         "iscrowd": np.zeros(len(detections), dtype=np.int64),
     }
-    return _coco(index, evaluator, columns)
 
 
 def coco_results(detections: np.ndarray) -> list[dict]:

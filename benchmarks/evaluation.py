@@ -172,14 +172,14 @@ def main() -> None:
             print(f"\n{size * images:,} images, {size * images * EACH:,} detections", flush=True)
             file = Path(folder) / f"{size}.json"
             synthetic.make_annotations(file, size * images, size * boxes)
-            ways = WAYS if size == 1 else WAYS[1::2] if size < 4 else WAYS[3:]
+            ways = WAYS if size == 1 else WAYS[3:]
             arms = {
                 way: lambda way=way, file=file: common.in_process(
                     __file__, way, file, processes=2 if way in WAYS[2:] else 1, ours=way in WAYS[2:]
                 )
                 for way in ways
             }
-            turns = common.by_turns(arms, 1 if args.quick or size > 1 else args.repeats)
+            turns = common.by_turns(arms, 1 if args.quick else args.repeats)
             found[size] = turns
             seconds = [common.median(turns.get(way, []), "seconds") for way in WAYS]
             numbers = [turn["numbers"] for way in ways for turn in turns[way]]
