@@ -116,6 +116,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="shortest side that images are resized to (default: 800, or 320 for the 320 model)")
     add("--max-size", type=count, metavar="PIXELS",
         help="bound of the longest side (default: 1333 at 800, in proportion at others)")
+    add("--fixed-size", type=count, nargs=2, metavar=("H", "W"),
+        help="stretch every image to this size, so that all steps are alike: for benchmarks")
     add("--rpn-score-thresh", type=positive, metavar="SCORE",
         help="drop proposals below this objectness, 0 to 1 (default: the model's own)")
     add("--sync-bn", action="store_true",
@@ -158,6 +160,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--amp", action="store_true",
         help="mixed precision: float16 on CUDA, bfloat16 on a CPU that is made for it")
     add("--amp-dtype", choices=["float16", "bfloat16"], help="overrule that choice of --amp")
+    add("--compile", action="store_true",
+        help="compile the backbone by torch.compile: a minute or more before the first step")
     add("--seed", type=natural, default=0, metavar="N",
         help="of everything random (default: %(default)s)")
     add("--use-deterministic-algorithms", action="store_true",
@@ -203,7 +207,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # The flags that shape the model: left out, they are taken from the checkpoint of --resume.
 SHAPE = (
     *("model", "weights", "weights_backbone", "trainable_backbone_layers"),
-    *("data_augmentation", "min_size", "max_size", "rpn_score_thresh"),
+    *("data_augmentation", "min_size", "max_size", "fixed_size", "rpn_score_thresh"),
 )
 
 
@@ -215,7 +219,7 @@ def default_workers() -> int:
 def settle(args: argparse.Namespace, saved: dict | None, device: torch.device) -> None:
     """Fill in what was left out, by a checkpoint's arguments or by default; refuse what clashes."""
     for name in SHAPE if saved else ():
-        given, before = getattr(args, name), saved[name]
+        given, before = getattr(args, name), saved.get(name)
         if given is None:
             setattr(args, name, before)
         elif given != before and not args.test_only:
@@ -265,6 +269,14 @@ def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> 
         (
             from_scratch and args.trainable_backbone_layers is not None,
             "--trainable-backbone-layers needs pretrained weights: all layers of random ones train",
+        ),
+        (
+            args.fixed_size and args.data_augmentation in ("multiscale", "lsj"),
+            f"--fixed-size leaves nothing of --data-augmentation {args.data_augmentation}",
+        ),
+        (
+            args.fixed_size and (args.min_size, args.max_size) != models.sizes(args.model),
+            "--fixed-size takes the place of --min-size and --max-size: leave them out",
         ),
         (square and args.max_size != args.min_size, "lsj makes squares: leave out --max-size"),
         (
@@ -438,6 +450,7 @@ def build_model(
         trainable_backbone_layers=args.trainable_backbone_layers,
         min_sizes=transforms.training_sizes(args.data_augmentation, args.min_size),
         max_size=args.max_size,
+        fixed_size=args.fixed_size,
         rpn_score_thresh=args.rpn_score_thresh,
     )
     with utils.first_on_each_machine():
@@ -727,6 +740,9 @@ def main(argv: list[str] | None = None) -> None:
         torch.use_deterministic_algorithms(True)
 
     model = build_model(args, data.categories, saved).to(device)
+    if args.compile:
+        batch_size = args.eval_batch_size if args.test_only else args.batch_size
+        engine.compile_backbone(model, device, amp_dtype, batch_size, train=not args.test_only)
     metrics = utils.MetricsFile(args.output_dir)
     metrics.write("start", args=plain(args), **facts(device, precision, data))
     evaluate = partial(

@@ -7,6 +7,8 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,16 +26,27 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def in_process(script: str, arm: str, work: Path, processes: int = 1, ours: bool = False) -> dict:
+def in_process(
+    script: str,
+    arm: str,
+    work: Path,
+    processes: int = 1,
+    ours: bool = False,
+    threads: int | None = 1,
+    flags: Sequence[str] = (),
+) -> dict:
     """The figures that one arm prints, run in one or more fresh processes of their own.
 
-    `ours`: in the environment that the launchers of this project make.
+    `ours`: in the environment that the launchers of this project make. `threads`: for each process,
+    None for as many as it likes.
     """
-    command = [sys.executable, script, "--arm", arm, "--work", str(work)]
+    command = [sys.executable, script, "--arm", arm, "--work", str(work), *flags]
     if ours:
         launcher = str(ROOT / "start_scripts/common.sh")
         command = ["bash", "-c", 'source "$0"; exec "$@"', launcher, *command]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "BENCHMARK_BEGIN": str(time.time())}
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
     if processes > 1:
         env.update(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
     started = [
@@ -63,7 +76,7 @@ def median(figures: list[dict], key: str) -> float | None:
 
 
 def _short(value) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | dict):
         return f"[{len(value)} numbers]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

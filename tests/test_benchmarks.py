@@ -36,3 +36,26 @@ def test_evaluation(tmp_path):
     assert 0 < numbers[0][0] < 1
     assert all(each == numbers[0] for each in numbers)
     assert printed.splitlines()[-3].rstrip(" |").endswith("yes")
+
+
+def test_step(tmp_path):
+    printed, figures = quick("step", tmp_path)
+    stock, ours = (figures["found"]["1"][arm][0] for arm in ("stock, float32", "ours, amp"))
+    for arm in (stock, ours):
+        assert arm["step_ms"] > arm["forward_ms"] > 0
+        assert arm["evaluation_images_per_second"] > 0
+        assert arm["end_to_end_images_per_second"] > 0
+    # These two are counted, not timed.
+    assert ours["operators"] < stock["operators"]
+    assert ours["host_reads"] < stock["host_reads"]
+    assert "x stock, float32" in printed
+
+
+def test_parity(tmp_path):
+    printed, figures = quick("parity", tmp_path)
+    stock, ours = (rows[0] for rows in figures["found"].values())
+    assert len(stock["losses"]) == len(ours["losses"]) == 3
+    assert ours["losses"] == pytest.approx(stock["losses"], rel=0.2)
+    assert ours["losses"] != stock["losses"]
+    assert 0 <= ours["AP"] <= 1
+    assert "difference, last third" in printed

@@ -3,10 +3,12 @@ import functools
 import pytest
 import torch
 import torchvision
+from torch.nn import BatchNorm2d
 from torchvision.models import ResNet50_Weights, get_model
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d
 
 import models
+from fast import FoldedConv2d
 
 SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"
 RESNET = "fasterrcnn_resnet50_fpn"
@@ -21,32 +23,55 @@ def batch(count: int = 2) -> tuple[list, list]:
 
 
 @functools.cache
-def stock_and_ours() -> tuple:
+def stock_and_ours(pretrained: bool) -> tuple:
     """The same weights in torchvision's own model and in ours; do not change them.
 
     In float64, since a model with random weights has proposals of almost equal score: what rounds
     otherwise, as another memory layout or another CPU does, would choose others of them.
     """
-    options = {"num_classes": 4, "min_size": 128, "max_size": 200}
-    stock = get_model(RESNET, weights=None, weights_backbone=None, **options)
-    ours = models.build_model(RESNET, 4, pretrained=False, min_sizes=(128,), max_size=200)
+    sizes = {"min_size": 128, "max_size": 200}
+    stock = get_model(RESNET, weights=None, weights_backbone=None, num_classes=4, **sizes)
+    stock = stock.double().train()
+    if pretrained:
+        generator = torch.Generator().manual_seed(7)
+        for module in stock.modules():
+            if isinstance(module, BatchNorm2d):
+                module.momentum = 1.0  # remembers the statistics of the next batch
+                module.weight.data.uniform_(0.7, 1.3, generator=generator)
+                module.bias.data.uniform_(-0.2, 0.2, generator=generator)
+        with torch.no_grad():
+            stock.backbone(stock.transform(batch()[0])[0].tensors)
+        models.freeze_norms(stock.backbone.body)
+        models.freeze_layers(stock.backbone.body, 3)
+    ours = models.build_model(RESNET, 4, pretrained=pretrained, min_sizes=(128,), max_size=200)
+    assert sum(isinstance(m, FoldedConv2d) for m in ours.modules()) == (53 if pretrained else 0)
     ours.load_state_dict(stock.state_dict())
     return stock.double(), ours.double()
 
 
-def test_losses_equal_those_of_the_stock_model():
-    results = []
-    for model in stock_and_ours():
+either = pytest.mark.parametrize("pretrained", [False, True], ids=["from scratch", "pretrained"])
+
+
+@either
+def test_losses_and_gradients_equal_those_of_the_stock_model(pretrained):
+    losses, gradients = [], []
+    for model in stock_and_ours(pretrained):
         torch.manual_seed(1)
-        model.train()
-        results.append(model(*batch()))
-    assert results[0].keys() == results[1].keys()
-    for name, value in results[0].items():
-        assert results[1][name].item() == pytest.approx(value.item(), rel=1e-9)
+        model.train().zero_grad()
+        losses.append(model(*batch()))
+        sum(losses[-1].values()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert losses[0].keys() == losses[1].keys()
+    for name, value in losses[0].items():
+        assert losses[1][name].item() == pytest.approx(value.item(), rel=1e-9)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, a in gradients[0].items():
+        assert (a - gradients[1][name]).norm() <= 1e-9 * a.norm() + 1e-12
 
 
-def test_detections_equal_those_of_the_stock_model():
-    stock, ours = (model.eval() for model in stock_and_ours())
+@either
+def test_detections_equal_those_of_the_stock_model(pretrained):
+    stock, ours = (model.eval() for model in stock_and_ours(pretrained))
     with torch.inference_mode():
         expected, found = stock(batch()[0]), ours(batch()[0])
     for a, b in zip(expected, found, strict=True):
@@ -56,17 +81,14 @@ def test_detections_equal_those_of_the_stock_model():
         torch.testing.assert_close(a["scores"], b["scores"], atol=1e-9, rtol=0)
 
 
-def test_gradients_equal_those_of_the_stock_model():
-    gradients = []
-    for model in stock_and_ours():
-        torch.manual_seed(1)
-        model.train()
-        model.zero_grad()
-        sum(model(*batch()).values()).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-        model.zero_grad()
-    for a, b in zip(*gradients, strict=True):
-        assert (a - b).norm() <= 1e-9 * a.norm() + 1e-12
+@pytest.mark.parametrize("name", models.MODELS)
+def test_our_state_dict_is_the_stock_models(name):
+    stock = get_model(name, weights=None, weights_backbone=None, num_classes=4)
+    ours = models.build_model(name, 4, pretrained=False)
+    ours.backbone.compile()
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in stock.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -128,51 +150,6 @@ def test_boxes_stay_float32_under_bfloat16():
     for plain, mixed in zip(*anchors, strict=True):
         assert mixed.dtype == torch.float32
         assert torch.equal(plain, mixed)
-
-
-# ---------------------------------------------------------------------------------- RoIAlign
-
-
-def pyramid(dtype=torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    sizes = {"0": (32, 48), "1": (16, 24), "2": (8, 12), "3": (4, 6)}
-    return {
-        name: torch.rand(2, 5, *size, generator=generator).to(dtype).requires_grad_()
-        for name, size in sizes.items()
-    }
-
-
-def random_boxes(count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(count)
-    corner = torch.rand(count, 2, generator=generator) * torch.tensor([190.0, 120])
-    return torch.cat([corner, corner + torch.rand(count, 2, generator=generator) * 150], dim=1)
-
-
-@pytest.mark.parametrize("counts", [(40, 60), (0, 5), (0, 0)])
-def test_box_pool_equals_torchvisions(counts):
-    boxes = [random_boxes(count) for count in counts]
-    if counts[0]:
-        boxes[0][:3] = torch.tensor([[-20.0, -30, 300, 200], [5, 5, 5, 5], [191, 127, 192, 128]])
-    results = []
-    for pool in (MultiScaleRoIAlign, models.BoxPool):
-        features = pyramid()
-        output = pool(["0", "1", "2", "3"], 7, 2)(features, boxes, [(128, 192)] * 2)
-        (output * torch.arange(output.numel()).view_as(output).cos()).sum().backward()
-        results.append((output.detach(), {name: f.grad for name, f in features.items()}))
-    (expected, gradients), (found, our_gradients) = results
-    assert found.shape == expected.shape == (sum(counts), 5, 7, 7)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    for name, gradient in gradients.items():
-        ours = our_gradients[name]
-        torch.testing.assert_close(ours, gradient, atol=1e-3, rtol=1e-3)
-
-
-def test_box_pool_keeps_the_type_of_the_features():
-    pool = models.BoxPool(["0", "1", "2", "3"], 7, 2)
-    features = pyramid(torch.bfloat16)
-    output = pool(features, [random_boxes(4), random_boxes(3)], [(128, 192)] * 2)
-    output.sum().backward()
-    assert output.dtype == features["0"].grad.dtype == torch.bfloat16
 
 
 # ----------------------------------------------------------------------------------- weights

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Whether speed was bought with accuracy: losses and AP of every way to train, from the same start.
+
+    python benchmarks/parity.py
+
+Trains torchvision's model in a plain loop and this project's in its own, in float32 and with --amp,
+from the same random weights on the same batches of the built-in data set, and evaluates all in the
+same way. torchvision's float32 training runs with several seeds of the model's sampling, which
+shows how far apart two trainings come that differ in nothing else.
+"""
+
+import argparse
+import runpy
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import common
+import detectors
+import numpy as np
+import torch
+
+import coco_eval
+import coco_utils
+import engine
+import samplers
+import transforms
+import utils
+
+SIZE, CLASSES, RATE = 128, 4, 0.01
+ARMS = ("stock, float32", "stock, amp", "ours, float32", "ours, amp")
+
+
+def training_batches(folder: Path, batch: int, steps: int) -> list[tuple]:
+    """The same in every arm: images uint8 and targets, in the order of this project's plan."""
+    index = coco_utils.CocoIndex(coco_utils.find_split(folder, "train", None, None))
+    flip = transforms.training_preset("hflip", SIZE)
+    dataset = coco_utils.CocoDetection(
+        index, index.categories, index.images_with_boxes(), augmentation=flip
+    )
+    plan, batches, epoch = samplers.TrainingPlan(np.zeros(len(dataset)), batch), [], 0
+    while len(batches) < steps:
+        plan.start(epoch, 0)
+        batches += [[dataset[key] for key in keys] for keys in plan]
+        epoch += 1
+    return [tuple(map(list, zip(*rows, strict=True))) for rows in batches[:steps]]
+
+
+def score(model, folder: Path, device, amp_dtype) -> dict:
+    """COCO's numbers on the validation pictures, as `engine.evaluate` gives them."""
+    index = coco_utils.CocoIndex(coco_utils.find_split(folder, "val", None, None))
+    loader = torch.utils.data.DataLoader(
+        coco_utils.CocoDetection(index, index.categories),
+        batch_sampler=samplers.evaluation_batches(index.sizes, 1, 1, 0),
+        collate_fn=coco_utils.collate,
+    )
+    utils.log = lambda *_: None
+    with tempfile.TemporaryDirectory() as output:
+        return engine.evaluate(
+            model,
+            loader,
+            index.categories,
+            device=device,
+            amp_dtype=amp_dtype,
+            output_dir=Path(output),
+            evaluator=coco_eval.default_evaluator(),
+        )
+
+
+def measure(arm: str, work: Path, args: argparse.Namespace) -> dict:
+    way, precision, seed = arm.split(", ")
+    ours = way == "ours"
+    device, amp_dtype = detectors.device_and_type(precision)
+    state = detectors.read_weights(work / "weights.pth")
+    model = detectors.build(ours, SIZE, CLASSES, True, state).to(device)
+    rate = partial(
+        engine.learning_rate_factor,
+        steps_per_epoch=args.steps,
+        epochs=1,
+        warmup_steps=args.steps // 8,
+        milestones=None,
+        gamma=0.1,
+    )
+    train = detectors.run_ours if ours else detectors.run_stock
+    convert = detectors.as_ours if ours else detectors.as_stock
+    losses = train(
+        model,
+        list(map(convert, training_batches(work / "shapes", args.batch, args.steps))),
+        detectors.make_optimizer(model, ours, RATE),
+        device,
+        amp_dtype,
+        seed=int(seed.removeprefix("seed ")),
+        factor=rate,
+        clip=10.0,
+    )
+    numbers = score(model, work / "shapes", device, amp_dtype)
+    return {"losses": losses, "AP": numbers["AP"], "AP50": numbers["AP50"]}
+
+
+def report(found: dict[str, list[dict]]) -> None:
+    """Losses over thirds of the training, how far they lie from the first arm's, and AP."""
+    expected = np.array(next(iter(found.values()))[0]["losses"])
+    rows = []
+    for arm, ((figures),) in found.items():
+        losses = np.array(figures["losses"])
+        thirds = [part.mean() for part in np.array_split(losses, 3)]
+        apart = [abs(part.mean()) for part in np.array_split(losses - expected, 3)]
+        first = abs(losses[:5] - expected[:5]).max()
+        rows.append([arm, *thirds, first, *apart, figures["AP"], figures["AP50"]])
+    thirds = [f"{n} third" for n in ("first", "second", "last")]
+    names = [f"difference, {n}" for n in ("at most in steps 1 to 5", *thirds)]
+    common.table(["arm", *(f"loss, {n}" for n in thirds), *names, "AP", "AP50"], rows)
+
+
+def main() -> None:
+    parser = common.parser(__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--steps", type=int, default=200, metavar="N", help="of training (default: 200)")
+    add("--batch", type=int, default=4, metavar="N", help="images in a step (default: 4)")
+    add("--seeds", type=int, default=3, metavar="N", help="of stock, float32 (default: 3)")
+    args = parser.parse_args()
+    if args.arm:
+        detectors.say(measure(args.arm, args.work, args))
+        return
+    arms = [f"{ARMS[0]}, seed {seed}" for seed in range(args.seeds)]
+    arms += [f"{arm}, seed 0" for arm in ARMS[1:]]
+    if args.quick:
+        args.steps, args.batch, arms = 3, 1, [arms[0], arms[-1]]
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        work = Path(folder)
+        sys.argv = ["shapes.py", str(work / "shapes")]
+        runpy.run_path(str(common.ROOT / "datasets/shapes.py"), run_name="__main__")
+        images = [image / 255 for image in training_batches(work / "shapes", 16, 1)[0][0]]
+        torch.save(detectors.random_weights(SIZE, CLASSES, images), work / "weights.pth")
+        flags = ["--steps", str(args.steps), "--batch", str(args.batch)]
+        calls = {
+            arm: partial(
+                common.in_process, __file__, arm, work,
+                threads=None, flags=flags, ours=arm.startswith("ours"),
+            )
+            for arm in arms
+        }  # fmt: skip
+        found = common.by_turns(calls, 1)
+    report(found)
+    common.save(args.json, found=found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Each class of `fast.py` against what it replaces."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection._utils import Matcher, overwrite_eps
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou
+
+import fast
+
+# ------------------------------------------------------------------------------ frozen norms
+
+
+def conv_and_norm(trains: bool) -> tuple[nn.Sequential, nn.Sequential]:
+    """A convolution with a frozen norm behind it, as torchvision has it and folded."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), FrozenBatchNorm2d(5), nn.ReLU())
+    for buffer in stock.buffers():
+        buffer.uniform_(0.5, 2)
+    stock.requires_grad_(trains)
+    ours = copy.deepcopy(stock)
+    fast.fold_frozen_norms(ours)
+    assert [type(module) for module in ours] == [fast.FoldedConv2d, fast.FoldedNorm, nn.ReLU]
+    return stock, ours
+
+
+def assert_same(stock: nn.Module, ours: nn.Module) -> None:
+    """Outputs, with and without gradients, and the gradients of weights and input."""
+    results = []
+    for model in (stock, ours):
+        x = torch.linspace(-1, 1, 2 * 3 * 6 * 7, dtype=stock[0].weight.dtype).view(2, 3, 6, 7)
+        with torch.inference_mode():
+            still = model(x)
+        x.requires_grad_()
+        out = model(x)
+        out.square().sum().backward()
+        weight = model[0].weight.grad if model[0].weight.requires_grad else torch.zeros(())
+        model.zero_grad()
+        results.append((still.clone(), out.detach(), x.grad, weight))
+    assert results[0][0].abs().sum() > 0
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_folded_norm_is_the_norm_whatever_changes(trains):
+    stock, ours = conv_and_norm(trains)
+    assert stock.state_dict().keys() == ours.state_dict().keys()
+    assert_same(stock, ours)
+    state = {key: torch.rand_like(value) + 0.5 for key, value in stock.state_dict().items()}
+
+    def change_weight(model):
+        with torch.no_grad():
+            model[0].weight.mul_(1.5)
+
+    for change in (
+        lambda model: model.load_state_dict(state),
+        lambda model: overwrite_eps(model, 0.3),
+        change_weight,
+        lambda model: model.load_state_dict({k: v + 1 for k, v in state.items()}, assign=True),
+        lambda model: model.double(),
+        lambda model: model[1].running_var.fill_(4.0),
+    ):
+        outputs = []
+        for model in (stock, ours):
+            change(model)
+            model.requires_grad_(trains)
+            outputs.append(model)
+        assert_same(*outputs)
+
+
+def test_a_copy_of_a_folded_model_has_norms_of_its_own():
+    stock, ours = conv_and_norm(False)
+    assert_same(stock, ours)
+    copied = copy.deepcopy(ours)
+    copied[1].running_mean.add_(0.1)
+    assert_same(stock, ours)
+    stock[1].running_mean.add_(0.1)
+    assert_same(stock, copied)
+
+
+def test_norms_that_train_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 5, 1), nn.ReLU())
+    before = [type(module) for module in model]
+    fast.fold_frozen_norms(model)
+    assert [type(module) for module in model] == before
+
+
+# ----------------------------------------------------------------- without asking the device
+
+
+@pytest.mark.parametrize("fixed", [None, (96, 64)])
+@pytest.mark.parametrize("training", [True, False])
+def test_images_and_boxes_are_resized_to_the_same_bits(training, fixed):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(53, 71), (64, 40), (37, 90)]
+    images = [torch.rand(3, *size, generator=generator) for size in sizes]
+    targets = [
+        {"boxes": 40 * torch.rand(n, 4, generator=generator), "labels": torch.arange(n)}
+        for n in (3, 0, 1)
+    ]
+    results = []
+    for kind in (GeneralizedRCNNTransform, fast.Transform):
+        mean_std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        transform = kind([60, 80, 100], 140, *mean_std, fixed_size=fixed).train(training)
+        torch.manual_seed(3)
+        batch, moved = transform(images, targets)
+        back = [{"boxes": target["boxes"].clone()} for target in moved]
+        if not training:
+            back = transform.postprocess(back, batch.image_sizes, sizes)
+        results.append((batch.tensors, batch.image_sizes, moved, back))
+    (tensors, shapes, moved, back), ours = results
+    assert torch.equal(tensors, ours[0])
+    assert shapes == ours[1]
+    for expected, found in zip([*moved, *back], [*ours[2], *ours[3]], strict=True):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert not torch.equal(moved[0]["boxes"], targets[0]["boxes"])
+
+
+@pytest.mark.parametrize("low_quality", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_anchors_are_matched_as_torchvision_matches_them(seed, low_quality):
+    """With ties: boxes and anchors on a coarse grid."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.randint(0, 8, (500, 2), generator=generator).float()
+    sides = torch.randint(1, 5, (500, 2), generator=generator).float()
+    anchors = torch.cat([corners, corners + sides], dim=1)
+    quality = box_iou(anchors[:7] + 0.1, anchors)
+    arguments = (0.7, 0.3, low_quality)
+    expected = Matcher(*arguments)(quality)
+    assert (expected >= 0).any()
+    assert (expected < 0).any()
+    assert torch.equal(fast.BoxMatcher(*arguments)(quality.clone()), expected)
+
+
+# ---------------------------------------------------------------------------------- RoIAlign
+
+
+def pyramid(dtype=torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"0": (32, 48), "1": (16, 24), "2": (8, 12), "3": (4, 6)}
+    return {
+        name: torch.rand(2, 5, *size, generator=generator).to(dtype).requires_grad_()
+        for name, size in sizes.items()
+    }
+
+
+def random_boxes(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    corner = torch.rand(count, 2, generator=generator) * torch.tensor([190.0, 120])
+    return torch.cat([corner, corner + torch.rand(count, 2, generator=generator) * 150], dim=1)
+
+
+@pytest.mark.parametrize("counts", [(40, 60), (0, 5), (0, 0)])
+def test_box_pool_equals_torchvisions(counts):
+    boxes = [random_boxes(count) for count in counts]
+    if counts[0]:
+        boxes[0][:3] = torch.tensor([[-20.0, -30, 300, 200], [5, 5, 5, 5], [191, 127, 192, 128]])
+    results = []
+    for pool in (MultiScaleRoIAlign, fast.BoxPool):
+        features = pyramid()
+        output = pool(["0", "1", "2", "3"], 7, 2)(features, boxes, [(128, 192)] * 2)
+        (output * torch.arange(output.numel()).view_as(output).cos()).sum().backward()
+        results.append((output.detach(), {name: f.grad for name, f in features.items()}))
+    (expected, gradients), (found, our_gradients) = results
+    assert found.shape == expected.shape == (sum(counts), 5, 7, 7)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for name, gradient in gradients.items():
+        ours = our_gradients[name]
+        torch.testing.assert_close(ours, gradient, atol=1e-3, rtol=1e-3)
+
+
+def test_box_pool_keeps_the_type_of_the_features():
+    pool = fast.BoxPool(["0", "1", "2", "3"], 7, 2)
+    features = pyramid(torch.bfloat16)
+    output = pool(features, [random_boxes(4), random_boxes(3)], [(128, 192)] * 2)
+    output.sum().backward()
+    assert output.dtype == features["0"].grad.dtype == torch.bfloat16
