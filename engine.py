@@ -158,45 +158,6 @@ def to_device(
     return images, boxes
 
 
-def compile_backbone(
-    model: nn.Module,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
-    batch_size: int,
-    train: bool = True,
-) -> None:
-    """Compile a detector's backbone and FPN in place, and run them once as they will be used.
-
-    Any image size fits what is compiled, unless the model resizes to a fixed one; parameters keep
-    their names. Raises TrainingError where torch finds no compiler.
-    """
-    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
-
-    begin, fixed = time.perf_counter(), model.transform.fixed_size
-    width, height = fixed or (model.transform.max_size, model.transform.min_size[-1])
-    height, width = (32 * math.ceil(side / 32) for side in (height, width))
-    buffers = {name: buffer.clone() for name, buffer in model.backbone.named_buffers()}
-    model.backbone.compile(dynamic=fixed is None)
-    model.train(train)
-    try:
-        with torch.inference_mode(not train):
-            images = torch.zeros(batch_size, 3, height, width, device=device)
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                features = model.backbone(images)
-            if train:
-                sum(feature.float().sum() for feature in features.values()).backward()
-    except TorchDynamoException as error:
-        raise TrainingError(
-            f"--compile does not work here: {str(error).strip().splitlines()[0]}. On a CPU it "
-            "needs a C++ compiler, on a GPU Triton; leave it out to train without"
-        ) from error
-    model.zero_grad()
-    with torch.no_grad():  # the images were no images: norms must not remember them
-        for name, buffer in model.backbone.named_buffers():
-            buffer.copy_(buffers[name])
-    utils.log(f"compiled the backbone in {time.perf_counter() - begin:.1f} s")
-
-
 def train_one_epoch(
     model: nn.Module,
     loader,

@@ -160,8 +160,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--amp", action="store_true",
         help="mixed precision: float16 on CUDA, bfloat16 on a CPU that is made for it")
     add("--amp-dtype", choices=["float16", "bfloat16"], help="overrule that choice of --amp")
-    add("--compile", action="store_true",
-        help="compile the backbone by torch.compile: a minute or more before the first step")
     add("--seed", type=natural, default=0, metavar="N",
         help="of everything random (default: %(default)s)")
     add("--use-deterministic-algorithms", action="store_true",
@@ -740,9 +738,6 @@ def main(argv: list[str] | None = None) -> None:
         torch.use_deterministic_algorithms(True)
 
     model = build_model(args, data.categories, saved).to(device)
-    if args.compile:
-        batch_size = args.eval_batch_size if args.test_only else args.batch_size
-        engine.compile_backbone(model, device, amp_dtype, batch_size, train=not args.test_only)
     metrics = utils.MetricsFile(args.output_dir)
     metrics.write("start", args=plain(args), **facts(device, precision, data))
     evaluate = partial(

@@ -77,7 +77,7 @@ def median(figures: list[dict], key: str) -> float | None:
 
 def _short(value) -> str:
     if isinstance(value, list | dict):
-        return f"[{len(value)} numbers]"
+        return f"[{len(value)} figures]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

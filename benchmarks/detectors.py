@@ -163,18 +163,23 @@ def as_stock(batch: tuple[list, list]) -> tuple[list, list]:
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators, and those whose answer the host has to wait for, on any device."""
+    """Counts operators, and those whose answer the host has to wait for, whatever the device.
 
-    # Numbers and tensors of unknown length, and numbers that come from the host.
-    READS = ("_local_scalar_dense", "nonzero", "nms", "masked_select", "_unique2", "lift_fresh")
+    A CPU's own reads, such as drawing a size to resize to, are among them. `constants` counts the
+    tensors that are made of Python's numbers, each of which may be a copy to the device.
+    """
+
+    # Numbers, and tensors of a length that only the device knows.
+    READS = ("_local_scalar_dense", "nonzero", "nms", "masked_select", "_unique2")
 
     def __init__(self):
         super().__init__()
-        self.total, self.reads = 0, {}
+        self.total, self.constants, self.reads = 0, 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.total += 1
         name = func.overloadpacket.__name__
+        self.constants += name == "lift_fresh"
         if name in self.READS:
             self.reads[name] = self.reads.get(name, 0) + 1
         elif name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):

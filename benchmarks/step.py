@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import common
@@ -71,10 +72,14 @@ def finished(run, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measure_step(ours: bool, run, batches: list, clock: Clock, device: torch.device) -> dict:
+def measure_step(run, make_batch, steps: int, clock: Clock, device: torch.device) -> dict:
     """Steps after one to warm up: milliseconds, counts and memory."""
-    run(batches[:1])
-    started = time.time()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batches = [make_batch()]
+    finished(partial(run, batches), device)
+    first_step = time.time() - float(os.environ["BENCHMARK_BEGIN"])
+    batches += [make_batch() for _ in range(steps)]
     clock.wait, seconds = False, []
     for batch in batches[1:]:
         seconds.append(finished(partial(run, [batch]), device))
@@ -89,11 +94,12 @@ def measure_step(ours: bool, run, batches: list, clock: Clock, device: torch.dev
         "step_ms": statistics.median(milliseconds),
         "step_ms_range": [min(milliseconds), max(milliseconds)],
         **parts,
-        "first_step_s": started - float(os.environ["BENCHMARK_BEGIN"]),
+        "first_step_s": first_step,
         "peak_mib": utils.peak_memory(device),
         "operators": operators.total,
         "host_reads": sum(operators.reads.values()),
         "host_reads_by_kind": operators.reads,
+        "host_constants": operators.constants,
         "synchronisations": len(waits) if device.type == "cuda" else None,
         **detectors.profile(partial(run, batches[:1]), device),
     }
@@ -135,6 +141,7 @@ def measure_end_to_end(ours: bool, run, folder: Path, steps: int, batch: int) ->
         from torchvision.transforms import v2
 
         plain = [v2.ToImage(), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)]
+        plain.append(v2.ToPureTensor())
         dataset = wrap_dataset_for_transforms_v2(
             CocoDetection(split.images, split.annotations, transforms=v2.Compose(plain)),
             target_keys=("boxes", "labels"),
@@ -162,42 +169,39 @@ def measure(arm: str, work: Path, args: argparse.Namespace) -> dict:
     state = detectors.read_weights(work / "weights.pth")
     model = detectors.build(ours, args.size, CLASSES, True, state).to(device)
     if "compiled" in more:
-        engine.compile_backbone(model, device, amp_dtype, args.batch)
+        model.backbone.compile(dynamic=True)
     fused = ours and part != "fused optimizer"
     optimizer = detectors.make_optimizer(model, fused, lr=1e-4)
     clock = Clock(model, optimizer, device)
     convert = detectors.as_ours if ours else detectors.as_stock
-    rng, figures = np.random.default_rng(1), {}
-    shapes = [SHAPES[n % len(SHAPES)] for n in range(args.steps + 1)]
-    batches = [
-        convert(detectors.picture_batch(rng, args.batch, shape, CLASSES)) for shape in shapes
-    ]
     train = detectors.run_ours if ours else detectors.run_stock
     run = partial(train, model, optimizer=optimizer, device=device, amp_dtype=amp_dtype)
-    figures |= measure_step(ours, run, batches, clock, device)
+    found = {}
+    for batch in args.batches:
+        rng, shapes = np.random.default_rng(1), cycle(SHAPES)
+
+        def make_batch(count=batch, shape=None, rng=rng, shapes=shapes):
+            return convert(detectors.picture_batch(rng, count, shape or next(shapes), CLASSES))
+
+        figures = found[batch] = measure_step(run, make_batch, args.steps, clock, device)
+        if batch != args.batches[0]:
+            del figures["first_step_s"]
+        if not part:
+            figures |= measure_end_to_end(ours, run, work / f"jpeg{batch}", 3, batch)
     if not part:
         many = 8 if device.type == "cuda" and ours else 1
-        pictures = [detectors.picture_batch(rng, many, SHAPES[0], CLASSES) for _ in range(3)]
-        evaluate = partial(measure_evaluation, ours, model, list(map(convert, pictures)))
-        figures |= evaluate(device, amp_dtype)
-        figures |= measure_end_to_end(ours, run, work / f"jpeg{args.batch}", 3, args.batch)
-    return figures
+        pictures = [make_batch(many, SHAPES[0]) for _ in range(3)]
+        found[args.batches[0]] |= measure_evaluation(ours, model, pictures, device, amp_dtype)
+    return found
 
 
-def report(batch: int, turns: dict[str, list[dict]]) -> None:
-    keys = [key for key in next(iter(turns.values()))[0] if isinstance(key, str)]
-    keys = [key for key in keys if key not in ("step_ms_range", "host_reads_by_kind", "profile")]
+def report(batch: str, turns: dict[str, list[dict]]) -> None:
+    """A table of medians, and how much faster each arm's step is than torchvision's."""
+    keys = ("step_ms_range", "host_reads_by_kind", "profile")
+    keys = [key for key in next(iter(turns.values()))[0] if key not in keys]
     print(f"\nbatch {batch}")
-    rows = []
-    for key in keys:
-        values = [common.median(turns[arm], key) for arm in turns]
-        if any(value is not None for value in values):
-            rows.append([key, *values])
-    common.table(["", *turns], rows)
-    for arm, figures in turns.items():
-        print(f"\nwhere the time of a step goes, {arm}")
-        common.table(["operator", "ms", "calls"], figures[-1]["profile"])
-    print()
+    rows = [[key, *(common.median(rows, key) for rows in turns.values())] for key in keys]
+    common.table(["", *turns], [row for row in rows if any(v is not None for v in row[1:])])
     steps = {arm: common.median(rows, "step_ms") for arm, rows in turns.items()}
     for arm, milliseconds in steps.items():
         ratios = [f"{steps[s] / milliseconds:.2f} x {s}" for s in ARMS[:2] if s in steps]
@@ -212,9 +216,9 @@ def main() -> None:
         help="images in a step (default: 1 2 4 8 16 on a GPU, 2 on a CPU)")  # fmt: skip
     add("--size", type=int, default=800, metavar="PIXELS", help="shortest side (default: 800)")
     add("--steps", type=int, default=20 if cuda else 3, metavar="N", help="steps that are timed")
-    add("--arms", nargs="+", default=list(ARMS), metavar="ARM", help=f"of: {'; '.join(ARMS)}")
+    arms = f"of: {'; '.join(ARMS)} (default: all; on a CPU, without the last, which compiles long)"
+    add("--arms", nargs="+", default=ARMS if cuda else ARMS[:4], metavar="ARM", help=arms)
     add("--without", action="store_true", help="measure ours without each of its parts, too")
-    add("--batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
         detectors.say(measure(args.arm, args.work, args))
@@ -230,17 +234,22 @@ def main() -> None:
         arms = list(args.arms)
         if args.without:
             arms += [f"ours, amp, without {part}" for part in detectors.PARTS]
-        for batch in args.batches:
-            flags = ["--batch", str(batch), "--size", str(args.size), "--steps", str(args.steps)]
-            calls = {
-                arm: partial(
-                    common.in_process, __file__, arm, Path(folder), flags=flags, threads=None,
-                    ours=arm.startswith("ours") and "memory settings" not in arm,
-                )
-                for arm in arms
-            }  # fmt: skip
-            found[batch] = common.by_turns(calls, args.repeats)
-            report(batch, found[batch])
+        flags = ["--size", str(args.size), "--steps", str(args.steps)]
+        flags += ["--batches", *map(str, args.batches)]
+        calls = {
+            arm: partial(
+                common.in_process, __file__, arm, Path(folder), flags=flags, threads=None,
+                ours=arm.startswith("ours") and "memory settings" not in arm,
+            )
+            for arm in arms
+        }  # fmt: skip
+        turns = common.by_turns(calls, args.repeats)
+    for batch in turns[arms[0]][0]:
+        found[batch] = {arm: [turn[batch] for turn in rows] for arm, rows in turns.items()}
+        report(batch, found[batch])
+    for arm, figures in found[str(args.batches[0])].items():
+        print(f"\nwhere the time of a step goes, {arm}, batch {args.batches[0]}")
+        common.table(["operator", "ms", "calls"], figures[-1]["profile"])
     common.save(args.json, found=found)
 
 

@@ -82,6 +82,13 @@ def test_a_copy_of_a_folded_model_has_norms_of_its_own():
     assert_same(stock, copied)
 
 
+def test_a_folded_norm_compiles_to_one_graph():
+    stock, ours = conv_and_norm(True)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    x = torch.randn(1, 3, 5, 5)
+    torch.testing.assert_close(compiled(x), stock(x))
+
+
 def test_norms_that_train_are_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 5, 1), nn.ReLU())
     before = [type(module) for module in model]
