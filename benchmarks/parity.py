@@ -47,12 +47,12 @@ def training_batches(folder: Path, batch: int, steps: int) -> list[tuple]:
     return [tuple(map(list, zip(*rows, strict=True))) for rows in batches[:steps]]
 
 
-def score(model, folder: Path, device, amp_dtype) -> dict:
-    """COCO's numbers on the validation pictures, as `engine.evaluate` gives them."""
+def score(model, folder: Path, count: int | None, device, amp_dtype) -> dict:
+    """COCO's numbers by `engine.evaluate` after the first `count` validation pictures, or all."""
     index = coco_utils.CocoIndex(coco_utils.find_split(folder, "val", None, None))
     loader = torch.utils.data.DataLoader(
         coco_utils.CocoDetection(index, index.categories),
-        batch_sampler=samplers.evaluation_batches(index.sizes, 1, 1, 0),
+        batch_sampler=samplers.evaluation_batches(index.sizes[:count], 1),
         collate_fn=coco_utils.collate,
     )
     utils.log = lambda *_: None
@@ -94,7 +94,7 @@ def measure(arm: str, work: Path, args: argparse.Namespace) -> dict:
         factor=rate,
         clip=10.0,
     )
-    numbers = score(model, work / "shapes", device, amp_dtype)
+    numbers = score(model, work / "shapes", 4 if args.quick else None, device, amp_dtype)
     return {"losses": losses, "AP": numbers["AP"], "AP50": numbers["AP50"]}
 
 
@@ -134,6 +134,7 @@ def main() -> None:
         images = [image / 255 for image in training_batches(work / "shapes", 16, 1)[0][0]]
         torch.save(detectors.random_weights(SIZE, CLASSES, images), work / "weights.pth")
         flags = ["--steps", str(args.steps), "--batch", str(args.batch)]
+        flags += ["--quick"] if args.quick else []
         calls = {
             arm: partial(
                 common.in_process, __file__, arm, work,

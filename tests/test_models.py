@@ -127,6 +127,13 @@ def test_more_layers_than_there_are_are_refused(name, most):
         models.build_model(name, 3, pretrained=True, trainable_backbone_layers=most + 1)
 
 
+def test_a_fixed_size_is_height_and_width_of_every_image():
+    model = models.build_model(SMALL, 4, pretrained=False, fixed_size=(96, 160))
+    images, _ = model.transform([torch.rand(3, 50, 40), torch.rand(3, 300, 200)])
+    assert images.tensors.shape == (2, 3, 96, 160)
+    assert images.image_sizes == [(96, 160)] * 2
+
+
 def test_boxes_stay_float32_under_bfloat16():
     ours = models.build_model(RESNET, 4, pretrained=False, min_sizes=(128,), max_size=200).eval()
     seen = {}
