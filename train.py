@@ -11,6 +11,7 @@ Your own pictures on one GPU, from COCO weights:
 """
 
 import argparse
+import inspect
 import os
 import platform
 import sys
@@ -507,12 +508,15 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """The model for training: wrapped for DDP if there are other processes."""
     if utils.world_size() == 1:
         return model
+    # Frozen norms never change, so only trainable ones are worth sending in every step. The option
+    # has another name since torch 2.13.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        # Frozen norms never change, so only trainable ones are worth sending in every step.
-        broadcast_buffers=models.has_trainable_norms(model),
         gradient_as_bucket_view=True,
+        **{name: models.has_trainable_norms(model)},
     )
 
 

@@ -139,6 +139,7 @@ def test_two_processes_train_and_score_as_one_does(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no CUDA device was found: 2 processes share the CPU") == 1
     assert done.stdout.count("AP at IoU 0.50:0.95") == 1
+    assert "Warning" not in done.stdout + done.stderr
     assert len(losses(out)) == 4
     saved = torch.load(out / "checkpoint.pth", weights_only=True)
     assert saved["args"]["global_batch"] == 2
