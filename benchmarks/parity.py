@@ -95,7 +95,18 @@ def measure(arm: str, work: Path, args: argparse.Namespace) -> dict:
         clip=10.0,
     )
     numbers = score(model, work / "shapes", 4 if args.quick else None, device, amp_dtype)
+    torch.save(model.state_dict(), work / "trained.pth")
     return {"losses": losses, "AP": numbers["AP"], "AP50": numbers["AP50"]}
+
+
+def measure_evaluation(arm: str, work: Path, args: argparse.Namespace) -> dict:
+    """AP of the weights that the last training left, by another arm's model and precision."""
+    way, precision = arm.split(", ")
+    device, amp_dtype = detectors.device_and_type(precision)
+    state = detectors.read_weights(work / "trained.pth")
+    model = detectors.build(way == "ours", SIZE, CLASSES, True, state).to(device)
+    numbers = score(model, work / "shapes", 4 if args.quick else None, device, amp_dtype)
+    return {key: numbers[key] for key in ("AP", "AP50", "AP75", "AR100")}
 
 
 def report(found: dict[str, list[dict]]) -> None:
@@ -121,7 +132,9 @@ def main() -> None:
     add("--seeds", type=int, default=3, metavar="N", help="of stock, float32 (default: 3)")
     args = parser.parse_args()
     if args.arm:
-        detectors.say(measure(args.arm, args.work, args))
+        kind, _, arm = args.arm.rpartition(": ")
+        run = measure_evaluation if kind == "evaluate" else measure
+        detectors.say(run(arm, args.work, args))
         return
     arms = [f"{ARMS[0]}, seed {seed}" for seed in range(args.seeds)]
     arms += [f"{arm}, seed 0" for arm in ARMS[1:]]
@@ -135,16 +148,21 @@ def main() -> None:
         torch.save(detectors.random_weights(SIZE, CLASSES, images), work / "weights.pth")
         flags = ["--steps", str(args.steps), "--batch", str(args.batch)]
         flags += ["--quick"] if args.quick else []
-        calls = {
-            arm: partial(
-                common.in_process, __file__, arm, work,
-                threads=None, flags=flags, ours=arm.startswith("ours"),
+
+        def call(arm: str):
+            ours = "ours" in arm
+            return lambda: common.in_process(
+                __file__, arm, work, threads=None, flags=flags, ours=ours
             )
-            for arm in arms
-        }  # fmt: skip
-        found = common.by_turns(calls, 1)
+
+        found = common.by_turns({arm: call(arm) for arm in arms}, 1)
+        ways = ARMS[::2] if args.quick else ARMS
+        same = common.by_turns({arm: call(f"evaluate: {arm}") for arm in ways}, 1)
     report(found)
-    common.save(args.json, found=found)
+    print(f"\nthe weights of {arms[-1]}, evaluated by each")
+    rows = [[arm, *figures.values()] for arm, (figures,) in same.items()]
+    common.table(["arm", *next(iter(same.values()))[0]], rows)
+    common.save(args.json, found=found, same_weights=same)
 
 
 if __name__ == "__main__":

@@ -59,3 +59,4 @@ def test_parity(tmp_path):
     assert ours["losses"] != stock["losses"]
     assert 0 <= ours["AP"] <= 1
     assert "difference, last third" in printed
+    assert list(figures["same_weights"]) == ["stock, float32", "ours, float32"]
