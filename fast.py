@@ -157,10 +157,10 @@ def _scale_and_bias(norm: FrozenBatchNorm2d) -> tuple[torch.Tensor, torch.Tensor
 class BoxPool(MultiScaleRoIAlign):
     """torchvision's RoIAlign over the levels of an FPN, in a form that is fast on a CPU.
 
-    torchvision's kernel reads one number at a time, and its gradient does so on one core: together
-    they took two thirds of a training step. Here a box's features are a weighted sum of rows of
-    the feature map, all channels at once, on all cores. The results differ by rounding. Other
-    devices run torchvision's kernel.
+    torchvision's kernel reads one number at a time, and its gradient does so on one core, which
+    took a tenth of a step (benchmarks/results/step.md). Here a box's features are a weighted sum of
+    rows of the feature map, all channels at once, on all cores. The results differ by rounding.
+    Other devices run torchvision's kernel.
     """
 
     def forward(self, x, boxes, image_shapes):
