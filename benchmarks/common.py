@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, repeats: bool = True) -> argparse.ArgumentParser:
     """With the flags that every benchmark has."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--quick", action="store_true", help="a smoke test in seconds, no figures")
-    made.add_argument("--repeats", type=int, default=3, metavar="N", help="(default: 3)")
+    if repeats:
+        made.add_argument("--repeats", type=int, default=3, metavar="N", help="(default: 3)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write every single figure there")
     made.add_argument("--arm", help=argparse.SUPPRESS)  # what a process of its own has to do
     made.add_argument("--work", type=Path, help=argparse.SUPPRESS)

@@ -125,7 +125,7 @@ def report(found: dict[str, list[dict]]) -> None:
 
 
 def main() -> None:
-    parser = common.parser(__doc__.partition("\n")[0])
+    parser = common.parser(__doc__.partition("\n")[0], repeats=False)
     add = parser.add_argument
     add("--steps", type=int, default=200, metavar="N", help="of training (default: 200)")
     add("--batch", type=int, default=4, metavar="N", help="images in a step (default: 4)")
