@@ -157,7 +157,8 @@ def _annotation_faults(index: CocoIndex) -> Iterable[Fault]:
 def _repeated(values: np.ndarray) -> np.ndarray:
     """Which of the values, bool, stand there more than once."""
     ordered = np.sort(values)
-    return np.isin(values, ordered[1:][ordered[1:] == ordered[:-1]])
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.isin(values, repeated) if len(repeated) else np.zeros(len(values), dtype=bool)
 
 
 def _of_images(index: CocoIndex, kind: str, wrong: np.ndarray, **rest) -> Fault:
