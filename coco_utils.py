@@ -4,6 +4,7 @@ Format: https://cocodataset.org/#format-data. Required are `images[].id, file_na
 `annotations[].image_id, category_id, bbox` (x, y, width, height in pixels) and `categories[].id`.
 """
 
+import hashlib
 import json
 import mmap
 import multiprocessing
@@ -257,6 +258,14 @@ class CocoIndex:
             setattr(less, name, getattr(self, name)[rows])
         less.offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[kept])])
         return less
+
+    def fingerprint(self) -> str:
+        """A hash of all that training and evaluation depend on, the pixels aside."""
+        digest = hashlib.sha256(repr(self.categories).encode())
+        for name in ("image_ids", "file_names", "sizes", "offsets", "boxes", "category_ids"):
+            digest.update(getattr(self, name).tobytes())
+        digest.update(self.iscrowd.tobytes() + self.areas.tobytes())
+        return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.image_ids)

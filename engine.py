@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,44 @@ class FiniteWatch:
         self.seen.clear()
 
 
+class SkippedSteps:
+    """Counts on the device the steps that the GradScaler skips for infinite float16 gradients.
+
+    Now and then one is skipped while the scale is searched for; many in a row learn nothing.
+    """
+
+    TOO_MANY = 10
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.total, self.in_a_row, self.most = torch.zeros(3, device=device).unbind()
+        self._hook = optimizer.register_step_pre_hook(self._note)
+
+    def _note(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        # The GradScaler leaves it there for fused optimizers, which skip on the device.
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None:
+            self.total += found
+            self.in_a_row.add_(1).mul_(found)
+            torch.maximum(self.most, self.in_a_row, out=self.most)
+
+    def check(self, step: int) -> int:
+        """The number skipped since the last check; waits for the device.
+
+        Raises TrainingError when too many came one after the other.
+        """
+        total, most = int(self.total), int(self.most)
+        if most >= self.TOO_MANY:
+            raise TrainingError(
+                f"the gradients of {most} steps in a row, up to step {step}, were infinite in "
+                "float16: lower --lr, or use --amp-dtype bfloat16, or leave out --amp"
+            )
+        self.total.zero_()
+        return total
+
+    def stop(self) -> None:
+        self._hook.remove()
+
+
 class LossMeter:
     """Averages the parts of the loss over steps and processes; waits for the device when read."""
 
@@ -174,17 +213,23 @@ def train_one_epoch(
     clip_grad_norm: float | None,
     print_freq: int,
     metrics: utils.MetricsFile,
+    keeper: utils.Keeper,
+    save: Callable[[int], None],
 ) -> int:
     """Train from step `step` (counted over the whole training) to `last_step`; return `last_step`.
 
-    `loader` begins with the batch of `step`. Raises TrainingError when a loss is not finite.
+    `loader` begins with the batch of `step`; `save(step)` is called whenever `keeper` wants a
+    checkpoint between two steps. Raises TrainingError when a loss is not finite, and
+    utils.StopRequested.
     """
     model.train()
     rate = schedule(optimizer, step)
-    meter, watch, begin = LossMeter(), FiniteWatch(device), epoch * len(loader.batch_sampler)
+    meter, watch, skipped = LossMeter(), FiniteWatch(device), SkippedSteps(optimizer, device)
+    begin = epoch * len(loader.batch_sampler)
     position = step - begin
     progress = utils.Progress(loader, last_step - begin, position, f"epoch {epoch}")
     for pixels, targets in progress:
+        utils.fault("step", step)
         utils.seed_step(seed, step)
         image_ids = [target["image_id"] for target in targets]
         images, targets = to_device(pixels, targets, device)
@@ -195,6 +240,8 @@ def train_one_epoch(
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             losses = model(images, targets)
         loss = sum(losses.values())
+        if kind := utils.fault("loss", step):
+            loss = loss * {"nan": math.nan, "huge": 1e37}[kind]
         watch.note(step, loss, image_ids)
         if log_now or device.type == "cpu":
             watch.check()
@@ -208,12 +255,21 @@ def train_one_epoch(
         meter.add(losses)
         step += 1
         if log_now:
-            report_step(progress, meter.read(), epoch, step, rate, len(images), device, metrics)
+            numbers = {**meter.read(), "skipped_steps": skipped.check(step)}
+            report_step(progress, numbers, epoch, step, rate, len(images), device, metrics)
         rate = schedule(optimizer, step)
         if step == last_step:
             break
+        keeper.after_step(step, partial(checked_save, watch, save, step))
+    skipped.stop()
     report_epoch(progress, epoch, (progress.done - position) * len(images))
     return step
+
+
+def checked_save(watch: FiniteWatch, save: Callable[[int], None], step: int) -> None:
+    """Save the state after `step` steps, unless one of their losses was not finite."""
+    watch.check()
+    save(step)
 
 
 def report_epoch(progress: utils.Progress, epoch: int, images: int) -> None:
@@ -227,7 +283,7 @@ def report_epoch(progress: utils.Progress, epoch: int, images: int) -> None:
 
 def report_step(
     progress: utils.Progress,
-    losses: dict[str, float],
+    numbers: dict[str, float],
     epoch: int,
     step: int,
     rate: float,
@@ -239,14 +295,17 @@ def report_step(
     steps, seconds, waited = progress.lap()
     speed = steps * batch_size * utils.world_size() / seconds
     memory = utils.peak_memory(device)
+    losses = {name: x for name, x in numbers.items() if name.startswith("loss")}
     loss, *parts = [f"{name.removeprefix('loss_')} {x:.4f}" for name, x in losses.items()]
+    if numbers["skipped_steps"]:
+        parts.append(f"{numbers['skipped_steps']} steps skipped: infinite float16 gradients")
     progress.show(f"{loss}  lr {rate:.6f}  {speed:.2f} images/s", ", ".join(parts))
     metrics.write(
         "train",
         epoch=epoch,
         step=step,
         lr=rate,
-        **losses,
+        **numbers,
         images_per_second=speed,
         data_seconds=waited,
         peak_memory_mib=memory,
@@ -271,6 +330,7 @@ def evaluate(
 
     Each process runs its share of the images; rank 0 gathers, writes `detections.json` and scores
     by `evaluator`, the others return None. `model` is the bare detector, not its DDP wrapper.
+    Raises utils.StopRequested where a process was asked to stop.
     """
     model.eval()
     utils.share_buffers(model)
@@ -278,11 +338,15 @@ def evaluate(
     rows = [np.empty((0, 7))]
     progress = utils.Progress(loader, len(loader), 0, "evaluation")
     for pixels, targets in progress:
+        if utils.stop_asked():
+            break
+        utils.fault("evaluation")
         image_ids = [target["image_id"] for target in targets]
         images, _ = to_device(pixels, targets, device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             outputs = model(images)
         rows.append(coco_eval.detection_rows(outputs, image_ids, category_ids))
+    utils.stop_if_asked()
     seconds = progress.seconds
     detections = utils.gather_rows(np.concatenate(rows))
     if detections is None:

@@ -21,6 +21,16 @@ def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, factor: int) ->
     return np.searchsorted(bounds, widths / heights, side="right")
 
 
+def check_enough(images: int, batch_size: int, world_size: int) -> None:
+    """Raise PlanError if so many images do not fill one step of all processes."""
+    if images < batch_size * world_size:
+        raise PlanError(
+            f"the training set has {images} usable images, fewer than one global batch of "
+            f"{batch_size * world_size} ({batch_size} images on each of {world_size} processes): "
+            "lower --batch-size or the number of processes"
+        )
+
+
 class TrainingPlan:
     """The batches of an epoch as a function of (seed, epoch): a `batch_sampler` for a DataLoader.
 
@@ -39,12 +49,7 @@ class TrainingPlan:
     ):
         self.groups, self.batch_size, self.rank, self.seed = groups, batch_size, rank, seed
         self.global_batch = batch_size * world_size
-        if len(groups) < self.global_batch:
-            raise PlanError(
-                f"the training set has {len(groups)} usable images, fewer than one global batch of "
-                f"{self.global_batch} ({batch_size} images on each of {world_size} processes): "
-                "lower --batch-size or the number of processes"
-            )
+        check_enough(len(groups), batch_size, world_size)
         self.epoch = self.first_step = 0
 
     def start(self, epoch: int, step: int = 0) -> None:

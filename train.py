@@ -11,6 +11,7 @@ Your own pictures on one GPU, from COCO weights:
 """
 
 import argparse
+import contextlib
 import inspect
 import os
 import platform
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch import nn
@@ -64,7 +66,7 @@ def at_least(kind: type, least: float):
     return convert
 
 
-count, natural = at_least(int, 1), at_least(int, 0)
+count, natural, several = at_least(int, 1), at_least(int, 0), at_least(int, 2)
 positive = at_least(float, 0.0)
 
 
@@ -168,14 +170,26 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--world-size", type=count, metavar="N",
         help="checked against torchrun's number of processes")
     add("--dist-url", metavar="URL", help="where the processes of torchrun meet (default: env://)")
+    add("--timeout-minutes", type=positive, default=10, metavar="M",
+        help="give up on a process that does not answer the others for so long (default: "
+        "%(default)s)")
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--output-dir", type=Path, default=ROOT / "output", metavar="FOLDER",
         help="checkpoints, metrics.jsonl, detections.json (default: output)")
     add("--print-freq", type=count, default=20, metavar="N",
         help="steps from one report of losses to the next (default: %(default)s)")
+    add("--checkpoint-every", type=count, metavar="N",
+        help="save every N steps, besides after each epoch (default: by the clock alone)")
+    add("--checkpoint-minutes", type=positive, default=10, metavar="M",
+        help="save when the last checkpoint is so old (default: %(default)s)")
+    add("--keep-checkpoints", type=several, default=2, metavar="N",
+        help="keep the newest N, 2 or more, besides the best (default: %(default)s)")
     add("--resume", metavar="FILE|auto",
-        help="continue from a checkpoint; auto: from the newest in --output-dir, if there is one")
+        help="continue from a checkpoint; auto: from the newest in --output-dir that is whole, if "
+        "there is any")
+    add("--resume-anyway", action="store_true",
+        help="continue with other data, batches or rates than before, which is refused else")
     group = parser.add_argument_group("evaluation")
     add = group.add_argument
     add("--test-only", action="store_true",
@@ -193,7 +207,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         description="Train and evaluate Faster R-CNN on COCO-format data.",
-        epilog="Exit codes: 0 done; 1 failed; 2 the flags, the data or a checkpoint are wrong.",
+        epilog="Exit codes: 0 done; 1 failed; 2 the flags, the data or a checkpoint are wrong; 75 "
+        "stopped by a signal, everything saved: go on with --resume auto.",
         allow_abbrev=False,
     )
     add_data_flags(parser)
@@ -221,10 +236,11 @@ def settle(args: argparse.Namespace, saved: dict | None, device: torch.device) -
         given, before = getattr(args, name), saved.get(name)
         if given is None:
             setattr(args, name, before)
-        elif given != before and not args.test_only:
+        elif given != before and not args.test_only and not args.resume_anyway:
             raise UsageError(
                 f"--{name.replace('_', '-')} {given} differs from {before}, with which "
-                f"{args.resume} was trained: leave it out, or start anew in another --output-dir"
+                f"{args.resume} was trained: leave it out, say --resume-anyway, or start anew in "
+                "another --output-dir"
             )
     args.model = args.model or models.MODELS[0]
     if args.weights is None and args.weights_backbone is None:
@@ -287,6 +303,7 @@ def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> 
             "--sync-bn has nothing to share: the norms of a pretrained model are frozen",
         ),
         (args.start_epoch and args.resume, "--resume knows its epoch: leave out --start-epoch"),
+        (args.resume_anyway and not args.resume, "--resume-anyway needs --resume"),
         (
             args.start_epoch is not None and args.start_epoch >= args.epochs,
             f"--start-epoch {args.start_epoch} leaves nothing of {args.epochs} epochs",
@@ -368,7 +385,7 @@ def load_data(args: argparse.Namespace, indexes: dict, pinned: bool, saved: dict
                 f"{index.annotation_file} has other categories than {args.resume} was trained on: "
                 "to start from its weights use --weights instead of --resume"
             )
-        images = None if args.keep_empty else index.images_with_boxes()
+        images = training_images(args, index)
         augmentation = transforms.training_preset(args.data_augmentation, args.min_size)
         dataset = coco_utils.CocoDetection(index, categories, images, augmentation)
         widths, heights = index.sizes[dataset.images].T
@@ -386,6 +403,13 @@ def load_data(args: argparse.Namespace, indexes: dict, pinned: bool, saved: dict
     return Data(categories, val_loader, plan, train_loader)
 
 
+def training_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.ndarray:
+    """The positions of the images to train on; raises PlanError if they fill no batch."""
+    images = np.arange(len(index)) if args.keep_empty else index.images_with_boxes()
+    samplers.check_enough(len(images), args.batch_size, utils.world_size())
+    return images
+
+
 def read_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
     """The annotation files by part, "val" and "train", after the quick check."""
     indexes = {}
@@ -396,6 +420,8 @@ def read_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
         utils.log(f"{part}: {index.annotation_file}: {coco_check.summary(index)}")
         for fault in found:
             utils.log(f"{part}: {fault}")
+        if part == "train":
+            training_images(args, index)
     return indexes
 
 
@@ -523,6 +549,17 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 # ------------------------------------------------------------------------------------ the run
 
 
+# What has to be as it was for a resumed run to end as an undisturbed one: arguments, and facts that
+# `Run.facts` adds.
+COMPARED = (
+    *("seed", "global_batch", "keep_empty", "aspect_ratio_group_factor", "precision"),
+    *("opt", "lr", "momentum", "weight_decay", "norm_weight_decay", "clip_grad_norm", "sync_bn"),
+    *("epochs", "lr_scheduler", "lr_steps", "lr_gamma", "warmup_steps"),
+    *("train_data", "val_data"),
+)
+PLANNED = ("seed", "global_batch", "keep_empty", "aspect_ratio_group_factor", "train_data")
+
+
 @dataclass
 class Run:
     """A training in progress: what a checkpoint is made of."""
@@ -532,6 +569,8 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    keeper: utils.Keeper
+    facts: dict  # what a checkpoint keeps besides the arguments
     best_AP: float | None = None
 
     def restore(self, saved: dict | None) -> tuple[int, int]:
@@ -540,28 +579,38 @@ class Run:
         if not saved:
             epoch = self.args.start_epoch or 0
             return epoch, epoch * steps
+        changed = changes(saved["args"], {**plain(self.args), **self.facts})
+        if changed and not self.args.resume_anyway:
+            raise UsageError(
+                f"{self.args.resume} was trained with {describe(changed)}. Use what it was trained "
+                "with, say --resume-anyway to go on regardless, or choose another --output-dir for "
+                "a new training"
+            )
+        if changed:
+            utils.log(f"--resume-anyway: trained with {describe(changed)}")
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.best_AP = saved["best_AP"]
         epoch, step, before = saved["epoch"], saved["step"], saved["args"]
-        if (before["steps_per_epoch"], before["global_batch"], before["seed"]) != (
-            *(steps, self.data.plan.global_batch, self.args.seed),
-        ):
-            epochs_done, inside = divmod(step, before["steps_per_epoch"])
-            if inside:
-                raise UsageError(
-                    f"{self.args.resume} was saved in the middle of epoch {epoch}: to go on, use "
-                    f"the same data, --seed {before['seed']}, and {before['global_batch']} images "
-                    "in a step on all devices together"
-                )
-            step = epochs_done * steps
+        if changed.keys() & set(PLANNED):
+            utils.log(f"epoch {epoch} begins anew, because its plan is another one")
+            step = epoch * steps
+        elif before["world_size"] != utils.world_size():
+            utils.log(
+                f"{utils.world_size()} processes instead of {before['world_size']}: every planned "
+                "image is seen once, as before, but the weights are not bitwise the same"
+            )
         return epoch, step
 
     def save(self, epoch: int, step: int) -> None:
-        """Write `checkpoint.pth`: `step` steps are done, a resumed run goes on in `epoch`."""
-        if utils.rank() != 0:
-            return
-        plan = {"steps_per_epoch": len(self.data.plan), "global_batch": self.data.plan.global_batch}
+        """Write a checkpoint: `step` steps are done, a resumed run goes on in `epoch`.
+
+        Raises checkpoint.NotSavedError in every process.
+        """
+        utils.from_rank_0(partial(self._write, epoch, step))
+        self.keeper.note_save()
+
+    def _write(self, epoch: int, step: int, best: bool = False) -> None:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -570,20 +619,42 @@ class Run:
             "step": step,
             "best_AP": self.best_AP,
             "categories": self.data.categories.to_list(),
-            "args": {**plain(self.args), **plan},
+            "args": {**plain(self.args), **self.facts},
         }
-        checkpoint.save(self.args.output_dir / checkpoint.NEWEST, state)
+        path = checkpoint.save(self.args.output_dir, state, self.args.keep_checkpoints)
+        if best:
+            checkpoint.save_best(path)
 
     def save_evaluated(self, epoch: int, step: int, numbers: dict | None) -> None:
-        """Write `checkpoint.pth` again, and `model_best.pth` if no AP so far was as high."""
-        if numbers is None:
-            return
-        best = numbers["AP"] is not None and (self.best_AP is None or numbers["AP"] > self.best_AP)
+        """Write the checkpoint again, as the best one too if no AP so far was as high.
+
+        `numbers` are those of rank 0; the other processes have None and do not know `best_AP`.
+        """
+        value = numbers and numbers["AP"]
+        best = value is not None and (self.best_AP is None or value > self.best_AP)
         if best:
-            self.best_AP = numbers["AP"]
-        self.save(epoch, step)
-        if best:
-            checkpoint.save_best(self.args.output_dir)
+            self.best_AP = value
+        utils.from_rank_0(partial(self._write, epoch, step, best))
+        self.keeper.note_save()
+
+
+def changes(before: dict, now: dict) -> dict[str, tuple]:
+    """What `COMPARED` names and is not as it was: (before, now) by name."""
+    names = [name for name in COMPARED if name in before and before[name] != now[name]]
+    return {name: (before[name], now[name]) for name in names}
+
+
+def describe(changed: dict[str, tuple]) -> str:
+    """The changes in words: "--lr 0.1 (now 0.2), other training data"."""
+    words = []
+    for name, (before, now) in changed.items():
+        if name in ("train_data", "val_data"):
+            words.append("other training data" if name == "train_data" else "other validation data")
+        elif name in ("global_batch", "precision"):
+            words.append(f"{name.replace('_', ' ')} {before} (now {now})")
+        else:
+            words.append(f"--{name.replace('_', '-')} {before} (now {now})")
+    return ", ".join(words)
 
 
 def plain(args: argparse.Namespace) -> dict:
@@ -592,20 +663,45 @@ def plain(args: argparse.Namespace) -> dict:
 
 
 def read_resumed(args: argparse.Namespace) -> dict | None:
-    """The checkpoint to resume, if any; refuses to write over one that nobody resumes."""
-    newest = args.output_dir / checkpoint.NEWEST
-    if args.resume == "auto":
-        args.resume = str(newest) if newest.exists() else None
-        if args.resume is None:
-            utils.log(f"--resume auto: there is no {newest} yet, so this is a new training")
+    """The checkpoint to resume, if any; refuses to write over one that nobody resumes.
+
+    Rank 0 alone reads it, so that nodes without its file, and nodes that see it late, agree.
+    """
+    args.resume, saved = utils.from_rank_0(partial(find_resumed, args))
+    return saved
+
+
+def find_resumed(args: argparse.Namespace) -> tuple[str | None, dict | None]:
+    present = checkpoint.present(args.output_dir)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, by itself
+    if args.resume == "auto" or (restarted and present and not args.test_only):
+        found = checkpoint.newest(args.output_dir)
+        if found is None:
+            utils.log(f"--resume auto: no checkpoint in {args.output_dir} yet, a new training")
+            return None, None
+        path, saved, passed_over = found
+        for message in passed_over:
+            utils.log(f"passed over: {message}")
+        return str(path), saved
     if args.resume:
-        return checkpoint.load(Path(args.resume))
-    if newest.exists() and not args.test_only:
+        saved = checkpoint.load(Path(args.resume))
+        later = [p for p in checkpoint.numbered(args.output_dir) if later_than(p, saved)]
+        if later and not args.test_only:
+            raise UsageError(
+                f"{args.resume} has {saved['step']} steps, but {later[0]} has more, which going on "
+                "from here would push out: use --resume auto, or choose another --output-dir"
+            )
+        return args.resume, saved
+    if present and not args.test_only:
         raise UsageError(
-            f"{newest} is there from another training, which this one would write over: go on with "
-            "--resume auto, or choose another --output-dir"
+            f"{present[0]} is there from another training, which this one would write over: go on "
+            "with --resume auto, or choose another --output-dir"
         )
-    return None
+    return None, None
+
+
+def later_than(path: Path, saved: dict) -> bool:
+    return int(path.stem.rpartition("_")[2]) > saved["step"]
 
 
 def prepare_output(folder: Path) -> None:
@@ -675,8 +771,6 @@ def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtyp
     """All epochs from where `saved` left off, each followed by an evaluation and a checkpoint."""
     args, plan = run.args, run.data.plan
     first_epoch, step = run.restore(saved)
-    if args.warmup_steps is None:
-        args.warmup_steps = min(1000, len(plan))
     say_training(run, first_epoch, step)
     factor = partial(
         engine.learning_rate_factor,
@@ -707,6 +801,8 @@ def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtyp
                 clip_grad_norm=args.clip_grad_norm,
                 print_freq=args.print_freq,
                 metrics=metrics,
+                keeper=run.keeper,
+                save=partial(run.save, epoch),
             )
             run.save(epoch, step)
         numbers = evaluate(run.model)
@@ -723,24 +819,22 @@ def main(argv: list[str] | None = None) -> None:
         check_data(args)
         return
     device = choose_device(args.device)
+    prepare_output(args.output_dir)
+    indexes = read_indexes(args)
+    utils.start_processes(device, args.dist_url or "env://", args.timeout_minutes)
     saved = read_resumed(args)
     settle(args, saved and saved["args"], device)
     refuse_what_cannot_apply(args, device)
-    prepare_output(args.output_dir)
     amp_dtype, precision = engine.precision(device, args.amp, args.amp_dtype)
     no_gpu = "" if torch.cuda.is_available() or args.device else ": no CUDA device was found"
     utils.log(f"device: {device.type}{no_gpu}, precision: {precision}")
-
-    indexes = read_indexes(args)
-    data = load_data(args, indexes, device.type == "cuda", saved)
-    utils.start_processes(device, args.dist_url or "env://")
-    if args.max_bad_images:
-        indexes = drop_bad_images(args, indexes)
-        data = load_data(args, indexes, device.type == "cuda", saved)
     if args.use_deterministic_algorithms:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
+    if args.max_bad_images:
+        indexes = drop_bad_images(args, indexes)
+    data = load_data(args, indexes, device.type == "cuda", saved)
     model = build_model(args, data.categories, saved).to(device)
     metrics = utils.MetricsFile(args.output_dir)
     metrics.write("start", args=plain(args), **facts(device, precision, data))
@@ -759,20 +853,51 @@ def main(argv: list[str] | None = None) -> None:
         say_numbers(evaluate(model), metrics, epoch, step)
         return
 
-    float16 = amp_dtype is torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=float16)
-    run = Run(args, data, model, build_optimizer(args, model), scaler)
+    run = start_run(args, indexes, data, model, device, amp_dtype)
     train(run, saved, device, evaluate, amp_dtype, metrics)
     metrics.write("end", best_AP=run.best_AP, seconds=time.perf_counter() - begin)
     best = "" if run.best_AP is None else f"best AP {run.best_AP:.3f}, "
     utils.log(f"done: {best}results in {args.output_dir}")
 
 
+def start_run(
+    args: argparse.Namespace,
+    indexes: dict,
+    data: Data,
+    model: nn.Module,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+) -> Run:
+    """A training before its first step, with the facts that its checkpoints keep."""
+    if args.warmup_steps is None:
+        args.warmup_steps = min(1000, len(data.plan))
+    kept = {
+        "steps_per_epoch": len(data.plan),
+        "global_batch": data.plan.global_batch,
+        "world_size": utils.world_size(),
+        "precision": str(amp_dtype or torch.float32).removeprefix("torch."),
+        **{f"{part}_data": index.fingerprint() for part, index in indexes.items()},
+    }
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    keeper = utils.Keeper(args.checkpoint_every, args.checkpoint_minutes)
+    return Run(args, data, model, build_optimizer(args, model), scaler, keeper, kept)
+
+
+# ---------------------------------------------------------------------------------- ways to end
+
+STOPPED = 75  # BSD's EX_TEMPFAIL: nothing is wrong, try again
+
+
 @record
 def run_and_exit() -> None:
-    """Run `main`; say what a user can mend in one message and without a traceback."""
+    """Run `main`; say in one message, and once, why it ended before its time."""
+    end_if_told_before()
+    utils.listen_for_stop()
     try:
         main()
+    except utils.StopRequested:
+        utils.log("stopped as asked; everything is saved, go on with --resume auto")
+        leave(STOPPED)
     except (
         UsageError,
         coco_utils.DataError,
@@ -780,24 +905,68 @@ def run_and_exit() -> None:
         models.WeightsError,
         checkpoint.CheckpointError,
     ) as error:
-        give_up(error, 2)
-    except engine.TrainingError as error:
-        give_up(error, 1)
-    except Exception:
-        # Where one process fails, the others fail to reach it. Waiting lets torchrun end them, so
-        # that the one traceback is the right one.
-        time.sleep(10 if utils.world_size() > 1 else 0)
+        give_up(str(error), 2)
+    except (engine.TrainingError, checkpoint.NotSavedError) as error:
+        give_up(str(error), 1)
+    except Exception as error:
+        if remedy := remedy_for(error):
+            give_up(f"{error}. {remedy}", 1)
+        if utils.lost_contact(error):
+            give_up(f"ended because of {utils.who_failed()}\n({error})", 1)
+        utils.die_of_signals()
+        utils.tell_failure(f"{type(error).__name__}: {error}")
         raise
     finally:
         utils.stop_processes()
 
 
-def give_up(error: Exception, exit_code: int) -> None:
-    if utils.rank() != 0:
-        # Rank 0 most likely says the same; torchrun ends this process once it has.
-        time.sleep(20)
-    print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+def remedy_for(error: Exception) -> str | None:
+    """What to do about errors of the system that people meet in long runs."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return (
+            "A loading process was killed, most often because memory or shared memory (/dev/shm) "
+            "ran out: lower --workers or --batch-size, or start a container with --ipc=host or a "
+            "larger --shm-size. Go on with --resume auto"
+        )
+    if "Too many open files" in text:
+        return "Raise the limit with ulimit -n 65536, or lower --workers; then --resume auto"
+    return None
+
+
+def give_up(message: str, exit_code: int) -> None:
+    """End this process with the one message of all processes, unless another one has given it."""
+    utils.die_of_signals()
+    together = torch.distributed.is_initialized()
+    if utils.tell_failure(message) and (together or utils.rank() == 0):
+        print(f"train.py: error: {message}", file=sys.stderr, flush=True)
+    else:
+        # Not before the message is out, because torchrun ends all when one ends. Before the
+        # processes have met, it is rank 0 that most likely has the same to say.
+        time.sleep(1 if together else 20)
+    leave(exit_code)
+
+
+def leave(exit_code: int) -> None:
+    """End with an exit code that the launcher hands on, though torchrun would make it 1."""
+    told = utils.launch_file("exit")
+    if told:
+        with contextlib.suppress(FileExistsError), told.open("x") as file:
+            file.write(str(exit_code))
+        if exit_code == STOPPED:
+            sys.exit(0)  # which torchrun does not take for a reason to start again
     sys.exit(exit_code)
+
+
+def end_if_told_before() -> None:
+    """When torchrun starts again what had ended for good, end at once."""
+    told = utils.launch_file("exit")
+    if told and told.exists():
+        exit_code = int(told.read_text() or 1)
+        if exit_code != 1:
+            sys.exit(exit_code)
+        if utils.local_rank() == 0:
+            told.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

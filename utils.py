@@ -6,9 +6,11 @@ the run is distributed.
 
 import json
 import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -41,17 +43,21 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def start_processes(device: torch.device, init_method: str = "env://") -> None:
+_store = None  # where processes leave messages for each other, even when collectives fail
+
+
+def start_processes(
+    device: torch.device, init_method: str = "env://", timeout_minutes: float = 10
+) -> None:
     """Join the other processes, if there are any: NCCL for CUDA tensors, Gloo for the others."""
+    global _store
     if world_size() == 1:
         return
+    timeout = timedelta(minutes=timeout_minutes)
+    _store, _, _ = next(dist.rendezvous(init_method, rank(), world_size(), timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend,
-        init_method=init_method,
-        rank=rank(),
-        world_size=world_size(),
-        timeout=timedelta(minutes=30),
+        backend, store=_store, rank=rank(), world_size=world_size(), timeout=timeout
     )
 
 
@@ -92,6 +98,24 @@ def gather_objects(value: object) -> list:
     return values
 
 
+def from_rank_0(function: Callable[[], object]) -> object:
+    """What `function` returns in rank 0, in every process; what it raises is raised in all."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    if dist.is_initialized():
+        box = [result, error]
+        dist.broadcast_object_list(box, src=0)
+        if rank() != 0:
+            result, error = box
+    if error is not None:
+        raise error
+    return result
+
+
 def gather_rows(rows: np.ndarray) -> np.ndarray | None:
     """The rows of every process, float64 `[sum of N, C]`, on rank 0; None on the others."""
     if not dist.is_initialized():
@@ -111,6 +135,180 @@ def share_buffers(model: torch.nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+# --------------------------------------------------------------------------- being asked to stop
+
+# A signal is only noted; between two steps all processes agree to save and to stop. The launcher
+# hands on what it is sent as a file in this folder, because torchrun would allow 30 seconds.
+LAUNCH_FOLDER = "FASTER_RCNN_LAUNCH"
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is Slurm's usual warning
+
+
+class StopRequested(Exception):
+    """Asked to stop, on every process, after everything was saved."""
+
+
+class _Asked:
+    """What is known in this process of a request to stop."""
+
+    by: str | None = None
+    grace = 60  # seconds until a process that torchrun ends gives up waiting for a step to end
+
+
+def listen_for_stop() -> None:
+    """From now on note signals instead of dying of them."""
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _note_signal)
+
+
+def _note_signal(number: int, frame: object) -> None:
+    if _Asked.by is None:
+        _Asked.by = signal.Signals(number).name
+        if rank() == 0:  # not by print, which may be what the signal interrupted
+            os.write(2, f"\n{_Asked.by}: stopping after this step\n".encode())
+    elif number == signal.SIGINT:
+        die_of_signals()
+        signal.raise_signal(number)
+    # Under torchrun a SIGTERM may also mean that another process has failed. Where no step ends, as
+    # in one that hangs, nothing else would end this process before torchrun kills it.
+    if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.alarm(_Asked.grace)
+
+
+def die_of_signals() -> None:
+    """Undo `listen_for_stop`: there is nothing left to save."""
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def let_parent_stop(worker: int) -> None:
+    """For a loading process: outlive signals sent to a whole group, for as long as a save takes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
+def launch_file(name: str) -> Path | None:
+    """A file by which the launcher and its processes tell each other something."""
+    folder = os.environ.get(LAUNCH_FOLDER)
+    return Path(folder) / name if folder else None
+
+
+def stop_asked() -> bool:
+    """Whether this process knows of a request to stop; others may not know yet."""
+    told = launch_file("stop")
+    if _Asked.by is None and told and told.exists():
+        _Asked.by = told.read_text()
+        log(f"{_Asked.by}: stopping after this step")
+    return _Asked.by is not None
+
+
+def stop_if_asked() -> None:
+    """Raise StopRequested in every process if one was asked to stop; all have to call it."""
+    if all_reduce(torch.tensor(int(stop_asked())), "max"):
+        raise StopRequested
+
+
+class Keeper:
+    """Decides between steps, for all processes alike, when to save and when to stop.
+
+    A save is due every `every` steps, and when `minutes` have gone by since the last one.
+    """
+
+    SAVE, STOP = 1, 2
+
+    def __init__(self, every: int | None, minutes: float):
+        self.every, self.seconds = every, 60 * minutes
+        self.saved = self.last_step = time.monotonic()
+        self._launcher = os.getppid()
+
+    def after_step(self, step: int, save: Callable[[], None]) -> None:
+        """Call `save` if it is time to; raise StopRequested, once saved, if that was asked."""
+        now = time.monotonic()
+        _Asked.grace = 8 + 3 * round(now - self.last_step)
+        due = now - self.saved >= self.seconds or (bool(self.every) and step % self.every == 0)
+        wish = self._agree(due)
+        if wish:
+            if hasattr(signal, "alarm"):
+                signal.alarm(0)  # a save takes the time that it takes
+            save()
+            self.note_save()
+        if wish == self.STOP:
+            raise StopRequested
+        if wish:
+            stop_if_asked()  # meanwhile: what was saved need not be saved again
+        self.last_step = time.monotonic()
+
+    def note_save(self) -> None:
+        self.saved = time.monotonic()
+
+    def _agree(self, due: bool) -> int:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._launcher:
+            raise RuntimeError("the launcher of this process is gone")
+        wish = self.STOP if stop_asked() else self.SAVE * (due and rank() == 0)
+        return int(all_reduce(torch.tensor(wish), "max"))
+
+
+# ----------------------------------------------------------------------------- failing together
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether the error only says that another process is gone or does not answer."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "connection closed by peer" in text)
+    )
+
+
+def tell_failure(message: str) -> bool:
+    """Leave for the other processes why this one ends; False if another one was first."""
+    message = f"rank {rank()}: {message}"
+    try:
+        return _store is None or _store.compare_set("failure", "", message).decode() == message
+    except dist.DistError:  # the store went with its host
+        return True
+
+
+def who_failed(timeout_seconds: float = 3) -> str:
+    """After contact was lost: what the first process to fail has left, or which ones are silent."""
+    try:
+        _store.set(f"waiting/{rank()}", "")
+        time.sleep(timeout_seconds)  # the others lose contact at about the same time
+        if _store.check(["failure"]):
+            return _store.get("failure").decode()
+        silent = [r for r in range(world_size()) if not _store.check([f"waiting/{r}"])]
+    except dist.DistError:
+        silent = []
+    names = ", ".join(map(str, silent)) or "0 or its machine"
+    return f"rank {names}: gone, or did not answer in time (--timeout-minutes)"
+
+
+# ------------------------------------------------------------------------------ failing on purpose
+
+
+def fault(point: str, step: int | None = None) -> str | None:
+    """For tests alone: fail here if the environment says so, as FAULT=kind@point:rank:step.
+
+    Kinds: kill, term (signals to this process), hang, raise; any other is returned for the caller
+    to carry out. The step may be `all`. A process that torchrun has restarted fails no more.
+    """
+    spec = os.environ.get("FAULT")
+    if not spec or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return None
+    kind, at, where, when = re.split("[@:]", spec)
+    if at != point or int(where) != rank() or (step is not None and when not in (str(step), "all")):
+        return None
+    if kind == "raise":
+        raise OverflowError("a fault on purpose")
+    if kind == "hang":
+        time.sleep(1e6)
+    if kind in ("kill", "term"):
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
+    return kind
 
 
 # ------------------------------------------------------------------------------------ seeding
@@ -137,6 +335,17 @@ class MetricsFile:
 
     def __init__(self, output_dir: Path):
         self.path = output_dir / "metrics.jsonl"
+        if rank() == 0 and self.path.exists():
+            self._mend()
+
+    def _mend(self) -> None:
+        """Cut off a last line that a crash left unfinished."""
+        with self.path.open("r+b") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                file.truncate(whole)
+                log(f"{self.path}: the last line was cut by a crash and is left out")
 
     def write(self, kind: str, **values) -> None:
         if rank() == 0:

@@ -26,6 +26,18 @@ with open(sys.argv[1], "rb") as file:
 print(digest.hexdigest())' "$1"
 }
 
+# Unpacks an archive into the folder, unless one of its members would land elsewhere.
+unpack() {
+    "$PYTHON" -c 'import os, sys, zipfile
+archive, folder = sys.argv[1:]
+root = os.path.realpath(folder)
+with zipfile.ZipFile(archive) as opened:
+    for name in opened.namelist():
+        if not os.path.realpath(os.path.join(root, name)).startswith(os.path.join(root, "")):
+            sys.exit(f"{archive}: {name} would be written outside of {folder}: nothing was unpacked")
+    opened.extractall(root)' "$1" "$folder" || fail "$1 was not unpacked"
+}
+
 # get NAME PATH BYTES MD5
 get() {
     local name=$1 path=$2 bytes=$3 md5=$4 archive=$folder/$1.zip done_mark=$folder/.$1.complete
@@ -45,7 +57,7 @@ get() {
         fail "$archive was not what COCO published (size or MD5 differ) and is removed: try again"
     fi
     echo "$name: unpacking"
-    "$PYTHON" -m zipfile -e "$archive" "$folder"
+    unpack "$archive"
     touch "$done_mark"
     rm "$archive"
 }

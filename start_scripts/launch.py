@@ -1,40 +1,100 @@
 #!/usr/bin/env python3
-"""Run train.py on every device of this machine through torchrun, and end as the processes ended.
+"""Run train.py on every device of this machine, or of several, through torchrun.
 
-torchrun itself ends with 1 and a traceback whatever the reason was; here an exit code that train.py
-chose, and explained on the way out, is handed on.
+What torchrun lacks is added here: a signal lets the processes finish their step and save, however
+long that takes, and the exit code is the one that train.py chose.
+
+Environment: NPROC_PER_NODE, processes on this machine; MAX_RESTARTS, how often torchrun may start
+them again after a failure; on several machines also NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 """
 
 import logging
 import os
+import shutil
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-EXPLAINED = (2, 75)
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import utils  # noqa: E402
 
 
-def main() -> None:
+def listen(folder: Path) -> None:
+    """Hand signals on as a file; at the second one torchrun ends the processes in 30 seconds."""
+
+    def note(number: int, frame: object) -> None:
+        name, told = signal.Signals(number).name, folder / "stop"
+        if told.exists():
+            raise SignalException(f"{name} again", signal.SIGTERM)
+        told.write_text(name)
+
+    for name in utils.STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), note)
+    # torchrun would set handlers of its own for these signals: leave it the other ones.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+
+
+def meeting_point(environment: dict) -> list[str]:
+    """torchrun's flags for where the machines meet: a port of the one with NODE_RANK 0."""
+    nodes = int(environment.get("NNODES") or 1)
+    if nodes == 1:
+        return ["--standalone"]
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not environment.get(name)]
+    if missing:
+        sys.exit(f"NNODES is {nodes}, so {' and '.join(missing)} must be set, too")
+    node = int(environment["NODE_RANK"])
+    address = f"{environment['MASTER_ADDR']}:{environment.get('MASTER_PORT') or 29400}"
+    return [
+        *(f"--nnodes={nodes}", f"--node-rank={node}", "--rdzv-backend=c10d"),
+        *(f"--rdzv-endpoint={address}", f"--rdzv-conf=is_host={int(node == 0)}"),
+        f"--rdzv-id={environment.get('SLURM_JOB_ID') or 'faster-rcnn'}",
+    ]
+
+
+def run(folder: Path) -> int:
+    """Run torchrun to its end; return the exit code."""
     devices = torch.cuda.device_count()
     processes = int(os.environ.get("NPROC_PER_NODE") or devices or 2)
     if not devices:
         print(f"no CUDA device was found: {processes} processes share the CPU", flush=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ[utils.LAUNCH_FOLDER] = str(folder)
+    flags = [
+        *(*meeting_point(os.environ), f"--nproc-per-node={processes}"),
+        f"--max-restarts={os.environ.get('MAX_RESTARTS') or 0}",
+    ]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    train = Path(__file__).resolve().parent.parent / "train.py"
     try:
-        torchrun(["--standalone", f"--nproc-per-node={processes}", str(train), *sys.argv[1:]])
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        for code in EXPLAINED:
-            if code in codes:
-                sys.exit(code)
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        torchrun([*flags, str(PROJECT / "train.py"), *sys.argv[1:]])
+        failure = None
+    except (ChildFailedError, SignalException) as error:
+        failure = error
+    told = folder / "exit"
+    if told.exists():
+        return int(told.read_text() or 1)
+    if failure:
+        print(failure, file=sys.stderr)
+    return 1 if failure else 0
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="faster-rcnn-"))
+    listen(folder)
+    try:
+        exit_code = run(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

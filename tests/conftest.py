@@ -89,3 +89,38 @@ def losses(output_dir: Path) -> list[float]:
     """The loss of every step that `metrics.jsonl` has."""
     lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def start(*command, **environment) -> subprocess.Popen:
+    """The same without waiting for its end; to be read while it runs."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={key: str(value) for key, value in env.items()},
+    )
+
+
+def wait_for(process: subprocess.Popen, text: str) -> list[str]:
+    """Read what a process says until a line with this text; returns the lines."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"no {text!r} in\n{''.join(lines)}")
+
+
+def processes_of(mark: object) -> list[int]:
+    """The processes whose command line has `mark` in it (Linux)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if str(mark).encode() in command and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
