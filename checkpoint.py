@@ -52,12 +52,15 @@ def save(folder: Path, state: dict, keep: int = 2) -> Path:
         _flush_folder(folder)
         utils.fault("renamed")
         _name_too(path, NEWEST)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        while error.__context__:  # torch.save turns what hinders it into a RuntimeError
+            error = error.__context__
+        if not isinstance(error, OSError):
+            raise error from None
         raise NotSavedError(
-            f"checkpoint not saved: {path}: {reason}. The ones before are intact: make room, then "
-            "go on with --resume auto"
+            f"checkpoint not saved: {path}: {error.strerror}. The ones before are intact: make "
+            "room, then go on with --resume auto"
         ) from error
     for old in [*numbered(folder)[keep:], *folder.glob("checkpoint_*.partial")]:
         old.unlink(missing_ok=True)

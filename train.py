@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -372,6 +373,7 @@ def load_data(args: argparse.Namespace, indexes: dict, pinned: bool, saved: dict
         collate_fn=coco_utils.collate,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
+        worker_init_fn=utils.let_parent_stop,
         pin_memory=pinned,
     )
     if args.test_only:
@@ -913,9 +915,7 @@ def run_and_exit() -> None:
             give_up(f"{error}. {remedy}", 1)
         if utils.lost_contact(error):
             give_up(f"ended because of {utils.who_failed()}\n({error})", 1)
-        utils.die_of_signals()
-        utils.tell_failure(f"{type(error).__name__}: {error}")
-        raise
+        give_up(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
     finally:
         utils.stop_processes()
 
@@ -934,16 +934,17 @@ def remedy_for(error: Exception) -> str | None:
     return None
 
 
-def give_up(message: str, exit_code: int) -> None:
+def give_up(message: str, exit_code: int, details: str = "") -> None:
     """End this process with the one message of all processes, unless another one has given it."""
     utils.die_of_signals()
     together = torch.distributed.is_initialized()
     if utils.tell_failure(message) and (together or utils.rank() == 0):
-        print(f"train.py: error: {message}", file=sys.stderr, flush=True)
-    else:
-        # Not before the message is out, because torchrun ends all when one ends. Before the
-        # processes have met, it is rank 0 that most likely has the same to say.
-        time.sleep(1 if together else 20)
+        where = f" of rank {utils.rank()}" if details and together else ""
+        print(f"{details}train.py: error{where}: {message}", file=sys.stderr, flush=True)
+    if together:
+        time.sleep(1)  # torchrun ends all when one ends, so the message has to be out before
+    elif utils.rank() != 0:
+        time.sleep(20)  # before they have met, rank 0 most likely has the same to say
     leave(exit_code)
 
 

@@ -55,6 +55,11 @@ def start_processes(
         return
     timeout = timedelta(minutes=timeout_minutes)
     _store, _, _ = next(dist.rendezvous(init_method, rank(), world_size(), timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's own store outlives its processes: one that is started again must not find the
+        # addresses of the dead. (On several machines the launcher makes it a new store each time.)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _store = dist.PrefixStore(f"attempt {attempt}", _store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=_store, rank=rank(), world_size=world_size(), timeout=timeout

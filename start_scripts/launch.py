@@ -52,6 +52,8 @@ def meeting_point(environment: dict) -> list[str]:
     if missing:
         sys.exit(f"NNODES is {nodes}, so {' and '.join(missing)} must be set, too")
     node = int(environment["NODE_RANK"])
+    # Each start of all processes gets a new store, without the addresses of the one before.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     address = f"{environment['MASTER_ADDR']}:{environment.get('MASTER_PORT') or 29400}"
     return [
         *(f"--nnodes={nodes}", f"--node-rank={node}", "--rdzv-backend=c10d"),

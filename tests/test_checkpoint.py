@@ -143,8 +143,7 @@ def test_no_flipped_byte_changes_what_is_loaded(tmp_path):
         path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
         try:
             state = checkpoint.load(path)
-        except CheckpointError as error:
-            assert str(path) in str(error)
+        except CheckpointError:
             refused += 1
         else:  # it was padding
             assert torch.equal(state["model"]["w"], STATE["model"]["w"])

@@ -103,3 +103,31 @@ def test_the_type_of_autocast_follows_the_device(monkeypatch):
     dtype, why = engine.precision(cpu, True, None)
     assert dtype is None
     assert "no bfloat16 instructions" in why
+
+
+def scaled_steps(gradients: list[float], optimizer_class) -> engine.SkippedSteps:
+    """Steps of a GradScaler with these gradients on a fused optimizer."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = optimizer_class([weight], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    skipped = engine.SkippedSteps(optimizer, torch.device("cpu"))
+    for gradient in gradients:
+        scaler.scale(weight.sum())  # sets the scale up
+        weight.grad = torch.full((3,), gradient)
+        before = weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, weight) == math.isinf(gradient)
+    skipped.stop()
+    return skipped
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_skipped_steps_are_counted_until_there_are_too_many(optimizer_class):
+    inf = math.inf
+    skipped = scaled_steps([1.0, inf, 1.0, inf, inf, 1.0], optimizer_class)
+    assert skipped.check(6) == 3
+    assert skipped.check(6) == 0
+    assert scaled_steps([inf] * 9 + [1.0] + [inf] * 9, optimizer_class).check(19) == 18
+    with pytest.raises(engine.TrainingError, match="10 steps in a row, up to step 12"):
+        scaled_steps([1.0, *[inf] * 10, 1.0], optimizer_class).check(12)

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, SMALL, losses, processes_of, run, start, train, wait_for
+from conftest import ROOT, SMALL, processes_of, run, start, train, wait_for
 from test_coco_utils import rewrite, split_of
 from test_launchers import ALL, ONE, SCRIPTS, launch
 from test_train import weights_hash
@@ -89,7 +88,7 @@ def test_with_fewer_processes_every_planned_image_is_still_seen_once(tiny, tmp_p
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", *TWELVE)
     died = launch(ALL, *flags, "-b", "1", FAULT="kill@step:0:6", timeout=200)
     assert died.returncode == 1
-    assert "Signal 9 (SIGKILL)" in died.stderr
+    assert "ended because of rank 0: gone" in died.stderr
     done = launch(ONE, *flags, "-b", "2")
     assert done.returncode == 0, done.stderr
     assert "1 processes instead of 2: every planned image is seen once" in done.stdout
@@ -226,20 +225,22 @@ def test_a_loss_of_one_process_that_is_not_finite_ends_both(tiny, tmp_path):
 
 
 def test_infinite_float16_gradients_are_skipped_counted_and_not_for_ever(tiny, tmp_path):
-    flags = ("--amp", "--amp-dtype", "float16", "--max-steps", "3")
+    flags = ("--amp", "--amp-dtype", "float16", "--max-steps", "2")
     out = tmp_path / "out"
     flags = ("--data-path", tiny, "-b", "1", "--output-dir", out, *flags)
     done = launch(ALL, *flags, FAULT="huge@loss:1:1", timeout=300)
     assert done.returncode == 0, done.stderr
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    assert [line["skipped_steps"] for line in lines if line["kind"] == "train"] == [0, 1, 0]
+    skipped = [line["skipped_steps"] for line in lines if line["kind"] == "train"]
+    assert len(skipped) == 2
+    assert skipped[1] == 1
     assert "1 steps skipped" in done.stdout
 
 
 def test_a_process_that_raises_is_the_one_that_is_named(tiny, tmp_path):
     done, _ = failing(tiny, tmp_path, "raise@step:1:3")
-    assert "OverflowError: a fault on purpose" in done.stderr
-    assert "ended because of rank 1: OverflowError" in done.stderr or "rank: 1" in done.stderr
+    assert "train.py: error of rank 1: OverflowError: a fault on purpose" in done.stderr
+    assert done.stderr.count("train.py: error") == 1
     assert done.stderr.count("Traceback") == 1
 
 
@@ -269,11 +270,11 @@ def test_a_loading_process_that_is_killed_is_explained(tiny, tmp_path):
 
 def test_a_full_disk_ends_all_processes_and_keeps_what_is_there(tiny, tmp_path):
     out = tmp_path / "out"
-    flags = ("--data-path", tiny, "--output-dir", out, *TWELVE)
-    assert train(*flags, "--max-steps", "2").returncode == 0
+    flags = ("--data-path", tiny, "--output-dir", out, *TWELVE, "-b", "1")
+    assert launch(ALL, *flags, "--max-steps", "2").returncode == 0
     size = (out / checkpoint.NEWEST).stat().st_size
     limit = f"ulimit -f {size // 2048}; exec bash {ALL} " + '"$@"'
-    done = run("bash", "-c", limit, "bash", *SMALL, *flags, "-b", "1", VIRTUAL_ENV=sys.prefix)
+    done = run("bash", "-c", limit, "bash", *SMALL, *flags, VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.count("checkpoint not saved: ") == 1
     assert "Traceback" not in done.stderr
@@ -358,7 +359,9 @@ printf ' [%s]' "$@" >> "$LOG"
 echo >> "$LOG"
 case "$(basename "$0") $1" in
     "scontrol show") printf 'node7\\nnode8\\n' ;;
-    sbatch*) SLURM_JOB_ID=4242 SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST='node[7-8]' exec bash "$@" ;;
+    sbatch*)
+        export SLURM_JOB_ID=4242 SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST='node[7-8]'
+        exec bash "$@" ;;
     srun*)
         while [[ $1 == --* ]]; do shift; done
         trap 'echo srun got USR1 >> "$LOG"; kill -USR1 $child' USR1
