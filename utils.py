@@ -234,7 +234,7 @@ class Keeper:
     def after_step(self, step: int, save: Callable[[], None]) -> None:
         """Call `save` if it is time to; raise StopRequested, once saved, if that was asked."""
         now = time.monotonic()
-        _Asked.grace = 8 + 3 * round(now - self.last_step)
+        _Asked.grace = 5 + 3 * round(now - self.last_step)
         due = now - self.saved >= self.seconds or (bool(self.every) and step % self.every == 0)
         wish = self._agree(due)
         if wish:
@@ -278,7 +278,7 @@ def tell_failure(message: str) -> bool:
         return True
 
 
-def who_failed(timeout_seconds: float = 3) -> str:
+def who_failed(timeout_seconds: float = 2) -> str:
     """After contact was lost: what the first process to fail has left, or which ones are silent."""
     try:
         _store.set(f"waiting/{rank()}", "")
