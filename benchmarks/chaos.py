@@ -7,8 +7,8 @@ A small training of two processes is killed by SIGKILL (one of its processes, it
 of them; at any time, half of the times while a checkpoint is being written) and continued by the
 same command, until it ends. Its weights must be those of an undisturbed run, bit for bit, and no
 kill may cost more steps than lie between two checkpoints. Then `--stops` trainings are asked to
-stop, and in `--faults` trainings one process raises, dies or hangs. Linux only: processes are found
-by /proc.
+stop, and in `--faults` trainings one process raises, dies or hangs; `--each-step` kills one process
+alone, and one of two, after each of 12 steps in turn. Linux only: processes are found by /proc.
 """
 
 import argparse
@@ -30,10 +30,13 @@ import torch
 import checkpoint
 
 EVERY, EPOCH = 3, 8  # steps between two checkpoints, and in an epoch
-LAUNCHER = common.ROOT / "start_scripts/train_fasterrcnn_resnet50_dist_torch.sh"
+LAUNCHERS = {
+    1: common.ROOT / "start_scripts/train_fasterrcnn_resnet50_torch.sh",
+    2: common.ROOT / "start_scripts/train_fasterrcnn_resnet50_dist_torch.sh",
+}
 SMALL = (
     *("--model", "fasterrcnn_mobilenet_v3_large_320_fpn", "--weights-backbone", "none"),
-    *("--min-size", "64", "--batch-size", "1", "--workers", "1", "--print-freq", "1"),
+    *("--min-size", "64", "--workers", "1", "--print-freq", "1"),
     *("--lr", "0.0005", "--clip-grad-norm", "10"),
 )
 
@@ -41,10 +44,13 @@ SMALL = (
 class Training:
     """A launched training that writes to `out`; `said` is what it has printed when it has ended."""
 
-    def __init__(self, data: Path, out: Path, epochs: int, *flags: str, fault: str = ""):
+    def __init__(
+        self, data: Path, out: Path, epochs: int, *flags: str, fault: str = "", processes: int = 2
+    ):
         self.out, self.log = out, out.with_suffix(".log")
-        command = ["bash", LAUNCHER, "--data-path", data, "--output-dir", out, *SMALL, *flags]
-        command += ["--epochs", str(epochs), "--checkpoint-every", str(EVERY), "--resume", "auto"]
+        command = ["bash", LAUNCHERS[processes], "--data-path", data, "--output-dir", out, *SMALL]
+        command += ["--epochs", epochs, "--batch-size", 2 // processes, "--resume", "auto"]
+        command += ["--checkpoint-every", EVERY, *flags]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment |= {"VIRTUAL_ENV": sys.prefix, "FAULT": fault}
         with self.log.open("w") as log:
@@ -166,8 +172,8 @@ def run_kills(data: Path, work: Path, count: int, dice: random.Random) -> dict:
             reached, saved = max(steps(out), default=0), saved_step(out)
             lost.append(reached - saved)
             left.append(over)
-            print(f"  {kills:4}  {victim:<8} {moment:<12} at step {reached:5}, goes on from "
-                  f"{saved:5} ({lost[-1]} lost), all gone after {over:.1f} s", flush=True)  # fmt: skip
+            print(f"  {kills:4}  {victim:<8} {moment:<12} at step {reached:5}, resumes from "
+                  f"{saved:5}, {lost[-1]} lost; all gone in {over:.1f} s", flush=True)  # fmt: skip
         same &= weights_hash(out) == expected and sorted(set(steps(out))) == steps(whole.out)
         print(f"ended: weights {weights_hash(out)[:16]}", flush=True)
     return {
@@ -179,6 +185,27 @@ def run_kills(data: Path, work: Path, count: int, dice: random.Random) -> dict:
         "checkpoint_every": EVERY,
         "last_process_gone_after_s": max(left),
     }
+
+
+def run_each_step(data: Path, work: Path, _: bool, dice: random.Random) -> dict:
+    """Killed after each of 12 steps in turn, every one of which is saved."""
+    same = {}
+    for processes in (1, 2):
+        flags = ("--max-steps", "12", "--checkpoint-every", "1")
+        whole = Training(data, work / f"whole{processes}", 2, *flags, processes=processes)
+        out = work / f"each{processes}"
+        if whole.wait()[0]:
+            sys.exit(whole.said)
+        for step in range(1, 12):
+            fault = f"kill@step:{dice.randrange(processes)}:{step}"
+            training = Training(data, out, 2, *flags, fault=fault, processes=processes)
+            if training.wait()[0] == 0 or saved_step(out) != step:
+                sys.exit(f"not killed after step {step}:\n{training.said}")
+        last = Training(data, out, 2, *flags, processes=processes)
+        same[processes] = last.wait()[0] == 0 and weights_hash(out) == weights_hash(whole.out)
+        same[processes] &= steps(out) == steps(whole.out)
+        print(f"  {processes} processes, killed after each of 11 steps: same {same[processes]}")
+    return {"same_after_each_step": same}
 
 
 def saved_step(out: Path) -> int:
@@ -242,6 +269,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0, metavar="N")
     parser.add_argument("--stops", type=int, default=0, metavar="N")
     parser.add_argument("--faults", type=int, default=0, metavar="N")
+    parser.add_argument("--each-step", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there")
     args = parser.parse_args()
@@ -250,7 +278,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         work = Path(folder)
         data = synthetic.make_small(work / "data", images=2 * EPOCH)
-        for name, run in (("kills", run_kills), ("stops", run_stops), ("faults", run_faults)):
+        for name, run in (
+            *(("each_step", run_each_step), ("kills", run_kills)),
+            *(("stops", run_stops), ("faults", run_faults)),
+        ):
             if count := getattr(args, name):
                 summary |= run(data, work, count, dice)
     for name, value in summary.items():

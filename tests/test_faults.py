@@ -183,6 +183,21 @@ def is_rank(process: int, rank: str) -> bool:
     return f"RANK={rank}".encode() in environment and bool(children)
 
 
+def test_torchrun_itself_may_be_asked_to_stop(tiny, tmp_path):
+    """Its own exit code is 1 then, whatever its processes say."""
+    out = tmp_path / "out"
+    flags = ("--data-path", tiny, "-b", "1", "--epochs", "50", "--output-dir", out)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    process = start(*torchrun, "--nproc-per-node=2", ROOT / "train.py", *SMALL, *flags)
+    wait_for(process, "epoch 1 [3")
+    process.send_signal(signal.SIGTERM)
+    said = process.stdout.read()
+    assert process.wait(60) == 1
+    assert "everything is saved, go on with --resume auto" in said
+    assert_nothing_runs(out, 5)
+    assert checkpoint.newest(out)[1]["step"] == list(last_losses(out))[-1]
+
+
 def test_asked_during_a_save_that_save_is_the_only_one(tiny, tmp_path):
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", *TWELVE)
     stopped = train(*flags, FAULT="term@flushed:0:0")
