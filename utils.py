@@ -261,11 +261,15 @@ class Keeper:
 # ----------------------------------------------------------------------------- failing together
 
 
+# What Gloo's errors have in their text, which is all that tells them from others.
+LOST = ("gloo", "connection closed by peer", "connection reset", "pair closure", "timed out")
+
+
 def lost_contact(error: BaseException) -> bool:
     """Whether the error only says that another process is gone or does not answer."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in text or "connection closed by peer" in text)
+        isinstance(error, RuntimeError) and any(words in text for words in LOST)
     )
 
 

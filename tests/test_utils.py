@@ -71,3 +71,14 @@ def test_only_rank_0_speaks(capsys, monkeypatch, tmp_path):
 
 def test_peak_memory_is_in_mebibytes():
     assert 50 < utils.peak_memory(torch.device("cpu")) < 100_000
+
+
+def test_errors_that_only_say_that_another_process_is_gone():
+    for text in (
+        "[/a/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer",
+        "Application timeout caused pair closure",
+        "Timed out waiting 6000ms for send operation to complete",
+    ):
+        assert utils.lost_contact(RuntimeError(text))
+    assert not utils.lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not utils.lost_contact(ValueError("timed out"))
