@@ -234,7 +234,7 @@ class Keeper:
     def after_step(self, step: int, save: Callable[[], None]) -> None:
         """Call `save` if it is time to; raise StopRequested, once saved, if that was asked."""
         now = time.monotonic()
-        _Asked.grace = 5 + 3 * round(now - self.last_step)
+        _Asked.grace = 3 + 3 * round(now - self.last_step)
         due = now - self.saved >= self.seconds or (bool(self.every) and step % self.every == 0)
         wish = self._agree(due)
         if wish:

@@ -40,7 +40,8 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path):
     done = train("--data-path", tiny, "--output-dir", out, "--epochs", "2")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {
-        *("checkpoint.pth", "model_best.pth", "metrics.jsonl", "detections.json")
+        *("checkpoint.pth", "model_best.pth", "metrics.jsonl", "detections.json"),
+        *("checkpoint_00000004.pth", "checkpoint_00000008.pth"),
     }
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     epoch = ["train"] * 4 + ["eval"]
@@ -48,7 +49,7 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path):
     assert lines[1].keys() == {
         *("kind", "epoch", "step", "lr", "loss", "loss_classifier", "loss_box_reg"),
         *("loss_objectness", "loss_rpn_box_reg", "images_per_second", "data_seconds"),
-        "peak_memory_mib",
+        *("peak_memory_mib", "skipped_steps"),
     }
     saved = torch.load(out / "checkpoint.pth", weights_only=True)
     assert saved.keys() == {
