@@ -962,12 +962,14 @@ def leave(exit_code: int) -> None:
 def end_if_told_before() -> None:
     """When torchrun starts again what had ended for good, end at once."""
     told = utils.launch_file("exit")
-    if told and told.exists():
-        exit_code = int(told.read_text() or 1)
-        if exit_code != 1:
-            sys.exit(exit_code)
-        if utils.local_rank() == 0:
-            told.unlink(missing_ok=True)
+    try:
+        exit_code = int(told.read_text() or 1) if told else None
+    except FileNotFoundError:  # never written, or taken away by the first process just now
+        return
+    if exit_code not in (None, 1):
+        sys.exit(exit_code)
+    if told and utils.local_rank() == 0:
+        told.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

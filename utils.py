@@ -178,7 +178,7 @@ def _note_signal(number: int, frame: object) -> None:
         signal.raise_signal(number)
     # Under torchrun a SIGTERM may also mean that another process has failed. Where no step ends, as
     # in one that hangs, nothing else would end this process before torchrun kills it.
-    if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+    if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ and os.name == "posix":
         signal.alarm(_Asked.grace)
 
 
@@ -192,7 +192,7 @@ def die_of_signals() -> None:
 def let_parent_stop(worker: int) -> None:
     """For a loading process: outlive signals sent to a whole group, for as long as a save takes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
+    if os.name == "posix":
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
@@ -238,7 +238,7 @@ class Keeper:
         due = now - self.saved >= self.seconds or (bool(self.every) and step % self.every == 0)
         wish = self._agree(due)
         if wish:
-            if hasattr(signal, "alarm"):
+            if os.name == "posix":
                 signal.alarm(0)  # a save takes the time that it takes
             save()
             self.note_save()
@@ -259,7 +259,6 @@ class Keeper:
 
 
 # ----------------------------------------------------------------------------- failing together
-
 
 # What Gloo's errors have in their text, which is all that tells them from others.
 LOST = ("gloo", "connection closed by peer", "connection reset", "pair closure", "timed out")
