@@ -62,7 +62,11 @@ def save(folder: Path, state: dict, keep: int = 2) -> Path:
             f"checkpoint not saved: {path}: {error.strerror}. The ones before are intact: make "
             "room, then go on with --resume auto"
         ) from error
-    for old in [*numbered(folder)[keep:], *folder.glob("checkpoint_*.partial")]:
+    # One with more steps is of a plan that was given up (--resume-anyway): it would push out
+    # the new ones and be taken for the newest.
+    paths = numbered(folder)
+    kept = paths[paths.index(path) :][:keep]
+    for old in [*(set(paths) - set(kept)), *folder.glob("checkpoint_*.partial")]:
         old.unlink(missing_ok=True)
     return path
 

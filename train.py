@@ -304,7 +304,6 @@ def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> 
             "--sync-bn has nothing to share: the norms of a pretrained model are frozen",
         ),
         (args.start_epoch and args.resume, "--resume knows its epoch: leave out --start-epoch"),
-        (args.resume_anyway and not args.resume, "--resume-anyway needs --resume"),
         (
             args.start_epoch is not None and args.start_epoch >= args.epochs,
             f"--start-epoch {args.start_epoch} leaves nothing of {args.epochs} epochs",
@@ -674,6 +673,8 @@ def read_resumed(args: argparse.Namespace) -> dict | None:
 
 
 def find_resumed(args: argparse.Namespace) -> tuple[str | None, dict | None]:
+    if args.resume_anyway and not args.resume:
+        raise UsageError("--resume-anyway needs --resume FILE or --resume auto")
     present = checkpoint.present(args.output_dir)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, by itself
     if args.resume == "auto" or (restarted and present and not args.test_only):

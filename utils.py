@@ -204,11 +204,19 @@ def launch_file(name: str) -> Path | None:
 
 
 def stop_asked() -> bool:
-    """Whether this process knows of a request to stop; others may not know yet."""
-    told = launch_file("stop")
-    if _Asked.by is None and told and told.exists():
-        _Asked.by = told.read_text()
-        log(f"{_Asked.by}: stopping after this step")
+    """Whether this process knows of a request to stop; others may not know yet.
+
+    Those of one launcher do: what one was asked, it leaves for the others, which may be far from
+    the end of an evaluation.
+    """
+    if _Asked.by is None:
+        for told in (launch_file("stop"), launch_file("asked")):
+            if told and told.exists():
+                _Asked.by = told.read_text()
+                log(f"{_Asked.by}: stopping after this step")
+                break
+    elif (told := launch_file("asked")) and not told.exists():
+        told.write_text(_Asked.by)
     return _Asked.by is not None
 
 

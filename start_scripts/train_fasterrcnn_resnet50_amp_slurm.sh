@@ -35,7 +35,7 @@ srun --kill-on-bad-exit=0 --wait=60 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "
     "$START_SCRIPTS/train_fasterrcnn_resnet50_amp_multinode_torch.sh" "$@" &
 step=$!
 signalled=
-trap 'signalled=1; kill -USR1 "$step"' USR1 TERM # srun hands it on to every node
+trap 'signalled=1; kill -USR1 "$step" || true' USR1 TERM # srun hands it on to every node
 
 wait_for_step() {
     exit_code=0

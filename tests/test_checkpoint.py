@@ -57,6 +57,13 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     assert (tmp_path / checkpoint.NEWEST).samefile(checkpoint.numbered(tmp_path)[0])
 
 
+def test_a_run_that_begins_an_epoch_anew_keeps_its_own(tmp_path):
+    for step in (7, 8, 9, 5, 6):
+        path = save(tmp_path, step)
+        assert checkpoint.newest(tmp_path)[0] == path
+    assert [p.name[-5] for p in checkpoint.numbered(tmp_path)] == ["6", "5"]
+
+
 def test_without_hard_links_the_names_are_copies(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("not supported")

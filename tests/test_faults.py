@@ -217,6 +217,15 @@ def test_asked_during_an_evaluation_the_next_run_begins_with_it(tiny, tmp_path):
     assert list(last_losses(tmp_path / "out")) == [1, 2, 3, 4]
 
 
+def test_one_of_two_asked_during_an_evaluation_stops_both(tiny, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--data-path", tiny, "-b", "1", *TWELVE, "--output-dir", out)
+    done = launch(ALL, *flags, FAULT="term@evaluation:1:0", timeout=200)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "AP at IoU" not in done.stdout
+    assert checkpoint.newest(out)[1]["step"] == 4
+
+
 # --------------------------------------------------------------------------- numbers and ranks
 
 
