@@ -5,7 +5,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -214,13 +213,11 @@ def train_one_epoch(
     print_freq: int,
     metrics: utils.MetricsFile,
     keeper: utils.Keeper,
-    save: Callable[[int], None],
 ) -> int:
     """Train from step `step` (counted over the whole training) to `last_step`; return `last_step`.
 
-    `loader` begins with the batch of `step`; `save(step)` is called whenever `keeper` wants a
-    checkpoint between two steps. Raises TrainingError when a loss is not finite, and
-    utils.StopRequested.
+    `loader` begins with the batch of `step`; `keeper` saves between steps. Raises TrainingError
+    when a loss is not finite, and utils.StopRequested.
     """
     model.train()
     rate = schedule(optimizer, step)
@@ -260,16 +257,10 @@ def train_one_epoch(
         rate = schedule(optimizer, step)
         if step == last_step:
             break
-        keeper.after_step(step, partial(checked_save, watch, save, step))
+        keeper.after_step(step, watch.check)
     skipped.stop()
     report_epoch(progress, epoch, (progress.done - position) * len(images))
     return step
-
-
-def checked_save(watch: FiniteWatch, save: Callable[[int], None], step: int) -> None:
-    """Save the state after `step` steps, unless one of their losses was not finite."""
-    watch.check()
-    save(step)
 
 
 def report_epoch(progress: utils.Progress, epoch: int, images: int) -> None:

@@ -570,9 +570,12 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    keeper: utils.Keeper
     facts: dict  # what a checkpoint keeps besides the arguments
     best_AP: float | None = None
+
+    def __post_init__(self):
+        every, minutes = self.args.checkpoint_every, self.args.checkpoint_minutes
+        self.keeper = utils.Keeper(every, minutes, self.save_within_epoch)
 
     def restore(self, saved: dict | None) -> tuple[int, int]:
         """Take over a checkpoint's state; return the epoch to go on in and the steps done."""
@@ -610,6 +613,9 @@ class Run:
         """
         utils.from_rank_0(partial(self._write, epoch, step))
         self.keeper.note_save()
+
+    def save_within_epoch(self, step: int) -> None:
+        self.save(step // len(self.data.plan), step)
 
     def _write(self, epoch: int, step: int, best: bool = False) -> None:
         state = {
@@ -805,7 +811,6 @@ def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtyp
                 print_freq=args.print_freq,
                 metrics=metrics,
                 keeper=run.keeper,
-                save=partial(run.save, epoch),
             )
             run.save(epoch, step)
         numbers = evaluate(run.model)
@@ -882,8 +887,7 @@ def start_run(
         **{f"{part}_data": index.fingerprint() for part, index in indexes.items()},
     }
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-    keeper = utils.Keeper(args.checkpoint_every, args.checkpoint_minutes)
-    return Run(args, data, model, build_optimizer(args, model), scaler, keeper, kept)
+    return Run(args, data, model, build_optimizer(args, model), scaler, kept)
 
 
 # ---------------------------------------------------------------------------------- ways to end

@@ -229,18 +229,19 @@ def stop_if_asked() -> None:
 class Keeper:
     """Decides between steps, for all processes alike, when to save and when to stop.
 
-    A save is due every `every` steps, and when `minutes` have gone by since the last one.
+    `save(step)` is called every `every` steps, and when `minutes` have gone by since the last save,
+    which has to be told by `note_save`.
     """
 
     SAVE, STOP = 1, 2
 
-    def __init__(self, every: int | None, minutes: float):
-        self.every, self.seconds = every, 60 * minutes
+    def __init__(self, every: int | None, minutes: float, save: Callable[[int], None]):
+        self.every, self.seconds, self.save = every, 60 * minutes, save
         self.saved = self.last_step = time.monotonic()
         self._launcher = os.getppid()
 
-    def after_step(self, step: int, save: Callable[[], None]) -> None:
-        """Call `save` if it is time to; raise StopRequested, once saved, if that was asked."""
+    def after_step(self, step: int, check: Callable[[], None]) -> None:
+        """Save if it is time to and `check` finds nothing; then raise StopRequested if asked."""
         now = time.monotonic()
         _Asked.grace = 3 + 3 * round(now - self.last_step)
         due = now - self.saved >= self.seconds or (bool(self.every) and step % self.every == 0)
@@ -248,8 +249,8 @@ class Keeper:
         if wish:
             if os.name == "posix":
                 signal.alarm(0)  # a save takes the time that it takes
-            save()
-            self.note_save()
+            check()
+            self.save(step)
         if wish == self.STOP:
             raise StopRequested
         if wish:

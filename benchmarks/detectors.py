@@ -114,6 +114,7 @@ def run_ours(model, batches, optimizer, device, amp_dtype, seed=0, factor=None, 
             clip_grad_norm=clip,
             print_freq=1 if factor else 20,
             metrics=Metrics(),
+            keeper=utils.Keeper(None, math.inf, save=None),  # nothing to save
         )
     finally:
         utils.log = log
