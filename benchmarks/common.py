@@ -77,7 +77,10 @@ def median(figures: list[dict], key: str) -> float | None:
 
 
 def _short(value) -> str:
-    if isinstance(value, list | dict):
+    if isinstance(value, dict):  # the first figure stands for all
+        key, first = next(iter(value.items()))
+        return f"[{key} {_short(first)} and {len(value) - 1} more]"
+    if isinstance(value, list):
         return f"[{len(value)} figures]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
