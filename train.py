@@ -922,6 +922,7 @@ def run_and_exit() -> None:
             give_up(f"ended because of {utils.who_failed()}\n({error})", 1)
         give_up(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
     finally:
+        utils.end_loading()
         utils.stop_processes()
 
 

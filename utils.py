@@ -5,6 +5,7 @@ the run is distributed.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -195,6 +196,14 @@ def let_parent_stop(worker: int) -> None:
     if os.name == "posix":
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
+def end_loading() -> None:
+    """End the loading processes that are left: they hold nothing, and outlive a polite request."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch would report them as killed
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def launch_file(name: str) -> Path | None:

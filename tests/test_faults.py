@@ -297,8 +297,8 @@ def test_a_full_disk_ends_all_processes_and_keeps_what_is_there(tiny, tmp_path):
     flags = ("--data-path", tiny, "--output-dir", out, *TWELVE, "-b", "1")
     assert launch(ALL, *flags, "--max-steps", "2").returncode == 0
     size = (out / checkpoint.NEWEST).stat().st_size
-    limit = f"ulimit -f {size // 2048}; exec bash {ALL} " + '"$@"'
-    done = run("bash", "-c", limit, "bash", *SMALL, *flags, VIRTUAL_ENV=sys.prefix)
+    limit = f"ulimit -f {size // 2048}; " + 'exec bash "$@"'
+    done = run("bash", "-c", limit, "bash", ALL, *SMALL, *flags, VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.count("checkpoint not saved: ") == 1
     assert "Traceback" not in done.stderr
