@@ -5,6 +5,7 @@ the same parameters under the same names, and gives the same results up to round
 that holds it equal to what it replaces.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -13,18 +14,29 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding_bag
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 
-def make_fast(model: FasterRCNN) -> None:
-    """Give a torchvision Faster R-CNN and its parts the faster classes of this file, in place."""
-    assert type(model) is FasterRCNN
-    model.__class__ = Detector
-    model.transform.__class__ = Transform
-    model.rpn.proposal_matcher.__class__ = model.roi_heads.proposal_matcher.__class__ = BoxMatcher
-    model.roi_heads.box_roi_pool.__class__ = BoxPool
+def make_fast(model: nn.Module) -> None:
+    """Give a torchvision detector and its parts the faster classes of this file, in place.
+
+    All detectors share the transform, the matcher and the norms; only Faster R-CNN has more.
+    """
+    faster = {
+        FasterRCNN: Detector,
+        GeneralizedRCNNTransform: Transform,
+        MultiScaleRoIAlign: BoxPool,
+        Matcher: BoxMatcher,
+        BalancedPositiveNegativeSampler: BoxSampler,
+    }
+    for module in model.modules():
+        module.__class__ = faster.get(type(module), type(module))
+        for name in ("proposal_matcher", "fg_bg_sampler"):
+            part = getattr(module, name, None)
+            if type(part) in faster:
+                part.__class__ = faster[type(part)]
     fold_frozen_norms(model.backbone)
 
 
@@ -36,10 +48,13 @@ def make_fast(model: FasterRCNN) -> None:
 class Detector(FasterRCNN):
     """torchvision's detector without its look, in every step, for boxes that have no size.
 
-    `coco_utils` has dropped those when it read the data.
+    `coco_utils` has dropped those when it read the data. Where targets have a `seed`, it decides
+    what is drawn for that image, whichever images are in its batch.
     """
 
     def forward(self, images, targets=None):
+        for part in (self.rpn, self.roi_heads):
+            part.fg_bg_sampler.seeds = [t["seed"] for t in targets or () if "seed" in t]
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.transform(images, targets)
         features = self.backbone(batch.tensors)
@@ -62,6 +77,8 @@ class Transform(GeneralizedRCNNTransform):
 
     def resize(self, image, target=None):
         before = image.shape[-2:]
+        if target is not None and "seed" in target:
+            torch.manual_seed(target["seed"])  # a size may be drawn
         image, _ = super().resize(image)
         if target is not None:
             target["boxes"] = _resize_boxes(target["boxes"], before, image.shape[-2:])
@@ -93,6 +110,21 @@ class BoxMatcher(Matcher):
         best = match_quality_matrix.amax(dim=1, keepdim=True)
         is_best = (match_quality_matrix == best).any(dim=0)
         matches.copy_(torch.where(is_best, all_matches, matches))
+
+
+class BoxSampler(BalancedPositiveNegativeSampler):
+    """torchvision's choice of anchors or proposals to train on, from each image's own seed."""
+
+    seeds: Sequence[int] = ()  # of the images of the next batch; none: the global generator's state
+
+    def __call__(self, matched_idxs):
+        if not self.seeds:
+            return super().__call__(matched_idxs)
+        chosen = []
+        for labels, seed in zip(matched_idxs, self.seeds, strict=True):
+            torch.manual_seed(seed)
+            chosen.append(super().__call__([labels]))
+        return tuple([part[0] for part in parts] for parts in zip(*chosen, strict=True))
 
 
 # ------------------------------------------------------------------------------ frozen norms

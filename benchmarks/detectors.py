@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 import coco_utils
 import engine
@@ -42,17 +41,14 @@ def _ignoring_layout(to):
 
 def build(ours: bool, size: int, num_classes: int, frozen: bool, state: dict | None) -> nn.Module:
     """The detector, its norms frozen or not, at torchvision's sizes in proportion to `size`."""
-    sizes = {"min_size": size, "max_size": round(size * 1333 / 800)}
-    if ours:
-        model = models.build_model(
-            NAME, num_classes, pretrained=frozen, min_sizes=(size,), max_size=sizes["max_size"]
-        )
-    else:
-        options = {"weights": None, "weights_backbone": None, "num_classes": num_classes}
-        model = fasterrcnn_resnet50_fpn(**options, **sizes)
-        if frozen:  # the structure that torchvision gives a pretrained model
-            models.freeze_norms(model.backbone.body)
-            models.freeze_layers(model.backbone.body, 3)
+    model = models.build_model(
+        NAME,
+        num_classes,
+        pretrained="detector" if frozen else None,
+        min_sizes=(size,),
+        max_size=round(size * 1333 / 800),
+        stock=not ours,
+    )
     if state is not None:
         model.load_state_dict(state)
     return model
@@ -112,6 +108,7 @@ def run_ours(model, batches, optimizer, device, amp_dtype, seed=0, factor=None, 
             last_step=len(batches),
             seed=seed,
             clip_grad_norm=clip,
+            accumulate_steps=1,
             print_freq=1 if factor else 20,
             metrics=Metrics(),
             keeper=utils.Keeper(None, math.inf, save=None),  # nothing to save
@@ -127,7 +124,7 @@ def run_stock(model, batches, optimizer, device, amp_dtype, seed=0, factor=None,
     lr, losses = optimizer.param_groups[0]["lr"], []
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     for step, (images, targets) in enumerate(batches):
-        utils.seed_step(seed, step)
+        torch.manual_seed(utils.draw_seed(seed, step, 0))
         for group in optimizer.param_groups:
             group["lr"] = lr * factor(step) if factor else lr
         images = [image.to(device) for image in images]
