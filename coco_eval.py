@@ -1,4 +1,4 @@
-"""From detections to COCO's twelve numbers for boxes.
+"""From detections to COCO's twelve numbers for boxes, and to what was found, box by box.
 
 What the numbers mean: https://cocodataset.org/#detection-eval. They are computed by pycocotools, or
 by faster-coco-eval, in a fraction of the time and here to the same bits.
@@ -8,6 +8,7 @@ import contextlib
 import gc
 import io
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -19,6 +20,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+try:
+    import msgspec
+except ImportError:
+    msgspec = None
 try:
     from faster_coco_eval import COCO as FasterCOCO
     from faster_coco_eval import COCOeval_faster
@@ -86,6 +91,15 @@ def score(index, detections: np.ndarray, evaluator: str) -> dict:
     `detection_rows`, none or any number; `evaluator` is one of `LIBRARIES`. A number that nothing
     was there to measure, such as APl where no box is large, is None.
     """
+    return score_with_curves(index, detections, evaluator)[0]
+
+
+def score_with_curves(index, detections: np.ndarray, evaluator: str) -> tuple[dict, np.ndarray]:
+    """What `score` gives, and the precisions whose mean is AP, float64 `[10, 101, K]`.
+
+    They are those at IoU 0.50, 0.55, ..., 0.95, at recalls 0, 0.01, ..., 1, and of each category in
+    the order of `index.categories`: NaN where a category has no true box.
+    """
     collecting = gc.isenabled()
     gc.disable()  # which would look through a million new objects, none of them garbage
     try:
@@ -108,7 +122,8 @@ def score(index, detections: np.ndarray, evaluator: str) -> dict:
     for k, name in enumerate(index.categories.names):
         measured = precision[:, :, k][precision[:, :, k] > -1]
         per_category[name] = float(measured.mean()) if measured.size else None
-    return {**numbers, "per_category": per_category}
+    curves = np.where(precision > -1, precision, np.nan)
+    return {**numbers, "per_category": per_category}, curves
 
 
 def _by_category(evaluator: str, category_ids: list[int], truth: dict, found: dict):
@@ -245,6 +260,97 @@ def coco_results(detections: np.ndarray) -> list[dict]:
 def write_results(detections: np.ndarray, file: Path) -> None:
     """Write COCO results JSON: what COCO's server and every evaluator of the field reads."""
     file.write_text(json.dumps(coco_results(detections)), encoding="utf-8")
+
+
+class ResultsError(ValueError):
+    """A file that does not hold COCO results; the message names it and the row."""
+
+
+def read_results(file: Path) -> np.ndarray:
+    """Rows of `detection_rows` from COCO results JSON, float64 `[N, 7]`.
+
+    Raises ResultsError for what is not a list of objects with `image_id`, `category_id`, `bbox` and
+    `score`, all of them finite numbers.
+    """
+    try:
+        content = file.read_bytes()
+        results = msgspec.json.decode(content) if msgspec else json.loads(content)
+    except OSError as error:
+        raise ResultsError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # also of msgspec, and of UTF-8
+        raise ResultsError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(results, list):
+        raise ResultsError(f"{file} holds no list: is it COCO results?")
+    try:
+        flat = [(r["image_id"], *r["bbox"], r["score"], r["category_id"]) for r in results]
+        rows = np.array(flat, dtype=np.float64).reshape(len(results), 7)
+        if np.isfinite(rows).all():
+            return rows
+    except (TypeError, KeyError, ValueError, OverflowError):
+        pass
+    number = next(n for n, row in enumerate(results) if not _is_result(row))
+    raise ResultsError(
+        f"{file}: row {number} is no COCO result with image_id, category_id, bbox and score: "
+        f"{json.dumps(results[number])[:200]}"
+    )
+
+
+def _is_result(row: object) -> bool:
+    try:
+        numbers = [row["image_id"], *row["bbox"], row["score"], row["category_id"]]
+        return len(numbers) == 7 and all(math.isfinite(number) for number in numbers)
+    except (TypeError, KeyError, OverflowError):
+        return False
+
+
+def match(
+    index, detections: np.ndarray, least_iou: float, same_category: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which detection found which true box, where each may have one partner.
+
+    In the order of their scores, each detection takes the true box of its image with the highest
+    IoU from `least_iou` on that is left, of its category or, without `same_category`, of any.
+    Returns, for each detection, the row of its true box in the index, int64 `[N]`: -1 if there is
+    none, -2 if at least that share of it is in a crowd of its category, which says nothing for or
+    against it; and, for each row of the index, that of its detection, int64 `[M]`: -1 if it was
+    missed, -2 for what nothing can find: crowds, and boxes without a size.
+    """
+    truth_of = np.full(len(detections), -1)
+    found_by = np.where(index.usable, -1, -2)
+    by_score = np.argsort(-detections[:, 5], kind="stable")
+    images = index.positions_of(detections[by_score, 0].astype(np.int64))
+    order = np.argsort(images, kind="stable")  # by image, and by score within each
+    begins = np.searchsorted(images[order], np.arange(len(index) + 1))
+    pairs = [np.empty((3, 0))]
+    for i in np.flatnonzero((np.diff(begins) > 0) & (np.diff(index.offsets) > 0)).tolist():
+        ranks, true = order[begins[i] : begins[i + 1]], index.box_range(i)
+        rows = by_score[ranks]
+        overlap, inside = overlaps(detections[rows, 1:5], index.boxes[true])
+        same = detections[rows, 6][:, None] == index.category_ids[true]
+        in_crowd = (inside >= least_iou) & same & index.iscrowd[true]
+        truth_of[rows[in_crowd.any(axis=1)]] = -2
+        fits = (overlap >= least_iou) & index.usable[true] & (same | (not same_category))
+        d, t = np.nonzero(fits)
+        pairs.append(np.stack([ranks[d], -overlap[d, t], true.start + t]))
+    ranks, less, true = np.concatenate(pairs, axis=1)
+    best_first = np.lexsort((less, ranks))
+    rows = by_score[ranks[best_first].astype(np.int64)].tolist()
+    for row, t in zip(rows, true[best_first].astype(np.int64).tolist(), strict=True):
+        if truth_of[row] < 0 and found_by[t] == -1:
+            truth_of[row], found_by[t] = t, row
+    return truth_of, found_by
+
+
+def overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """IoU `[N, M]` of boxes `[N, 4]` with others `[M, 4]`, both as x, y, width, height; and the
+    share of each box that is inside each of the others, `[N, M]`.
+    """
+    low = np.maximum(boxes[:, None, :2], others[:, :2])
+    high = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], others[:, :2] + others[:, 2:])
+    common = (high - low).clip(min=0).prod(axis=2)
+    area, other = boxes[:, 2:].prod(axis=1)[:, None], others[:, 2:].prod(axis=1)
+    tiny = np.finfo(np.float64).tiny  # two boxes without a size have nothing in common
+    return common / (area + other - common).clip(min=tiny), common / area.clip(min=tiny)
 
 
 def table(numbers: dict) -> str:

@@ -37,6 +37,11 @@ except ImportError:  # slower and hungrier without, but nothing is missing
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+# How the names of such files end.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 # Pillow only warns at its bound for a plausible picture and refuses at twice as much: here the
 # bound itself is refused.
 MAX_PIXELS, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -258,6 +263,11 @@ class CocoIndex:
             setattr(less, name, getattr(self, name)[rows])
         less.offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[kept])])
         return less
+
+    def first_with_boxes(self, count: int) -> "CocoIndex":
+        """The index of the first `count` images that have a box to train on."""
+        chosen = self.images_with_boxes()[:count]
+        return self.without(np.setdiff1d(np.arange(len(self)), chosen))
 
     def fingerprint(self) -> str:
         """A hash of all that training and evaluation depend on, the pixels aside."""
@@ -531,6 +541,25 @@ def read_image(path: Path, width: int, height: int) -> torch.Tensor:
     turned upright, as annotation tools show it, unless only the unturned picture has the stated
     size. Raises DataError when the file cannot be read or has another size.
     """
+    image = _read(path, (width, height))
+    if image.shape != (3, height, width):
+        raise DataError(
+            f"{path} is {image.shape[2]} x {image.shape[1]} pixels, its annotation file says "
+            f"{width} x {height}: correct the file's 'width' and 'height', and its boxes",
+            kind="image files of another size than their annotation file says",
+        )
+    return image
+
+
+def read_upright(path: Path) -> torch.Tensor:
+    """An image file of no stated size, as a viewer shows it: RGB, uint8 `[3, H, W]`.
+
+    As `read_image`, but always turned as its EXIF orientation says.
+    """
+    return _read(path, None)
+
+
+def _read(path: Path, size: tuple[int, int] | None) -> torch.Tensor:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -539,7 +568,7 @@ def read_image(path: Path, width: int, height: int) -> torch.Tensor:
                     f"{MAX_PIXELS:,} that a picture may have here: store a smaller one",
                     kind="image files that are too large",
                 )
-            pixels = _to_rgb(_upright(image, (width, height)), path)
+            pixels = _to_rgb(_upright(image, size), path)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # a broken file can make a decoder stumble in many ways
@@ -547,21 +576,16 @@ def read_image(path: Path, width: int, height: int) -> torch.Tensor:
         raise DataError(
             f"{path} cannot be read as an image: {reason}", kind="image files that cannot be read"
         ) from error
-    if pixels.shape != (height, width, 3):
-        raise DataError(
-            f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, its annotation file says "
-            f"{width} x {height}: correct the file's 'width' and 'height', and its boxes",
-            kind="image files of another size than their annotation file says",
-        )
     # A view: moving the colours to the front would take as long as half the decoding.
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _upright(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _upright(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """The picture turned as its EXIF orientation says, if it has the stated size when turned."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
-    return ImageOps.exif_transpose(image) if orientation != 1 and upright == size else image
+    wanted = size is None or upright == size
+    return ImageOps.exif_transpose(image) if orientation != 1 and wanted else image
 
 
 def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
@@ -574,6 +598,22 @@ def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files in a folder and the folders below it whose names end as an image's do, sorted.
+
+    Names that begin with a dot are none: systems hide thumbnails and the like behind them.
+    """
+    found, seen = [], set()
+    for home, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(home)
+        # A link may lead back to where the walk has been.
+        folders[:] = [] if real in seen else [name for name in folders if name[0] != "."]
+        if real not in seen:
+            found += [Path(home, name) for name in names if name[0] != "."]
+        seen.add(real)
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 class CocoDetection(Dataset):

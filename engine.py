@@ -3,7 +3,8 @@
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def precision(device: torch.device, amp: bool, name: str | None) -> tuple[torch.
     if _cpu_has_bfloat16():
         return torch.bfloat16, "mixed, bfloat16"
     return None, "float32: this CPU has no bfloat16 instructions, so --amp would only slow it down"
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """The context in which a detector runs in `precision`."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -152,6 +158,11 @@ class SkippedSteps:
         self._hook.remove()
 
 
+def loss_name(name: str) -> str:
+    """Faster R-CNN's names of the parts of its loss begin with "loss_", others' do not."""
+    return f"loss_{name.removeprefix('loss_')}"
+
+
 class LossMeter:
     """Averages the parts of the loss over steps and processes; waits for the device when read."""
 
@@ -159,7 +170,7 @@ class LossMeter:
         self.total, self.steps = 0, 0
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
-        self.names = list(losses)
+        self.names = [loss_name(name) for name in losses]
         self.total = self.total + torch.stack([loss.detach().float() for loss in losses.values()])
         self.steps += 1
 
@@ -172,11 +183,12 @@ class LossMeter:
 
 
 def to_device(
-    pixels: torch.Tensor, targets: list[dict], device: torch.device
+    pixels: torch.Tensor, targets: list[dict], device: torch.device, seeds: list[int] | None = None
 ) -> tuple[list[torch.Tensor], list[dict]]:
     """A batch of `coco_utils.collate` on the device, as torchvision's detectors take it.
 
     All images go in one copy, as uint8, a quarter of the bytes, and become float in [0, 1] there.
+    `seeds` has one for each image, of what the model draws for it in training.
     """
     pixels = pixels.to(device, non_blocking=True)
     sizes = [target["size"] for target in targets]
@@ -193,7 +205,63 @@ def to_device(
         }
         for target in targets
     ]
+    for part, seed in zip(boxes, seeds or (), strict=bool(seeds)):
+        part["seed"] = seed
     return images, boxes
+
+
+@contextmanager
+def memory_explained(
+    images: list[torch.Tensor], targets: list[dict], where: str, batch_flag: str
+) -> Iterator[None]:
+    """Turn an out-of-memory error into a TrainingError that says of what there was too much."""
+    try:
+        yield
+    except RuntimeError as error:  # a CPU's allocator has no error class of its own
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        shapes = ", ".join(
+            f"{image.shape[2]} x {image.shape[1]} with {len(target['boxes'])} boxes"
+            for image, target in zip(images, targets, strict=True)
+        )
+        raise TrainingError(
+            f"out of memory in {where}, with {len(images)} images at once, before resizing {shapes}"
+            f": lower {batch_flag}, or --min-size ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def peak_of_a_step(
+    model: nn.Module,
+    batch: tuple[torch.Tensor, list[dict]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+) -> int | None:
+    """The most memory in MiB that training has taken after a step with a batch of
+    `coco_utils.collate`; None if that batch does not fit. Changes the weights.
+    """
+    model.train()
+    try:
+        images, targets = to_device(*batch, device)
+        with autocast(device, amp_dtype):
+            losses = model(images, targets)
+        scaler.scale(sum(losses.values())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return utils.peak_memory(device)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def in_parts(images: int, parts: int) -> list[slice]:
+    """The images of a step in as many parts, which go through the model one after the other."""
+    size = images // parts
+    return [slice(first, first + size) for first in range(0, images, size)]
 
 
 def train_one_epoch(
@@ -210,14 +278,16 @@ def train_one_epoch(
     last_step: int,
     seed: int,
     clip_grad_norm: float | None,
+    accumulate_steps: int,
     print_freq: int,
     metrics: utils.MetricsFile,
     keeper: utils.Keeper,
 ) -> int:
     """Train from step `step` (counted over the whole training) to `last_step`; return `last_step`.
 
-    `loader` begins with the batch of `step`; `keeper` saves between steps. Raises TrainingError
-    when a loss is not finite, and utils.StopRequested.
+    `loader` begins with the batch of `step`, whose images go through the model in
+    `accumulate_steps` parts; `keeper` saves between steps. Raises TrainingError when a loss is not
+    finite or memory runs out, and utils.StopRequested.
     """
     model.train()
     rate = schedule(optimizer, step)
@@ -226,30 +296,37 @@ def train_one_epoch(
     position = step - begin
     progress = utils.Progress(loader, last_step - begin, position, f"epoch {epoch}")
     for pixels, targets in progress:
-        utils.fault("step", step)
-        utils.seed_step(seed, step)
         image_ids = [target["image_id"] for target in targets]
-        images, targets = to_device(pixels, targets, device)
+        first = utils.rank() * len(targets)
+        seeds = [utils.draw_seed(seed, step, first + n) for n in range(len(targets))]
+        torch.manual_seed(seeds[0])  # for a model that draws by other means than these seeds
+        images, targets = to_device(pixels, targets, device, seeds)
         # Reading a number makes the host wait for the device, so it is done in these steps only (a
         # CPU has nothing to wait for, and a bad loss is found there before it does harm).
         log_now = (step + 1) % print_freq == 0 or step + 1 == last_step
 
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            losses = model(images, targets)
-        loss = sum(losses.values())
-        if kind := utils.fault("loss", step):
-            loss = loss * {"nan": math.nan, "huge": 1e37}[kind]
-        watch.note(step, loss, image_ids)
-        if log_now or device.type == "cpu":
-            watch.check()
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        for part in in_parts(len(images), accumulate_steps):
+            with (
+                utils.sharing_gradients(model, now=part.stop == len(images)),
+                memory_explained(images[part], targets[part], f"step {step}", "--batch-size"),
+            ):
+                utils.fault("step", step)
+                with autocast(device, amp_dtype):
+                    losses = model(images[part], targets[part])
+                loss = sum(losses.values()) / accumulate_steps
+                if kind := utils.fault("loss", step):
+                    loss = loss * {"nan": math.nan, "huge": 1e37}[kind]
+                watch.note(step, loss, image_ids)
+                if log_now or device.type == "cpu":
+                    watch.check()
+                scaler.scale(loss).backward()
+            meter.add(losses)
         if clip_grad_norm is not None:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)
         scaler.step(optimizer)
         scaler.update()
-        meter.add(losses)
         step += 1
         if log_now:
             numbers = {**meter.read(), "skipped_steps": skipped.check(step)}
@@ -316,12 +393,14 @@ def evaluate(
     amp_dtype: torch.dtype | None,
     output_dir: Path,
     evaluator: str,
+    show: Callable | None = None,
 ) -> dict | None:
     """COCO's numbers of `model` on the data set of `loader`, as `coco_eval.score` returns them.
 
     Each process runs its share of the images; rank 0 gathers, writes `detections.json` and scores
     by `evaluator`, the others return None. `model` is the bare detector, not its DDP wrapper.
-    Raises utils.StopRequested where a process was asked to stop.
+    `show(index, detections)` is called there with what was found. Raises utils.StopRequested where
+    a process was asked to stop, and TrainingError when memory runs out.
     """
     model.eval()
     utils.share_buffers(model)
@@ -333,8 +412,11 @@ def evaluate(
             break
         utils.fault("evaluation")
         image_ids = [target["image_id"] for target in targets]
-        images, _ = to_device(pixels, targets, device)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        images, targets = to_device(pixels, targets, device)
+        with (
+            memory_explained(images, targets, "the evaluation", "--eval-batch-size"),
+            autocast(device, amp_dtype),
+        ):
             outputs = model(images)
         rows.append(coco_eval.detection_rows(outputs, image_ids, category_ids))
     utils.stop_if_asked()
@@ -346,6 +428,8 @@ def evaluate(
     detections = detections[np.argsort(detections[:, 0], kind="stable")]
     coco_eval.write_results(detections, output_dir / "detections.json")
     index = loader.dataset.index
+    if show:
+        show(index, detections)
     begin = time.perf_counter()
     numbers = coco_eval.score(index, detections, evaluator)
     utils.log(
@@ -354,3 +438,33 @@ def evaluate(
         f"{evaluator} in {time.perf_counter() - begin:.1f} s"
     )
     return numbers
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, loader, *, device: torch.device, amp_dtype: torch.dtype | None
+) -> dict[str, float]:
+    """The loss and its parts on the images of `loader`, averaged over them, on every process.
+
+    Computed as in training, but that norms use and keep the statistics that they have. What the
+    model draws depends on the image alone. Training is not touched by it.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    sums, images_seen = {}, 0
+    for pixels, targets in utils.Progress(loader, len(loader), 0, "validation loss"):
+        seeds = [utils.draw_seed(0, 0, target["image_id"] % 2**62) for target in targets]
+        images, targets = to_device(pixels, targets, device, seeds)
+        with autocast(device, amp_dtype):
+            losses = model(images, targets)
+        images_seen += len(images)
+        for name, loss in losses.items():
+            name = loss_name(name)
+            sums[name] = sums.get(name, 0) + loss.double() * len(images)
+    shares = utils.gather_objects(({k: float(v) for k, v in sums.items()}, images_seen))
+    total = sum(count for _, count in shares)
+    names = next(names for names, count in shares if count)
+    parts = {name: sum(share.get(name, 0) for share, _ in shares) / total for name in names}
+    return {"loss": sum(parts.values()), **parts}

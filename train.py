@@ -28,327 +28,30 @@ import torchvision
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+import batch_size
+import board
 import checkpoint
 import coco_check
 import coco_eval
 import coco_utils
 import engine
 import models
+import report
 import samplers
 import transforms
 import utils
-
-ROOT = Path(__file__).resolve().parent
-
-
-class UsageError(ValueError):
-    """Flags that contradict each other or what is there."""
-
-
-# --------------------------------------------------------------------------------- arguments
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
-
-
-def at_least(kind: type, least: float):
-    """An argparse type: a number that is not below `least`."""
-
-    def convert(text: str):
-        value = kind(text)
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return value
-
-    return convert
-
-
-count, natural, several = at_least(int, 1), at_least(int, 0), at_least(int, 2)
-positive = at_least(float, 0.0)
-
-
-# fmt: off
-
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("--data-path", type=Path, default=ROOT / "datasets/coco", metavar="FOLDER",
-        help="COCO 2017's layout, or train/ and valid/ (or val/) with _annotations.coco.json "
-        "beside the images (default: datasets/coco)")
-    add("--dataset", choices=["coco"], default="coco", help="format of the data; there is only one")
-    for part in ("train", "val"):
-        add(f"--{part}-annotations", type=Path, metavar="FILE",
-            help="annotation file elsewhere")
-        add(f"--{part}-images", type=Path, metavar="FOLDER", help="its images")
-    add("--keep-empty", action="store_true", help="train on images without a usable box, too")
-    add("--data-augmentation", choices=transforms.PRESETS,
-        help="hflip: mirror every second image; multiscale: and draw the size from 0.6 to 1 x "
-        "--min-size; lsj: large-scale jitter in squares of --min-size (then 1024); ssd and "
-        "ssdlite: crops, with colours and zoom-out in ssd (default: hflip)")
-    add("--aspect-ratio-group-factor", type=int, default=3, metavar="K",
-        help="fill batches with images of similar shape, out of 2K+2 groups of width / height; "
-        "0: upright or wide, -1: any (default: %(default)s)")
-    add("-b", "--batch-size", type=count, default=2, metavar="N",
-        help="images in a step on each device (default: %(default)s)")
-    add("-j", "--workers", type=natural, metavar="N",
-        help="loading processes for each device (default: 4, or the number of cores for each)")
-    add("--check-data", action="store_true",
-        help="open every image, report what is in the data and all that is wrong with it, and end")
-    add("--max-bad-images", type=natural, default=0, metavar="N",
-        help="open every image first and go on without those that cannot be used, if they are not "
-        "more than N (default: do not look; the first bad one ends the run)")
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--model", choices=models.MODELS, help=f"(default: {models.MODELS[0]})", metavar="NAME")
-    add("--weights", metavar="NAME|FILE",
-        help="start from a whole detector: COCO_V1, or a .pth file; its head is replaced where the "
-        "categories differ")
-    add("--weights-backbone", metavar="NAME|FILE|none",
-        help="start from an ImageNet backbone; none: from random weights, training all layers and "
-        "norms (default: IMAGENET1K_V1)")
-    add("--trainable-backbone-layers", type=natural, metavar="N",
-        help="train the last N layers of a pretrained backbone, of 5 in a ResNet and 6 in a "
-        "MobileNet (default: 3)")
-    add("--min-size", type=count, metavar="PIXELS",
-        help="shortest side that images are resized to (default: 800, or 320 for the 320 model)")
-    add("--max-size", type=count, metavar="PIXELS",
-        help="bound of the longest side (default: 1333 at 800, in proportion at others)")
-    add("--fixed-size", type=count, nargs=2, metavar=("H", "W"),
-        help="stretch every image to this size, so that all steps are alike: for benchmarks")
-    add("--rpn-score-thresh", type=positive, metavar="SCORE",
-        help="drop proposals below this objectness, 0 to 1 (default: the model's own)")
-    add("--sync-bn", action="store_true",
-        help="share trainable norms' statistics between devices")
-
-
-def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimization")
-    add = group.add_argument
-    add("--epochs", type=count, default=26, metavar="N", help="(default: %(default)s)")
-    add("--opt", choices=["sgd", "adamw"], default="sgd", help="(default: %(default)s)")
-    add("--lr", type=positive, metavar="RATE",
-        help="learning rate, taken literally (default: 0.02 for sgd and 0.0001 for adamw, times "
-        "the images in a step on all devices / 16)")
-    add("--momentum", type=positive, metavar="M", help="of sgd (default: 0.9)")
-    add("--weight-decay", "--wd", type=positive, default=1e-4, metavar="W",
-        help="(default: %(default)s)")
-    add("--norm-weight-decay", type=positive, metavar="W",
-        help="for the parameters of norms (default: as the others)")
-    add("--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], default="multisteplr",
-        help="(default: %(default)s)")
-    add("--lr-steps", type=count, nargs="+", metavar="EPOCH",
-        help="multiply the rate by --lr-gamma after these epochs (default: 16 22 of 26, in "
-        "proportion for other --epochs)")
-    add("--lr-gamma", type=positive, metavar="FACTOR", help="(default: 0.1)")
-    add("--warmup-steps", type=natural, metavar="N",
-        help="steps of linear warm-up (default: 1000, or the first epoch if that is shorter)")
-    add("--clip-grad-norm", type=positive, metavar="NORM",
-        help="scale larger gradients down to this norm (default: do not)")
-    add("--max-steps", type=count, metavar="N",
-        help="for trials: stop after N steps in all, evaluate and save")
-    add("--start-epoch", "--start_epoch", type=natural, metavar="E",
-        help="count epochs from E on, without a checkpoint to resume (default: 0)")
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("device and precision")
-    add = group.add_argument
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--amp", action="store_true",
-        help="mixed precision: float16 on CUDA, bfloat16 on a CPU that is made for it")
-    add("--amp-dtype", choices=["float16", "bfloat16"], help="overrule that choice of --amp")
-    add("--seed", type=natural, default=0, metavar="N",
-        help="of everything random (default: %(default)s)")
-    add("--use-deterministic-algorithms", action="store_true",
-        help="the same bits every time also on CUDA, slower")
-    add("--world-size", type=count, metavar="N",
-        help="checked against torchrun's number of processes")
-    add("--dist-url", metavar="URL", help="where the processes of torchrun meet (default: env://)")
-    add("--timeout-minutes", type=positive, default=10, metavar="M",
-        help="give up on a process that does not answer the others for so long (default: "
-        "%(default)s)")
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--output-dir", type=Path, default=ROOT / "output", metavar="FOLDER",
-        help="checkpoints, metrics.jsonl, detections.json (default: output)")
-    add("--print-freq", type=count, default=20, metavar="N",
-        help="steps from one report of losses to the next (default: %(default)s)")
-    add("--checkpoint-every", type=count, metavar="N",
-        help="save every N steps, besides after each epoch (default: by the clock alone)")
-    add("--checkpoint-minutes", type=positive, default=10, metavar="M",
-        help="save when the last checkpoint is so old (default: %(default)s)")
-    add("--keep-checkpoints", type=several, default=2, metavar="N",
-        help="keep the newest N, 2 or more, besides the best (default: %(default)s)")
-    add("--resume", metavar="FILE|auto",
-        help="continue from a checkpoint; auto: from the newest in --output-dir that is whole, if "
-        "there is any")
-    add("--resume-anyway", action="store_true",
-        help="continue with other data, batches or rates than before, which is refused else")
-    group = parser.add_argument_group("evaluation")
-    add = group.add_argument
-    add("--test-only", action="store_true",
-        help="evaluate --resume or --weights; the flags of training have no effect then")
-    add("--eval-batch-size", type=count, metavar="N",
-        help="images of one size evaluated together; changes nothing but speed and memory "
-        "(default: 8 on CUDA, 1 on a CPU)")
-    add("--evaluator", choices=coco_eval.EVALUATORS,
-        help="what computes COCO's numbers; both give the same (default: the first if installed)")
-
-
-# fmt: on
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        description="Train and evaluate Faster R-CNN on COCO-format data.",
-        epilog="Exit codes: 0 done; 1 failed; 2 the flags, the data or a checkpoint are wrong; 75 "
-        "stopped by a signal, everything saved: go on with --resume auto.",
-        allow_abbrev=False,
-    )
-    add_data_flags(parser)
-    add_model_flags(parser)
-    add_optimization_flags(parser)
-    add_run_flags(parser)
-    return parser.parse_args(argv)
-
-
-# The flags that shape the model: left out, they are taken from the checkpoint of --resume.
-SHAPE = (
-    *("model", "weights", "weights_backbone", "trainable_backbone_layers"),
-    *("data_augmentation", "min_size", "max_size", "fixed_size", "rpn_score_thresh"),
+from arguments import (
+    UsageError,
+    base_rate,
+    choose_device,
+    default_workers,
+    parse_arguments,
+    refuse_what_cannot_apply,
+    settle,
 )
-
-
-def default_workers() -> int:
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(4, (os.cpu_count() or 1) // processes))
-
-
-def settle(args: argparse.Namespace, saved: dict | None, device: torch.device) -> None:
-    """Fill in what was left out, by a checkpoint's arguments or by default; refuse what clashes."""
-    for name in SHAPE if saved else ():
-        given, before = getattr(args, name), saved.get(name)
-        if given is None:
-            setattr(args, name, before)
-        elif given != before and not args.test_only and not args.resume_anyway:
-            raise UsageError(
-                f"--{name.replace('_', '-')} {given} differs from {before}, with which "
-                f"{args.resume} was trained: leave it out, say --resume-anyway, or start anew in "
-                "another --output-dir"
-            )
-    args.model = args.model or models.MODELS[0]
-    if args.weights is None and args.weights_backbone is None:
-        args.weights_backbone = "IMAGENET1K_V1"
-    args.data_augmentation = args.data_augmentation or "hflip"
-    min_size, max_size = models.sizes(args.model)
-    if args.data_augmentation == "lsj":
-        min_size = max_size = 1024
-    args.max_size = args.max_size or round(max_size * (args.min_size or min_size) / min_size)
-    args.min_size = args.min_size or min_size
-    if args.opt == "sgd" and args.momentum is None:
-        args.momentum = 0.9
-    if args.lr is None:
-        base = {"sgd": 0.02, "adamw": 1e-4}[args.opt]
-        args.lr = base * args.batch_size * utils.world_size() / 16
-    if args.lr_scheduler == "multisteplr":
-        args.lr_steps = args.lr_steps or [round(args.epochs * e / 26) for e in (16, 22)]
-        args.lr_gamma = 0.1 if args.lr_gamma is None else args.lr_gamma
-    if args.workers is None:
-        args.workers = default_workers()
-    args.eval_batch_size = args.eval_batch_size or (8 if device.type == "cuda" else 1)
-    args.evaluator = args.evaluator or coco_eval.default_evaluator()
-
-
-def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> None:
-    """Raise UsageError for a flag that would have no effect, or not the one it promises."""
-    from_scratch = args.weights is None and args.weights_backbone in (None, "none")
-    square = args.data_augmentation == "lsj"
-    train = not args.test_only
-    for wrong, reason in (
-        (args.opt != "sgd" and args.momentum is not None, "--momentum is for --opt sgd"),
-        (
-            args.lr_scheduler != "multisteplr" and (args.lr_steps or args.lr_gamma is not None),
-            "--lr-steps and --lr-gamma are for --lr-scheduler multisteplr",
-        ),
-        (args.amp_dtype and not args.amp, "--amp-dtype needs --amp"),
-        (
-            args.weights and args.weights_backbone,
-            "--weights brings its own backbone: leave out --weights-backbone",
-        ),
-        (
-            from_scratch and args.trainable_backbone_layers is not None,
-            "--trainable-backbone-layers needs pretrained weights: all layers of random ones train",
-        ),
-        (
-            args.fixed_size and args.data_augmentation in ("multiscale", "lsj"),
-            f"--fixed-size leaves nothing of --data-augmentation {args.data_augmentation}",
-        ),
-        (
-            args.fixed_size and (args.min_size, args.max_size) != models.sizes(args.model),
-            "--fixed-size takes the place of --min-size and --max-size: leave them out",
-        ),
-        (square and args.max_size != args.min_size, "lsj makes squares: leave out --max-size"),
-        (
-            args.sync_bn and train and (device.type != "cuda" or utils.world_size() == 1),
-            "--sync-bn needs torchrun with several CUDA devices",
-        ),
-        (
-            args.sync_bn and not from_scratch and args.model != "fasterrcnn_resnet50_fpn_v2",
-            "--sync-bn has nothing to share: the norms of a pretrained model are frozen",
-        ),
-        (args.start_epoch and args.resume, "--resume knows its epoch: leave out --start-epoch"),
-        (
-            args.start_epoch is not None and args.start_epoch >= args.epochs,
-            f"--start-epoch {args.start_epoch} leaves nothing of {args.epochs} epochs",
-        ),
-        (
-            args.test_only and not args.resume and not args.weights,
-            "--test-only needs a model to test: --resume FILE or --weights NAME|FILE",
-        ),
-        (
-            args.world_size not in (None, utils.world_size()),
-            f"--world-size {args.world_size}, but {utils.world_size()} were started: use torchrun "
-            "--nproc-per-node N, or start_scripts/train_fasterrcnn_resnet50_amp_dist_torch.sh",
-        ),
-        (args.dist_url and "RANK" not in os.environ, "--dist-url needs torchrun"),
-        (
-            args.evaluator not in coco_eval.LIBRARIES,
-            f"--evaluator {args.evaluator} is not installed: pip install {args.evaluator}",
-        ),
-    ):
-        if wrong:
-            raise UsageError(reason)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of this process; with several processes on a machine each has its own."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: use cuda, cuda:N or cpu") from None
-    if device.type not in ("cuda", "cpu"):
-        raise UsageError(f"--device {name}: this recipe runs on cuda and cpu only")
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", utils.local_rank())
-        elif utils.world_size() > 1:
-            raise UsageError(
-                f"--device {name}: under torchrun say cuda, each process takes its own"
-            )
-        if device.index >= torch.cuda.device_count():
-            raise UsageError(f"{device}: there are {torch.cuda.device_count()} CUDA devices here")
-        torch.cuda.set_device(device)
-    return device
-
 
 # --------------------------------------------------------------------------------------- data
 
@@ -391,9 +94,8 @@ def load_data(args: argparse.Namespace, indexes: dict, pinned: bool, saved: dict
         dataset = coco_utils.CocoDetection(index, categories, images, augmentation)
         widths, heights = index.sizes[dataset.images].T
         groups = samplers.aspect_ratio_groups(widths, heights, args.aspect_ratio_group_factor)
-        plan = samplers.TrainingPlan(
-            groups, args.batch_size, utils.world_size(), utils.rank(), args.seed
-        )
+        share = args.batch_size * args.accumulate_steps
+        plan = samplers.TrainingPlan(groups, share, utils.world_size(), utils.rank(), args.seed)
         train_loader = make_loader(dataset, batch_sampler=plan, generator=torch.Generator())
     categories.check_contains(val_index.categories, val_index.annotation_file)
     share = samplers.evaluation_batches(
@@ -407,15 +109,22 @@ def load_data(args: argparse.Namespace, indexes: dict, pinned: bool, saved: dict
 def training_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.ndarray:
     """The positions of the images to train on; raises PlanError if they fill no batch."""
     images = np.arange(len(index)) if args.keep_empty else index.images_with_boxes()
-    samplers.check_enough(len(images), args.batch_size, utils.world_size())
+    share = args.batch_size * args.accumulate_steps
+    samplers.check_enough(len(images), share, utils.world_size())
     return images
 
 
 def read_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
-    """The annotation files by part, "val" and "train", after the quick check."""
+    """The annotation files by part, "val" and "train", after the quick check.
+
+    With --overfit both are the first few training images.
+    """
     indexes = {}
-    for part in ("val",) if args.test_only else ("val", "train"):
+    parts = ("train",) if args.overfit else ("val",) if args.test_only else ("val", "train")
+    for part in parts:
         index = indexes[part] = read_index(args, part)
+        if args.overfit:
+            indexes["train"] = indexes["val"] = index = index.first_with_boxes(args.overfit)
         found = coco_check.faults(index, missing=not args.max_bad_images)
         coco_check.refuse(index, found)
         utils.log(f"{part}: {index.annotation_file}: {coco_check.summary(index)}")
@@ -431,8 +140,14 @@ def read_index(args: argparse.Namespace, part: str) -> coco_utils.CocoIndex:
     return coco_utils.CocoIndex(coco_utils.find_split(args.data_path, part, *paths))
 
 
-def drop_bad_images(args: argparse.Namespace, indexes: dict) -> dict[str, coco_utils.CocoIndex]:
-    """The indexes without the images that cannot be used, of which there may be a few."""
+def drop_bad_images(
+    args: argparse.Namespace, indexes: dict
+) -> tuple[dict[str, coco_utils.CocoIndex], list[int]]:
+    """The indexes without the images that cannot be used, of which there may be a few, and the ids
+    of those that the validation set loses.
+    """
+    if not args.max_bad_images:
+        return indexes, []
     bad = {part: coco_check.unreadable_images(x, args.workers) for part, x in indexes.items()}
     total = sum(map(len, bad.values()))
     if total > args.max_bad_images:
@@ -443,7 +158,8 @@ def drop_bad_images(args: argparse.Namespace, indexes: dict) -> dict[str, coco_u
     for part, images in bad.items():
         for _, _, message in images:
             utils.log(f"{part}: left out: {message}")
-    return {part: x.without([i for i, *_ in bad[part]]) for part, x in indexes.items()}
+    left_out = indexes["val"].image_ids[[i for i, *_ in bad["val"]]].tolist()
+    return {part: x.without([i for i, *_ in bad[part]]) for part, x in indexes.items()}, left_out
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -468,25 +184,33 @@ def build_model(
     args: argparse.Namespace, categories: coco_utils.Categories, saved: dict | None
 ) -> nn.Module:
     """The detector with the weights it starts from: a checkpoint's, --weights, or a backbone's."""
+    pretrained = models.start_of(args.weights, args.weights_backbone)
+    backbone = None
+    if pretrained == "backbone" and not saved:
+        with utils.first_on_each_machine():
+            backbone = backbone_state(args)
     torch.manual_seed(args.seed)
     model = models.build_model(
         args.model,
         categories.num_classes,
-        pretrained=args.weights is not None or args.weights_backbone != "none",
+        pretrained=pretrained,
+        backbone_state=backbone,
         trainable_backbone_layers=args.trainable_backbone_layers,
+        freeze_backbone=args.freeze_backbone,
         min_sizes=transforms.training_sizes(args.data_augmentation, args.min_size),
         max_size=args.max_size,
         fixed_size=args.fixed_size,
         rpn_score_thresh=args.rpn_score_thresh,
     )
-    with utils.first_on_each_machine():
-        if saved:
-            models.load_detector(model, saved["model"], True, str(args.resume))
-        elif args.weights:
+    if saved:
+        weights = saved["model"] if args.test_only else saved.get("raw_model", saved["model"])
+        models.load_detector(model, weights, True, str(args.resume))
+    elif args.weights:
+        with utils.first_on_each_machine():
             load_weights(model, args, categories)
-        elif args.weights_backbone != "none":
-            load_backbone(model, args)
     if args.sync_bn and not args.test_only:
+        if not models.has_trainable_norms(model):
+            raise UsageError("--sync-bn has nothing to share: the norms of this model are frozen")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
@@ -498,11 +222,7 @@ def load_weights(
     if models.is_file(args.weights):
         state = checkpoint.load_weights_file(Path(args.weights))
         rows, state = state.get("categories"), state.get("model", state)
-        same = (
-            rows == categories.to_list()
-            if rows
-            else models.outputs(state) == categories.num_classes
-        )
+        same = rows == categories.to_list() if rows else models.same_classes(model, state)
     else:
         state, same = models.detector_weights(args.model, args.weights), categories.is_coco
     if not same and args.test_only:
@@ -515,13 +235,12 @@ def load_weights(
     utils.log(f"weights: {args.weights}, {head}")
 
 
-def load_backbone(model: nn.Module, args: argparse.Namespace) -> None:
-    if models.is_file(args.weights_backbone):
-        state = checkpoint.load_weights_file(Path(args.weights_backbone))
-    else:
-        state = models.backbone_weights(args.model, args.weights_backbone)
-    models.load_backbone(model, state, f"--weights-backbone {args.weights_backbone}")
+def backbone_state(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The classifier that --weights-backbone names, whose layers the backbone takes over."""
     utils.log(f"weights: backbone {args.weights_backbone}, the rest random (seed {args.seed})")
+    if models.is_file(args.weights_backbone):
+        return checkpoint.load_weights_file(Path(args.weights_backbone))
+    return models.backbone_weights(args.model, args.weights_backbone)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -555,7 +274,7 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 COMPARED = (
     *("seed", "global_batch", "keep_empty", "aspect_ratio_group_factor", "precision"),
     *("opt", "lr", "momentum", "weight_decay", "norm_weight_decay", "clip_grad_norm", "sync_bn"),
-    *("epochs", "lr_scheduler", "lr_steps", "lr_gamma", "warmup_steps"),
+    *("epochs", "lr_scheduler", "lr_steps", "lr_gamma", "warmup_steps", "ema", "freeze_backbone"),
     *("train_data", "val_data"),
 )
 PLANNED = ("seed", "global_batch", "keep_empty", "aspect_ratio_group_factor", "train_data")
@@ -572,10 +291,26 @@ class Run:
     scaler: torch.amp.GradScaler
     facts: dict  # what a checkpoint keeps besides the arguments
     best_AP: float | None = None
+    evaluations_since_best: int = 0
+    saving_seconds: float = 0.0  # that training has waited for checkpoints
 
     def __post_init__(self):
+        self.average = self.average_weights() if self.args.ema else None
         every, minutes = self.args.checkpoint_every, self.args.checkpoint_minutes
         self.keeper = utils.Keeper(every, minutes, self.save_within_epoch)
+
+    def average_weights(self) -> AveragedModel:
+        """The moving average of weights and of norms' statistics, kept up after every step."""
+        average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema), use_buffers=True
+        )
+        self.optimizer.register_step_post_hook(lambda *_: average.update_parameters(self.model))
+        return average
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate, and to load elsewhere."""
+        return self.average.module if self.average else self.model
 
     def restore(self, saved: dict | None) -> tuple[int, int]:
         """Take over a checkpoint's state; return the epoch to go on in and the steps done."""
@@ -595,6 +330,10 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.best_AP = saved["best_AP"]
+        self.evaluations_since_best = saved.get("evaluations_since_best", 0)
+        if self.average and "raw_model" in saved:
+            self.average.module.load_state_dict(saved["model"])
+            self.average.n_averaged.fill_(saved["step"])
         epoch, step, before = saved["epoch"], saved["step"], saved["args"]
         if changed.keys() & set(PLANNED):
             utils.log(f"epoch {epoch} begins anew, because its plan is another one")
@@ -619,18 +358,23 @@ class Run:
 
     def _write(self, epoch: int, step: int, best: bool = False) -> None:
         state = {
-            "model": self.model.state_dict(),
+            "model": self.evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": epoch,
             "step": step,
             "best_AP": self.best_AP,
+            "evaluations_since_best": self.evaluations_since_best,
             "categories": self.data.categories.to_list(),
             "args": {**plain(self.args), **self.facts},
         }
+        if self.average:
+            state["raw_model"] = self.model.state_dict()
+        begin = time.perf_counter()
         path = checkpoint.save(self.args.output_dir, state, self.args.keep_checkpoints)
         if best:
             checkpoint.save_best(path)
+        self.saving_seconds += time.perf_counter() - begin
 
     def save_evaluated(self, epoch: int, step: int, numbers: dict | None) -> None:
         """Write the checkpoint again, as the best one too if no AP so far was as high.
@@ -641,8 +385,18 @@ class Run:
         best = value is not None and (self.best_AP is None or value > self.best_AP)
         if best:
             self.best_AP = value
+        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
         utils.from_rank_0(partial(self._write, epoch, step, best))
         self.keeper.note_save()
+
+    def is_over(self) -> bool:
+        """Whether AP has not risen for --early-stop-patience evaluations, on every process."""
+        waited = utils.from_rank_0(lambda: self.evaluations_since_best)
+        patience = self.args.early_stop_patience
+        if not patience or waited < patience:
+            return False
+        utils.log(f"no better AP in {waited} evaluations (--early-stop-patience {patience}): done")
+        return True
 
 
 def changes(before: dict, now: dict) -> dict[str, tuple]:
@@ -665,8 +419,8 @@ def describe(changed: dict[str, tuple]) -> str:
 
 
 def plain(args: argparse.Namespace) -> dict:
-    """The arguments as plain types, for a checkpoint or JSON."""
-    return {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    """The arguments as plain types, for a checkpoint or JSON; paths so that they hold anywhere."""
+    return {key: str(v.absolute()) if isinstance(v, Path) else v for key, v in vars(args).items()}
 
 
 def read_resumed(args: argparse.Namespace) -> dict | None:
@@ -681,6 +435,8 @@ def read_resumed(args: argparse.Namespace) -> dict | None:
 def find_resumed(args: argparse.Namespace) -> tuple[str | None, dict | None]:
     if args.resume_anyway and not args.resume:
         raise UsageError("--resume-anyway needs --resume FILE or --resume auto")
+    if args.find_batch_size:
+        return None, None
     present = checkpoint.present(args.output_dir)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, by itself
     if args.resume == "auto" or (restarted and present and not args.test_only):
@@ -748,9 +504,9 @@ def say_training(run: Run, epoch: int, step: int) -> None:
     if epoch >= args.epochs:
         utils.log(f"nothing is left to train of {args.epochs} epochs: raise --epochs to go on")
         return
-    shares = (
-        f"{args.batch_size} on each of {processes} processes" if processes > 1 else args.batch_size
-    )
+    shares = f"{args.batch_size}"
+    shares += f" on each of {processes} processes" if processes > 1 else ""
+    shares += f" {args.accumulate_steps} times" if args.accumulate_steps > 1 else ""
     utils.log(
         f"training: {len(plan.groups):,} images, {shares} a step, {len(plan)} steps an epoch, "
         f"epochs {epoch} to {args.epochs - 1}"
@@ -759,7 +515,7 @@ def say_training(run: Run, epoch: int, step: int) -> None:
         drops = f"x {args.lr_gamma} after epochs {' '.join(map(str, args.lr_steps))}"
     else:
         drops = "then a cosine down to 0"
-    base = {"sgd": 0.02, "adamw": 1e-4}[args.opt]
+    base = base_rate(args)
     rule = (
         f" = {base} x {plan.global_batch} / 16" if args.lr == base * plan.global_batch / 16 else ""
     )
@@ -768,12 +524,40 @@ def say_training(run: Run, epoch: int, step: int) -> None:
         utils.log(f"resumed: {args.resume or '--start-epoch'}, {step} steps done")
 
 
-def say_numbers(
-    numbers: dict | None, metrics: utils.MetricsFile, epoch: int | None, step: int | None
-) -> None:
+def evaluate(
+    model: nn.Module,
+    epoch: int | None,
+    step: int | None,
+    *,
+    args: argparse.Namespace,
+    data: Data,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    metrics: utils.MetricsFile,
+    tensorboard: board.Board | None,
+) -> dict | None:
+    """COCO's numbers after `step`, written down and said; None in all processes but rank 0."""
+    numbers = engine.evaluate(
+        model,
+        data.val_loader,
+        data.categories,
+        device=device,
+        amp_dtype=amp_dtype,
+        output_dir=args.output_dir,
+        evaluator=args.evaluator,
+        show=tensorboard and partial(tensorboard.show, step=step or 0),
+    )
+    losses = {}
+    if args.val_loss:
+        losses["val_loss"] = engine.validation_loss(
+            model, data.val_loader, device=device, amp_dtype=amp_dtype
+        )
+        parts = [f"{k.removeprefix('loss_')} {v:.4f}" for k, v in losses["val_loss"].items()]
+        utils.log(f"validation {parts[0]}  ({', '.join(parts[1:])})")
     if numbers is not None:
-        metrics.write("eval", epoch=epoch, step=step, **numbers)
+        metrics.write("eval", epoch=epoch, step=step, **numbers, **losses)
         utils.log(coco_eval.table(numbers))
+    return numbers
 
 
 def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtype, metrics) -> None:
@@ -791,6 +575,8 @@ def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtyp
     )
     model = distribute(run.model, device)
     end = min(args.epochs * len(plan), args.max_steps or sys.maxsize)
+    if run.is_over():
+        return
     for epoch in range(first_epoch, args.epochs):
         last_step = min((epoch + 1) * len(plan), end)
         if step < last_step:
@@ -808,15 +594,15 @@ def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtyp
                 last_step=last_step,
                 seed=args.seed,
                 clip_grad_norm=args.clip_grad_norm,
+                accumulate_steps=args.accumulate_steps,
                 print_freq=args.print_freq,
                 metrics=metrics,
                 keeper=run.keeper,
             )
             run.save(epoch, step)
-        numbers = evaluate(run.model)
-        say_numbers(numbers, metrics, epoch, step)
+        numbers = evaluate(run.evaluated, epoch, step)
         run.save_evaluated(step // len(plan), step, numbers)
-        if step >= end:
+        if step >= end or run.is_over():
             break
 
 
@@ -833,39 +619,85 @@ def main(argv: list[str] | None = None) -> None:
     saved = read_resumed(args)
     settle(args, saved and saved["args"], device)
     refuse_what_cannot_apply(args, device)
+    amp_dtype, precision = choose_precision(args, device)
+
+    indexes, left_out = drop_bad_images(args, indexes)
+    data = load_data(args, indexes, device.type == "cuda", saved)
+    model = build_model(args, data.categories, saved).to(device)
+    if args.find_batch_size:
+        run = start_run(args, indexes, data, model, device, amp_dtype)
+        find_batch_size(run, device, amp_dtype)
+        return
+    tensorboard = open_tensorboard(args, saved)
+    metrics = utils.MetricsFile(args.output_dir, tensorboard and tensorboard.write)
+    about = {**facts(device, precision, data), "val_images_left_out": left_out}
+    metrics.write("start", args=plain(args), **about)
+    evaluate_here = partial(
+        evaluate,
+        **{"args": args, "data": data, "device": device, "amp_dtype": amp_dtype},
+        **{"metrics": metrics, "tensorboard": tensorboard},
+    )
+    if args.test_only:
+        step = saved and saved["step"]
+        epoch = saved and max(0, step - 1) // saved["args"]["steps_per_epoch"]
+        evaluate_here(model, epoch, step)
+    else:
+        run = start_run(args, indexes, data, model, device, amp_dtype)
+        train(run, saved, device, evaluate_here, amp_dtype, metrics)
+        seconds, saving = time.perf_counter() - begin, run.saving_seconds
+        metrics.write("end", best_AP=run.best_AP, seconds=seconds, saving_seconds=saving)
+        best = "" if run.best_AP is None else f"best AP {run.best_AP:.3f}, "
+        share = f"{saving / seconds:.1%} of the time went into checkpoints"
+        utils.log(f"done: {best}results in {args.output_dir}; {share}")
+    if not args.no_report:
+        utils.from_rank_0(partial(write_report, args.output_dir))
+
+
+def choose_precision(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[torch.dtype | None, str]:
+    """The type of autocast and its description; says what the run computes on and with."""
     amp_dtype, precision = engine.precision(device, args.amp, args.amp_dtype)
     no_gpu = "" if torch.cuda.is_available() or args.device else ": no CUDA device was found"
     utils.log(f"device: {device.type}{no_gpu}, precision: {precision}")
     if args.use_deterministic_algorithms:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    return amp_dtype, precision
 
-    if args.max_bad_images:
-        indexes = drop_bad_images(args, indexes)
-    data = load_data(args, indexes, device.type == "cuda", saved)
-    model = build_model(args, data.categories, saved).to(device)
-    metrics = utils.MetricsFile(args.output_dir)
-    metrics.write("start", args=plain(args), **facts(device, precision, data))
-    evaluate = partial(
-        engine.evaluate,
-        loader=data.val_loader,
-        categories=data.categories,
-        device=device,
-        amp_dtype=amp_dtype,
-        output_dir=args.output_dir,
-        evaluator=args.evaluator,
+
+def open_tensorboard(args: argparse.Namespace, saved: dict | None) -> board.Board | None:
+    if not args.tensorboard or utils.rank() != 0:
+        return None
+    try:
+        return board.Board(args.output_dir / "tensorboard", saved["step"] if saved else 0)
+    except board.MissingPackage as error:
+        raise UsageError(str(error)) from None
+
+
+def write_report(output_dir: Path) -> None:
+    """The report of a run that is over, whose results are safe whatever happens to it."""
+    try:
+        utils.log(f"report: {report.write(output_dir)}")
+    except Exception as error:  # whatever it is, the training is done and saved
+        kind = "" if isinstance(error, report.ReportError) else f"{type(error).__name__}: "
+        utils.log(f"no report was written: {kind}{error}")
+
+
+def find_batch_size(run: Run, device: torch.device, amp_dtype: torch.dtype | None) -> None:
+    """Say how many of the hardest images fit into memory in a training step."""
+    args, dataset = run.args, run.data.train_loader.dataset
+    step = partial(
+        engine.peak_of_a_step,
+        **{"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler},
+        **{"device": device, "amp_dtype": amp_dtype},
     )
-    if args.test_only:
-        step = saved and saved["step"]
-        epoch = saved and max(0, step - 1) // saved["args"]["steps_per_epoch"]
-        say_numbers(evaluate(model), metrics, epoch, step)
-        return
-
-    run = start_run(args, indexes, data, model, device, amp_dtype)
-    train(run, saved, device, evaluate, amp_dtype, metrics)
-    metrics.write("end", best_AP=run.best_AP, seconds=time.perf_counter() - begin)
-    best = "" if run.best_AP is None else f"best AP {run.best_AP:.3f}, "
-    utils.log(f"done: {best}results in {args.output_dir}")
+    squares = args.data_augmentation == "lsj"
+    sizes = (args.min_size, args.max_size)
+    fit, how = batch_size.find(dataset, run.data.plan.groups, sizes, squares, step, device)
+    if not fit:
+        raise UsageError("not even one image fits: lower --min-size, or choose a smaller --model")
+    utils.log(f"--batch-size {fit} is the largest that fits, {how}")
 
 
 def start_run(

@@ -9,7 +9,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-PRESETS = ("hflip", "multiscale", "lsj", "ssd", "ssdlite")
+PRESETS = ("hflip", "multiscale", "lsj", "ssd", "ssdlite", "none")
 
 # The grey that borders are filled with: ImageNet's mean colour times 255, which the model's
 # normalisation turns into (almost) zero.
@@ -51,6 +51,8 @@ def training_preset(name: str, min_size: int) -> v2.Transform:
         return v2.Compose([distort, zoom_out, v2.RandomIoUCrop(), flip])
     if name == "ssdlite":
         return v2.Compose([v2.RandomIoUCrop(), flip])
+    if name == "none":
+        return v2.Identity()
     raise ValueError(f"unknown augmentation {name!r}, choose from {', '.join(PRESETS)}")
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -134,6 +134,13 @@ def gather_rows(rows: np.ndarray) -> np.ndarray | None:
     if gathered is None:
         return None
     return np.concatenate([part[:n].numpy() for part, n in zip(gathered, lengths, strict=True)])
+
+
+def sharing_gradients(model: torch.nn.Module, now: bool):
+    """A context in which DDP averages gradients over the processes only if `now`; else they add up
+    in each, for a later backward pass to share.
+    """
+    return nullcontext() if now or world_size() == 1 else model.no_sync()
 
 
 def share_buffers(model: torch.nn.Module) -> None:
@@ -319,8 +326,8 @@ def who_failed(timeout_seconds: float = 2) -> str:
 def fault(point: str, step: int | None = None) -> str | None:
     """For tests alone: fail here if the environment says so, as FAULT=kind@point:rank:step.
 
-    Kinds: kill, term (signals to this process), hang, raise; any other is returned for the caller
-    to carry out. The step may be `all`. A process that torchrun has restarted fails no more.
+    Kinds: kill, term (signals to this process), hang, raise, memory; any other is returned for the
+    caller to carry out. The step may be `all`. A process that torchrun has restarted fails no more.
     """
     spec = os.environ.get("FAULT")
     if not spec or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
@@ -330,6 +337,8 @@ def fault(point: str, step: int | None = None) -> str | None:
         return None
     if kind == "raise":
         raise OverflowError("a fault on purpose")
+    if kind == "memory":
+        raise torch.OutOfMemoryError("a fault on purpose")
     if kind == "hang":
         time.sleep(1e6)
     if kind in ("kill", "term"):
@@ -340,10 +349,13 @@ def fault(point: str, step: int | None = None) -> str | None:
 # ------------------------------------------------------------------------------------ seeding
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Make what the model draws in this step a function of (seed, step, rank) and nothing else."""
-    state = np.random.SeedSequence((seed, step, rank())).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]))
+def draw_seed(seed: int, step: int, image: int) -> int:
+    """What the model draws for an image in a step is a function of these three and nothing else.
+
+    `image` is its position in the global batch, so that neither the number of processes nor
+    the size of what goes through the model at once matters.
+    """
+    return int(np.random.SeedSequence((seed, step, image)).generate_state(1, np.uint64)[0])
 
 
 # ------------------------------------------------------------------- what a run says of itself
@@ -357,10 +369,13 @@ def log(message: str = "") -> None:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, "kind" first; written by rank 0, flushed a line."""
+    """`metrics.jsonl`: one JSON object a line, "kind" first; written by rank 0, flushed a line.
 
-    def __init__(self, output_dir: Path):
-        self.path = output_dir / "metrics.jsonl"
+    `listener(kind, values)` is told the same, there.
+    """
+
+    def __init__(self, output_dir: Path, listener: Callable[[str, dict], None] | None = None):
+        self.path, self.listener = output_dir / "metrics.jsonl", listener
         if rank() == 0 and self.path.exists():
             self._mend()
 
@@ -377,6 +392,8 @@ class MetricsFile:
         if rank() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+            if self.listener:
+                self.listener(kind, values)
 
 
 class Progress:

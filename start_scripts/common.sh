@@ -21,13 +21,17 @@ find_python() {
     [ -x "$PYTHON" ]
 }
 
-# Installs on first use; a look at which modules exist is all that it costs later.
-ensure_installed() {
-    if ! find_python || ! "$PYTHON" -c '
+# has MODULES...: whether PYTHON has them; looking where they are is quicker than importing them.
+has() {
+    "$PYTHON" -c '
 import sys
 from importlib.util import find_spec
-sys.exit(not all(map(find_spec, sys.argv[1:])))' \
-        torch torchvision pycocotools numpy PIL tqdm; then
+sys.exit(not all(map(find_spec, sys.argv[1:])))' "$@"
+}
+
+# Installs on first use.
+ensure_installed() {
+    if ! find_python || ! has torch torchvision pycocotools numpy PIL tqdm; then
         bash "$ROOT/start_scripts/init_torch.sh"
         find_python
     fi

@@ -55,7 +55,7 @@ if [ $# -gt 0 ] || ! cmp -s "$ROOT/requirements.txt" "$stamp" || ! torch_works "
     pip_install "$@" -r "$needed"
     for extra in $(sed '1,/^# Optional/d' "$ROOT/requirements.txt" | grep -Ev "$there"); do
         pip_install --only-binary=:all: "$@" "$extra" ||
-            echo "going on without ${extra%%>=*}: everything works, only slower"
+            echo "going on without ${extra%%>=*}: README.md says what that costs"
     done
     torch_works "$PYTHON" || fail \
         "torchvision's operators do not run with this PyTorch (the lines above say why)." \

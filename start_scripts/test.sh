@@ -4,7 +4,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 ensure_installed
-"$PYTHON" -c 'import pytest, ruff, xdist' 2> /dev/null ||
+has pytest ruff xdist onnx onnxruntime safetensors tensorboard ||
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements-dev.txt"
 # pytest looks for tests where it is called, which may be anywhere.
 cd "$ROOT"

@@ -150,3 +150,134 @@ def test_outputs_become_rows_in_the_data_sets_own_ids():
     rows = coco_eval.detection_rows([none, output], [7, 2**40], np.array([-1, -1, 17]))
     assert rows.tolist() == [[2**40, 1, 2, 3, 6, 0.5, 17]]
     assert coco_eval.detection_rows([none], [7], np.array([-1])).shape == (0, 7)
+
+
+@pytest.mark.parametrize("evaluator", coco_eval.EVALUATORS)
+def test_the_curves_are_those_whose_mean_is_ap(tiny, evaluator):
+    pytest.importorskip(evaluator.replace("-", "_"))
+    rng = np.random.default_rng(0)
+    index = random_truth(tiny, rng)
+    numbers, curves = coco_eval.score_with_curves(index, random_detections(index, rng), evaluator)
+    assert numbers["AP"] > 0
+    assert curves.shape == (10, 101, 3)
+    assert np.isnan(curves[:, :, 2]).all()  # the category "unseen"
+    assert np.nanmean(curves) == pytest.approx(numbers["AP"])
+    assert np.nanmean(curves[5]) == pytest.approx(numbers["AP75"])
+    assert (np.diff(curves[:, :, :2], axis=1) <= 0).all()
+
+
+def test_results_are_read_as_they_were_written(tiny, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    detections = random_detections(random_truth(tiny, rng), rng)
+    coco_eval.write_results(detections, tmp_path / "detections.json")
+    assert (coco_eval.read_results(tmp_path / "detections.json") == detections).all()
+    monkeypatch.setattr(coco_eval, "msgspec", None)
+    assert (coco_eval.read_results(tmp_path / "detections.json") == detections).all()
+    (tmp_path / "detections.json").write_text("[]")
+    assert coco_eval.read_results(tmp_path / "detections.json").shape == (0, 7)
+
+
+GOOD = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"image_id": 1', "not valid JSON"),
+        ("{}", "holds no list"),
+        ([GOOD, {**GOOD, "bbox": [1, 2, 3]}], "row 1 is no COCO result"),
+        ([GOOD, GOOD, {**GOOD, "score": None}], "row 2 is no COCO result"),
+        ([{**GOOD, "score": float("nan")}], "not valid JSON|row 0 is no"),
+        ([{**GOOD, "image_id": "seven"}], "row 0 is no"),
+        ([{**GOOD, "image_id": 10**400}], "row 0 is no|not valid"),
+        ([GOOD, "x"], "row 1 is no"),
+        ([GOOD, {"image_id": 1}], 'row 1 is no .*: {"image_id": 1}'),
+    ],
+)
+@pytest.mark.parametrize("with_msgspec", [True, False])
+def test_what_are_no_results_is_said(tmp_path, monkeypatch, content, said, with_msgspec):
+    if not with_msgspec:
+        monkeypatch.setattr(coco_eval, "msgspec", None)
+    file = tmp_path / "detections.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(coco_eval.ResultsError, match=rf"detections\.json.*({said})"):
+        coco_eval.read_results(file)
+
+
+def test_a_missing_file_of_results_is_said(tmp_path):
+    with pytest.raises(coco_eval.ResultsError, match="cannot be read: No such file"):
+        coco_eval.read_results(tmp_path / "detections.json")
+
+
+def plain_iou(a: list[float], b: list[float]) -> float:
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    common = max(0, width) * max(0, height)
+    return common / (a[2] * a[3] + b[2] * b[3] - common)
+
+
+def plain_match(index, detections, same_category: bool) -> list[int]:
+    """The true box of each detection, -1 for none, by the definition; without crowds."""
+    partner, taken = [-1] * len(detections), set()
+    for d in np.argsort(-detections[:, 5], kind="stable").tolist():
+        image = index.image_ids.tolist().index(int(detections[d, 0]))
+        rows = range(*index.box_range(image).indices(len(index.boxes)))
+        free = [
+            (plain_iou(detections[d, 1:5].tolist(), index.boxes[t].tolist()), t)
+            for t in rows
+            if t not in taken and (not same_category or index.category_ids[t] == detections[d, 6])
+        ]
+        iou, t = max(free, default=(0, -1))
+        if iou >= 0.5:
+            partner[d] = t
+            taken.add(t)
+    return partner
+
+
+@pytest.mark.parametrize("same_category", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_matches_are_those_of_the_definition(tiny, seed, same_category):
+    index = CocoIndex(split_of(tiny))
+    rng = np.random.default_rng(seed)
+    detections = random_detections(index, rng, each=20)
+    truth_of, found_by = coco_eval.match(index, detections, 0.5, same_category)
+    assert truth_of.tolist() == plain_match(index, detections, same_category)
+    assert 0 < np.count_nonzero(truth_of >= 0) < len(detections)
+    for t, d in enumerate(found_by.tolist()):
+        assert d == -1 or truth_of[d] == t
+    assert np.count_nonzero(found_by >= 0) == np.count_nonzero(truth_of >= 0)
+
+
+def test_a_crowd_takes_any_number_of_detections_of_its_category(tiny):
+    def change(data):
+        data["annotations"][0]["iscrowd"] = 1  # category 2, the whole of image 100 but its border
+        data["annotations"][1]["bbox"] = [10, 8, 0, 30]  # nothing can find a box without a size
+
+    rewrite(split_of(tiny), change)
+    index = CocoIndex(split_of(tiny))
+    inside, across = [5, 5, 4, 4], [30, 4, 10, 10]  # 4 of 10 pixels are inside
+    detections = np.array(
+        [
+            [100, *inside, 0.9, 2],
+            [100, *inside, 0.8, 2],
+            [100, *inside, 0.7, 5],
+            [100, *across, 0.6, 2],
+            [101, 10, 8, 0, 30, 0.5, 5],
+        ]
+    )
+    truth_of, found_by = coco_eval.match(index, detections, 0.5, False)
+    assert truth_of.tolist() == [-2, -2, -1, -1, -1]
+    assert found_by[:2].tolist() == [-2, -2]
+    assert (found_by[2:] == -1).all()
+
+
+def test_nothing_matches_where_nothing_is(tiny):
+    index = CocoIndex(split_of(tiny))
+    truth_of, found_by = coco_eval.match(index, np.empty((0, 7)), 0.5, True)
+    assert truth_of.shape == (0,)
+    assert (found_by == -1).all()
+    rewrite(split_of(tiny), lambda data: data.update(annotations=[]))
+    empty = CocoIndex(split_of(tiny))
+    truth_of, found_by = coco_eval.match(empty, np.array([[100, 1, 1, 9, 9, 0.5, 2]]), 0.5, True)
+    assert truth_of.tolist() == [-1]
+    assert found_by.shape == (0,)

@@ -374,6 +374,30 @@ def test_exif_orientation_is_followed_where_the_size_says_so(tmp_path, orientati
     if turned:  # the other size says that the boxes belong to the file as it is stored
         raw = coco_utils.read_image(tmp_path / "x.png", 30, 20)
         assert np.array_equal(raw.permute(1, 2, 0).numpy(), pixels)
+    # Without a stated size the picture is what a viewer shows.
+    assert torch.equal(coco_utils.read_upright(tmp_path / "x.png"), upright)
+
+
+def test_a_square_picture_is_turned_as_well(tmp_path):
+    pixels = np.zeros((20, 20, 3), dtype=np.uint8)
+    pixels[:8, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    for image in (
+        coco_utils.read_upright(tmp_path / "x.png"),
+        coco_utils.read_image(tmp_path / "x.png", 20, 20),
+    ):
+        assert image[0, 0, -1] == 255
+        assert image[0, 0, 0] == 0
+
+
+def test_a_picture_of_no_stated_size_is_refused_for_the_same_reasons(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    for name, message in (("huge", "pixels is more than"), ("broken", "cannot be read as an im")):
+        with pytest.raises(DataError, match=message):
+            coco_utils.read_upright(tmp_path / f"{name}.png")
 
 
 def test_bad_pictures_are_named(tmp_path):
@@ -397,6 +421,16 @@ def test_huge_pictures_are_refused_before_decoding(side, tmp_path):
     Image.new("1", (side, side)).save(tmp_path / "x.png")
     with pytest.raises(DataError, match=f"{side} x {side} pixels is more than"):
         coco_utils.read_image(tmp_path / "x.png", side, side)
+
+
+def test_image_files_are_found_below_a_folder_once_and_in_order(tmp_path):
+    for name in ("b.jpg", "a.PNG", "c d/[1].tiff", "notes.txt", "._a.png", ".hidden/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "c d/round").symlink_to(tmp_path)
+    found = [str(path.relative_to(tmp_path)) for path in coco_utils.image_files(tmp_path)]
+    assert found == ["a.PNG", "b.jpg", "c d/[1].tiff"]
+    assert coco_utils.image_files(tmp_path / "nowhere") == []
 
 
 def test_an_error_of_a_loading_process_keeps_only_its_own_words(tiny):

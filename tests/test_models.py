@@ -1,4 +1,5 @@
 import functools
+from itertools import chain
 
 import pytest
 import torch
@@ -221,7 +222,7 @@ def test_boxes_stay_float32_under_bfloat16(name):
     for hook in hooks:
         hook.remove()
     assert seen["features"].popitem()[1].dtype == torch.bfloat16  # autocast was really on
-    parts = seen["head"].values() if isinstance(seen["head"], dict) else sum(seen["head"], [])
+    parts = seen["head"].values() if isinstance(seen["head"], dict) else chain(*seen["head"])
     assert {tensor.dtype for tensor in parts} == {torch.float32}
     assert output[0]["boxes"].dtype == output[0]["scores"].dtype == torch.float32
     for plain, mixed in zip(*anchors, strict=True):

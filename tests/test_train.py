@@ -41,7 +41,7 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {
         *("checkpoint.pth", "model_best.pth", "metrics.jsonl", "detections.json"),
-        *("checkpoint_00000004.pth", "checkpoint_00000008.pth"),
+        *("checkpoint_00000004.pth", "checkpoint_00000008.pth", "report.html"),
     }
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     epoch = ["train"] * 4 + ["eval"]
@@ -54,7 +54,7 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path):
     saved = torch.load(out / "checkpoint.pth", weights_only=True)
     assert saved.keys() == {
         *("model", "optimizer", "scaler", "epoch", "step", "best_AP", "categories", "args"),
-        "format",
+        *("format", "evaluations_since_best"),
     }
     assert (saved["epoch"], saved["step"]) == (2, 8)
     assert "images/s" in done.stdout
@@ -207,7 +207,7 @@ def test_fine_tuning_from_a_file_replaces_the_head_for_other_categories(tiny, tm
 
 
 def test_coco_weights_keep_their_head_for_coco_alone(monkeypatch):
-    donor = models.build_model(SMALL[1], 91, pretrained=True).state_dict()
+    donor = models.build_model(SMALL[1], 91, pretrained="detector").state_dict()
     monkeypatch.setattr(models, "detector_weights", lambda *a: donor)
     coco = coco_utils.Categories.from_names({i: str(i) for i in coco_utils.COCO_CATEGORY_IDS})
     own = coco_utils.Categories.from_names({1: "cell", 7: "dust"})
@@ -230,6 +230,207 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     assert "is not finite: images [10" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "checkpoint.pth").exists()
+
+
+# ------------------------------------------------------------------- what people expect beside it
+
+
+def pretrained_flags(tiny, tmp_path) -> list:
+    """The flags of a model with frozen norms, which starts from a file of weights."""
+    made = train("--data-path", tiny, "--output-dir", tmp_path / "start", "--max-steps", "1")
+    assert made.returncode == 0, made.stderr
+    flags = [flag for flag in SMALL if flag not in ("--weights-backbone", "none")]
+    return [*flags, "--weights", tmp_path / "start/checkpoint.pth", "--data-path", tiny]
+
+
+def run_train(*flags, **kwargs):
+    done = run(sys.executable, ROOT / "train.py", *flags, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_gradients_of_several_batches_make_the_step_of_a_larger_one(tiny, tmp_path):
+    flags = pretrained_flags(tiny, tmp_path)
+    plain = run_train(*flags, "-b", "2", "--output-dir", tmp_path / "plain")
+    added = run_train(*flags, "-b", "1", "--accumulate-steps", "2", "--output-dir", tmp_path / "a")
+    assert "8 images, 2 a step, 4 steps" in plain
+    assert "8 images, 1 2 times a step, 4 steps" in added
+    assert all("0.0025 = 0.02 x 2 / 16" in text for text in (plain, added))
+    expected, found = losses(tmp_path / "plain"), losses(tmp_path / "a")
+    assert len(found) == 4
+    assert found == pytest.approx(expected, rel=1e-4)
+    single = losses_of(tmp_path / "one", *flags, "-b", "1", "--max-steps", "4")
+    assert single != pytest.approx(expected, rel=1e-2)
+
+
+def losses_of(out, *flags) -> list[float]:
+    run_train(*flags, "--output-dir", out)
+    return losses(out)
+
+
+def test_the_average_of_the_weights_is_evaluated_and_saved_beside_them(tiny, tmp_path):
+    """By hand: the first step's weights, then 0.75 of the average and 0.25 of the weights."""
+    flags = ("--data-path", tiny, "--checkpoint-every", "1", "--keep-checkpoints", "9")
+    raw = []
+    for steps in (1, 2, 3):
+        out = tmp_path / str(steps)
+        assert train(*flags, "--output-dir", out, "--max-steps", steps).returncode == 0
+        raw.append(torch.load(out / "checkpoint.pth", weights_only=True)["model"])
+    out, ema = tmp_path / "ema", ("--ema", "0.75")
+    for steps in (2, 3):  # resumed in between
+        done = train(*flags, *ema, "--output-dir", out, "--resume", "auto", "--max-steps", steps)
+        assert done.returncode == 0, done.stderr
+    saved = torch.load(out / "checkpoint.pth", weights_only=True)
+    for key, first in raw[0].items():
+        assert torch.equal(saved["raw_model"][key], raw[2][key])
+        if first.is_floating_point():
+            expected = 0.75 * (0.75 * first + 0.25 * raw[1][key]) + 0.25 * raw[2][key]
+            torch.testing.assert_close(saved["model"][key], expected, rtol=1e-5, atol=1e-7)
+    head = "roi_heads.box_predictor.cls_score.bias"
+    assert not torch.equal(saved["model"][head], saved["raw_model"][head])
+    tested = train("--data-path", tiny, "--test-only", "--resume", out / "checkpoint.pth",
+                   "--output-dir", tmp_path / "test")  # fmt: skip
+    assert tested.returncode == 0, tested.stderr
+    assert evaluations(tmp_path / "test")[0]["AP"] == evaluations(out)[-1]["AP"]
+    other = train(*flags, "--output-dir", out, "--resume", "auto")
+    assert other.returncode == 2
+    assert "--ema 0.75 (now None)" in other.stderr
+
+
+def test_a_training_without_better_ap_ends_early_and_stays_ended(tiny, tmp_path):
+    """A rate of nearly nothing changes no detection, so the first evaluation stays the best."""
+    flags = ("--data-path", tiny, "--output-dir", tmp_path, "--epochs", "9", "--lr", "1e-30")
+    flags = (*flags, "--early-stop-patience", "2", "--weight-decay", "0", "--print-freq", "99")
+    model = pretrained_flags(tiny, tmp_path / "before")
+    done = run_train(*model, *flags)
+    assert len(evaluations(tmp_path)) == 3
+    assert "no better AP in 2 evaluations" in done
+    again = run_train(*model, *flags, "--resume", "auto")
+    assert "no better AP in 2 evaluations" in again
+    assert len(evaluations(tmp_path)) == 3
+    more = run_train(*model, *flags, "--resume", "auto", "--early-stop-patience", "4")
+    assert "no better AP in 4 evaluations" in more
+    assert len(evaluations(tmp_path)) == 5
+
+
+def test_the_loss_on_validation_pictures_leaves_training_as_it_is(tiny, tmp_path):
+    common = ("--data-path", tiny, "--epochs", "2")
+    plain, with_loss = tmp_path / "plain", tmp_path / "loss"
+    assert train(*common, "--output-dir", plain).returncode == 0
+    done = train(*common, "--output-dir", with_loss, "--val-loss", "--eval-batch-size", "2")
+    assert done.returncode == 0, done.stderr
+    assert weights_hash(plain / "checkpoint.pth") == weights_hash(with_loss / "checkpoint.pth")
+    assert "val_loss" not in evaluations(plain)[0]
+    first, second = (line["val_loss"] for line in evaluations(with_loss))
+    assert first["loss"] == pytest.approx(sum(v for k, v in first.items() if k != "loss"))
+    assert 0 < second["loss"] != first["loss"]
+    # What a picture contributes depends on nothing but the picture and the weights.
+    tested = train(*common, "--test-only", "--resume", with_loss / "checkpoint.pth", "--val-loss",
+                   "--output-dir", tmp_path / "test")  # fmt: skip
+    assert tested.returncode == 0, tested.stderr
+    again = evaluations(tmp_path / "test")[0]["val_loss"]
+    assert again == pytest.approx(second, rel=1e-3)
+
+
+def test_the_first_pictures_can_be_learnt_by_heart(tiny, tmp_path):
+    flags = ("--data-path", tiny, "--output-dir", tmp_path, "--overfit", "3", "-b", "1")
+    done = train(*flags, "--max-steps", "3")
+    assert done.returncode == 0, done.stderr
+    start = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert (start["train_images"], start["val_images"]) == (3, 3)
+    assert start["args"]["data_augmentation"] == "none"
+    found = {row["image_id"] for row in json.loads((tmp_path / "detections.json").read_text())}
+    assert found <= {100, 101, 102}
+    assert found
+
+
+def test_a_frozen_backbone_stays_as_it_was(tiny, tmp_path):
+    flags = pretrained_flags(tiny, tmp_path)
+    run_train(*flags, "--freeze-backbone", "--output-dir", tmp_path / "frozen")
+    before, after = (
+        torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"]
+        for name in ("start", "frozen")
+    )
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert not {key for key in changed if key.startswith("backbone.body.")}
+    assert {key for key in changed if key.startswith("backbone.fpn.")}
+    assert {key for key in changed if key.startswith("roi_heads.")}
+
+
+def test_the_largest_batch_is_found_before_training(tiny, tmp_path):
+    done = train("--data-path", tiny, "--find-batch-size", "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"trying images of (48 x 64|64 x 48)( and .*)? pixels with 2 boxes", done.stdout
+    )
+    assert "--batch-size 8 is the largest that fits" in done.stdout  # there are no more images
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_running_out_of_memory_says_what_was_too_much(tiny, tmp_path):
+    done = train("--data-path", tiny, "--output-dir", tmp_path, FAULT="memory@step:0:2")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"out of memory in step 2, with 2 images at once, .*48 x 64 with 2 boxes|"
+                     r"out of memory in step 2, with 2 images at once, .*64 x 48 with 1 boxes",
+                     done.stderr)  # fmt: skip
+    assert "lower --batch-size" in done.stderr
+
+
+def test_tensorboard_gets_scalars_and_pictures(tiny, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ("--data-path", tiny, "--output-dir", tmp_path, "--tensorboard", "--val-loss")
+    for steps in ("2", "4"):
+        done = train(*flags, "--max-steps", steps, "--resume", "auto")
+        assert done.returncode == 0, done.stderr
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/lr", "eval/AP50", "eval/val_loss/loss"} <= set(tags["scalars"])
+    assert "eval/per_category/cat" in tags["scalars"]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+        losses(tmp_path)
+    )
+    assert len(tags["images"]) == 3
+    assert [event.step for event in events.Images(tags["images"][0])] == [2, 4]
+
+
+def test_without_tensorboard_the_flag_says_what_to_install(tiny, tmp_path):
+    hidden = "import sys; sys.modules['tensorboard'] = None; "
+    done = run(
+        *(
+            sys.executable,
+            "-c",
+            f"{hidden}import runpy; runpy.run_path('train.py')['run_and_exit']()",
+        ),
+        *(*SMALL, "--data-path", tiny, "--output-dir", tmp_path, "--tensorboard"),
+        cwd=ROOT,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "pip install tensorboard" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "model", ["ssdlite320_mobilenet_v3_large", "ssd300_vgg16", "retinanet_resnet50_fpn"]
+)
+def test_other_detectors_train_through_the_same_files(tiny, tmp_path, model):
+    flags = ["--data-path", tiny, "--model", model, "--max-steps", "2", "--output-dir", tmp_path]
+    flags += [*SMALL[2:4], *SMALL[6:]] if "ssd" in model else SMALL[2:]
+    done = run_train(*flags)
+    assert "done: best AP" in done
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    # torchvision's own builder, which knows nothing of this project
+    sizes = {"min_size": 64, "max_size": 107} if "retina" in model else {}
+    stock = torchvision.models.get_model(
+        model, weights=None, weights_backbone=None, num_classes=3, **sizes
+    )
+    stock.load_state_dict(saved["model"], strict=True)
+    detections = json.loads((tmp_path / "detections.json").read_text())
+    index = coco_utils.CocoIndex(split_of(tiny, "val"))
+    image, target = coco_utils.CocoDetection(index, index.categories)[0]
+    expected = stock.eval()([image / 255])[0]["scores"].tolist()
+    found = [row["score"] for row in detections if row["image_id"] == target["image_id"]]
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 # --------------------------------------------------------------------------------- refusals
@@ -286,6 +487,7 @@ def test_a_few_bad_images_may_be_left_out(tiny, tmp_path):
     assert re.search(r"val: left out: .*2\.png cannot be read", done.stdout)
     start = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])
     assert (start["train_images"], start["val_images"]) == (7, 2)
+    assert start["val_images_left_out"] == [102]
 
 
 def test_missing_things_end_with_2_and_are_named(tiny, tmp_path):
@@ -325,6 +527,14 @@ def settled(*flags) -> argparse.Namespace:
         ("--fixed-size 64 96 --min-size 512", "--fixed-size takes the place of --min-size"),
         ("--fixed-size 64", "expected 2 arguments"),
         ("--sync-bn", "--sync-bn needs torchrun"),
+        ("--ema 1", "1 is not between 0 and 1"),
+        ("--weights-backbone none --freeze-backbone", "--freeze-backbone needs pretrained"),
+        ("--freeze-backbone --trainable-backbone-layers 2", "leaves no --trainable"),
+        ("--model ssd300_vgg16 --min-size 512", "resizes to 300 pixels square"),
+        ("--model ssd300_vgg16 --data-augmentation multiscale", "has one size"),
+        ("--model fcos_resnet50_fpn --rpn-score-thresh 0.1", "has no proposals"),
+        ("--overfit 4 --val-images x --val-annotations y", "--overfit evaluates on training"),
+        ("--find-batch-size --test-only --weights COCO_V1", "is for one training process"),
         ("--start-epoch 26", "leaves nothing of 26 epochs"),
         ("--resume x.pth --start-epoch 2", "--resume knows its epoch"),
         ("--test-only", "needs a model to test"),

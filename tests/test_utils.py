@@ -18,17 +18,10 @@ def test_without_torchrun_the_helpers_answer_for_one_process():
         utils.barrier()
 
 
-def test_what_a_step_draws_is_a_function_of_seed_step_and_rank(monkeypatch):
-    def draw(seed: int, step: int) -> float:
-        torch.rand(5)  # whatever was drawn before
-        utils.seed_step(seed, step)
-        return torch.rand(()).item()
-
-    assert draw(1, 2) == draw(1, 2)
-    draws = [draw(1, 2), draw(1, 3), draw(2, 2)]
-    monkeypatch.setenv("RANK", "1")
-    draws.append(draw(1, 2))
-    assert len(set(draws)) == 4
+def test_each_image_of_each_step_has_a_seed_of_its_own():
+    seeds = {utils.draw_seed(*key) for key in np.ndindex(3, 50, 16)}
+    assert len(seeds) == 3 * 50 * 16
+    assert utils.draw_seed(1, 2, 3) == utils.draw_seed(1, 2, 3)
 
 
 def test_metrics_are_lines_of_json_that_others_can_read(tmp_path):

@@ -1,0 +1,397 @@
+"""The command line of train.py: its flags, what stands for those left out, what is refused."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+import coco_eval
+import models
+import transforms
+import utils
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UsageError(ValueError):
+    """Flags that contradict each other or what is there."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+
+def decay(text: str) -> float:
+    """An argparse type: a number between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def at_least(kind: type, least: float):
+    """An argparse type: a number that is not below `least`."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return value
+
+    return convert
+
+
+count, natural, several = at_least(int, 1), at_least(int, 0), at_least(int, 2)
+positive = at_least(float, 0.0)
+
+
+# fmt: off
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-path", type=Path, default=ROOT / "datasets/coco", metavar="FOLDER",
+        help="COCO 2017's layout, or train/ and valid/ (or val/) with _annotations.coco.json "
+        "beside the images (default: datasets/coco)")
+    add("--dataset", choices=["coco"], default="coco", help="format of the data; there is only one")
+    for part in ("train", "val"):
+        add(f"--{part}-annotations", type=Path, metavar="FILE",
+            help="annotation file elsewhere")
+        add(f"--{part}-images", type=Path, metavar="FOLDER", help="its images")
+    add("--overfit", type=count, metavar="N",
+        help="train and evaluate on the first N training images with boxes, without augmentation: "
+        "what cannot learn these by heart has a fault")
+    add("--keep-empty", action="store_true", help="train on images without a usable box, too")
+    add("--data-augmentation", choices=transforms.PRESETS,
+        help="hflip: mirror every second image; multiscale: and draw the size from 0.6 to 1 x "
+        "--min-size; lsj: large-scale jitter in squares of --min-size (then 1024); ssd and "
+        "ssdlite: crops, with colours and zoom-out in ssd; none (default: hflip)")
+    add("--aspect-ratio-group-factor", type=int, default=3, metavar="K",
+        help="fill batches with images of similar shape, out of 2K+2 groups of width / height; "
+        "0: upright or wide, -1: any (default: %(default)s)")
+    add("-b", "--batch-size", type=count, default=2, metavar="N",
+        help="images in a step on each device (default: %(default)s)")
+    add("-j", "--workers", type=natural, metavar="N",
+        help="loading processes for each device (default: 4, or the number of cores for each)")
+    add("--check-data", action="store_true",
+        help="open every image, report what is in the data and all that is wrong with it, and end")
+    add("--max-bad-images", type=natural, default=0, metavar="N",
+        help="open every image first and go on without those that cannot be used, if they are not "
+        "more than N (default: do not look; the first bad one ends the run)")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", choices=models.MODELS, metavar="NAME",
+        help=f"one of {', '.join(models.MODELS)} (default: the first)")
+    add("--weights", metavar="NAME|FILE",
+        help="start from a whole detector: COCO_V1, or a .pth file; its head is replaced where the "
+        "categories differ")
+    add("--weights-backbone", metavar="NAME|FILE|none",
+        help="start from an ImageNet backbone; none: from random weights, training all layers and "
+        "norms (default: IMAGENET1K_V1, or IMAGENET1K_FEATURES for ssd300_vgg16)")
+    add("--trainable-backbone-layers", type=natural, metavar="N",
+        help="train the last N layers of a pretrained backbone, of 5 in a ResNet and 6 in a "
+        "MobileNet (default: 3)")
+    add("--freeze-backbone", action="store_true",
+        help="train only what comes after the pretrained backbone, its feature pyramid included")
+    add("--min-size", type=count, metavar="PIXELS",
+        help="shortest side that images are resized to (default: the model's own, most often 800)")
+    add("--max-size", type=count, metavar="PIXELS",
+        help="bound of the longest side (default: 1333 at 800, in proportion at others)")
+    add("--fixed-size", type=count, nargs=2, metavar=("H", "W"),
+        help="stretch every image to this size, so that all steps are alike: for benchmarks")
+    add("--rpn-score-thresh", type=positive, metavar="SCORE",
+        help="drop proposals below this objectness, 0 to 1 (default: the model's own)")
+    add("--sync-bn", action="store_true",
+        help="share trainable norms' statistics between devices")
+
+
+def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimization")
+    add = group.add_argument
+    add("--epochs", type=count, default=26, metavar="N", help="(default: %(default)s)")
+    add("--opt", choices=["sgd", "adamw"], default="sgd", help="(default: %(default)s)")
+    add("--lr", type=positive, metavar="RATE",
+        help="learning rate, taken literally (default: 0.02 for sgd, 0.01 or less for one-stage "
+        "models, 0.0001 for adamw, times the images in a step on all devices / 16)")
+    add("--momentum", type=positive, metavar="M", help="of sgd (default: 0.9)")
+    add("--weight-decay", "--wd", type=positive, default=1e-4, metavar="W",
+        help="(default: %(default)s)")
+    add("--norm-weight-decay", type=positive, metavar="W",
+        help="for the parameters of norms (default: as the others)")
+    add("--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], default="multisteplr",
+        help="(default: %(default)s)")
+    add("--lr-steps", type=count, nargs="+", metavar="EPOCH",
+        help="multiply the rate by --lr-gamma after these epochs (default: 16 22 of 26, in "
+        "proportion for other --epochs)")
+    add("--lr-gamma", type=positive, metavar="FACTOR", help="(default: 0.1)")
+    add("--warmup-steps", type=natural, metavar="N",
+        help="steps of linear warm-up (default: 1000, or the first epoch if that is shorter)")
+    add("--clip-grad-norm", type=positive, metavar="NORM",
+        help="scale larger gradients down to this norm (default: do not)")
+    add("--accumulate-steps", type=count, default=1, metavar="N",
+        help="add up the gradients of N batches for each step, which then counts N times the "
+        "images: for large steps in little memory (default: %(default)s)")
+    add("--ema", type=decay, metavar="DECAY",
+        help="evaluate and save an exponential moving average of the weights, such as 0.999")
+    add("--early-stop-patience", type=count, metavar="N",
+        help="end after N evaluations without a better AP")
+    add("--max-steps", type=count, metavar="N",
+        help="for trials: stop after N steps in all, evaluate and save")
+    add("--start-epoch", "--start_epoch", type=natural, metavar="E",
+        help="count epochs from E on, without a checkpoint to resume (default: 0)")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("device and precision")
+    add = group.add_argument
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--amp", action="store_true",
+        help="mixed precision: float16 on CUDA, bfloat16 on a CPU that is made for it")
+    add("--amp-dtype", choices=["float16", "bfloat16"], help="overrule that choice of --amp")
+    add("--seed", type=natural, default=0, metavar="N",
+        help="of everything random (default: %(default)s)")
+    add("--use-deterministic-algorithms", action="store_true",
+        help="the same bits every time also on CUDA, slower")
+    add("--world-size", type=count, metavar="N",
+        help="checked against torchrun's number of processes")
+    add("--dist-url", metavar="URL", help="where the processes of torchrun meet (default: env://)")
+    add("--timeout-minutes", type=positive, default=10, metavar="M",
+        help="give up on a process that does not answer the others for so long (default: "
+        "%(default)s)")
+    add("--find-batch-size", action="store_true",
+        help="say how many of the largest images with the most boxes fit into memory, and end")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output-dir", type=Path, default=ROOT / "output", metavar="FOLDER",
+        help="checkpoints, metrics.jsonl, detections.json, report.html (default: output)")
+    add("--print-freq", type=count, default=20, metavar="N",
+        help="steps from one report of losses to the next (default: %(default)s)")
+    add("--tensorboard", action="store_true",
+        help="losses, AP and some pictures for TensorBoard, too, in tensorboard/")
+    add("--no-report", action="store_true", help="write no report.html at the end")
+    add("--checkpoint-every", type=count, metavar="N",
+        help="save every N steps, besides after each epoch (default: by the clock alone)")
+    add("--checkpoint-minutes", type=positive, default=10, metavar="M",
+        help="save when the last checkpoint is so old (default: %(default)s)")
+    add("--keep-checkpoints", type=several, default=2, metavar="N",
+        help="keep the newest N, 2 or more, besides the best (default: %(default)s)")
+    add("--resume", metavar="FILE|auto",
+        help="continue from a checkpoint; auto: from the newest in --output-dir that is whole, if "
+        "there is any")
+    add("--resume-anyway", action="store_true",
+        help="continue with other data, batches or rates than before, which is refused else")
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
+    add("--test-only", action="store_true",
+        help="evaluate --resume or --weights; the flags of training have no effect then")
+    add("--eval-batch-size", type=count, metavar="N",
+        help="images of one size evaluated together; changes nothing but speed and memory "
+        "(default: 8 on CUDA, 1 on a CPU)")
+    add("--val-loss", action="store_true", help="compute the losses on the validation set, too")
+    add("--evaluator", choices=coco_eval.EVALUATORS,
+        help="what computes COCO's numbers; both give the same (default: the first if installed)")
+
+
+# fmt: on
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags as they were given, None for those left out. Raises UsageError."""
+    parser = Parser(
+        description="Train and evaluate Faster R-CNN on COCO-format data.",
+        epilog="Exit codes: 0 done; 1 failed; 2 the flags, the data or a checkpoint are wrong; 75 "
+        "stopped by a signal, everything saved: go on with --resume auto.",
+        allow_abbrev=False,
+    )
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_optimization_flags(parser)
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+# The flags that shape the model: left out, they are taken from the checkpoint of --resume.
+SHAPE = (
+    *("model", "weights", "weights_backbone", "trainable_backbone_layers"),
+    *("data_augmentation", "min_size", "max_size", "fixed_size", "rpn_score_thresh"),
+)
+
+
+def default_workers() -> int:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(4, (os.cpu_count() or 1) // processes))
+
+
+def settle(args: argparse.Namespace, saved: dict | None, device: torch.device) -> None:
+    """Fill in what was left out, by a checkpoint's arguments or by default; refuse what clashes."""
+    for name in SHAPE if saved else ():
+        given, before = getattr(args, name), saved.get(name)
+        if given is None:
+            setattr(args, name, before)
+        elif given != before and not args.test_only and not args.resume_anyway:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {given} differs from {before}, with which "
+                f"{args.resume} was trained: leave it out, say --resume-anyway, or start anew in "
+                "another --output-dir"
+            )
+    args.model = args.model or models.MODELS[0]
+    recipe = models.RECIPES[args.model]
+    if args.weights is None and args.weights_backbone is None:
+        args.weights_backbone = recipe.backbone.name
+    args.data_augmentation = args.data_augmentation or ("none" if args.overfit else "hflip")
+    min_size, max_size = recipe.sizes
+    if args.data_augmentation == "lsj" and recipe.resizable:
+        min_size = max_size = 1024
+    args.max_size = args.max_size or round(max_size * (args.min_size or min_size) / min_size)
+    args.min_size = args.min_size or min_size
+    if args.opt == "sgd" and args.momentum is None:
+        args.momentum = 0.9
+    if args.lr is None:
+        args.lr = base_rate(args) * images_in_step(args) / 16
+    if args.lr_scheduler == "multisteplr":
+        args.lr_steps = args.lr_steps or [round(args.epochs * e / 26) for e in (16, 22)]
+        args.lr_gamma = 0.1 if args.lr_gamma is None else args.lr_gamma
+    if args.workers is None:
+        args.workers = default_workers()
+    args.eval_batch_size = args.eval_batch_size or (8 if device.type == "cuda" else 1)
+    args.evaluator = args.evaluator or coco_eval.default_evaluator()
+
+
+def base_rate(args: argparse.Namespace) -> float:
+    """The learning rate for 16 images in a step."""
+    return models.RECIPES[args.model].lr if args.opt == "sgd" else 1e-4
+
+
+def images_in_step(args: argparse.Namespace) -> int:
+    return args.batch_size * args.accumulate_steps * utils.world_size()
+
+
+def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> None:
+    """Raise UsageError for a flag that would have no effect, or not the one it promises."""
+    for wrong, reason in (*_about_training(args), *_about_model(args), *_about_run(args, device)):
+        if wrong:
+            raise UsageError(reason)
+
+
+def _from_scratch(args: argparse.Namespace) -> bool:
+    return args.weights is None and args.weights_backbone in (None, "none")
+
+
+def _about_training(args: argparse.Namespace) -> tuple:
+    return (
+        (args.opt != "sgd" and args.momentum is not None, "--momentum is for --opt sgd"),
+        (
+            args.lr_scheduler != "multisteplr" and (args.lr_steps or args.lr_gamma is not None),
+            "--lr-steps and --lr-gamma are for --lr-scheduler multisteplr",
+        ),
+        (args.amp_dtype and not args.amp, "--amp-dtype needs --amp"),
+        (args.start_epoch and args.resume, "--resume knows its epoch: leave out --start-epoch"),
+        (
+            args.start_epoch is not None and args.start_epoch >= args.epochs,
+            f"--start-epoch {args.start_epoch} leaves nothing of {args.epochs} epochs",
+        ),
+        (
+            args.test_only and not args.resume and not args.weights,
+            "--test-only needs a model to test: --resume FILE or --weights NAME|FILE",
+        ),
+        (
+            args.overfit and (args.val_annotations or args.val_images or args.max_bad_images),
+            "--overfit evaluates on training images, of which it needs every one",
+        ),
+        (
+            args.evaluator not in coco_eval.LIBRARIES,
+            f"--evaluator {args.evaluator} is not installed: pip install {args.evaluator}",
+        ),
+    )
+
+
+def _about_model(args: argparse.Namespace) -> tuple:
+    recipe, augmentation = models.RECIPES[args.model], args.data_augmentation
+    own_sizes = (args.min_size, args.max_size) == recipe.sizes
+    return (
+        (
+            args.weights and args.weights_backbone,
+            "--weights brings its own backbone: leave out --weights-backbone",
+        ),
+        (
+            _from_scratch(args) and args.trainable_backbone_layers is not None,
+            "--trainable-backbone-layers needs pretrained weights: all layers of random ones train",
+        ),
+        (
+            args.freeze_backbone
+            and (_from_scratch(args) or args.trainable_backbone_layers is not None),
+            "--freeze-backbone needs pretrained weights, and leaves no --trainable-backbone-layers",
+        ),
+        (
+            not recipe.resizable and (args.fixed_size or not own_sizes),
+            f"{args.model} resizes to {recipe.sizes[0]} pixels square: leave out the sizes",
+        ),
+        (
+            not recipe.resizable and augmentation == "multiscale",
+            f"{args.model} has one size, which leaves nothing of --data-augmentation multiscale",
+        ),
+        (
+            args.rpn_score_thresh is not None and not args.model.startswith("fasterrcnn"),
+            f"--rpn-score-thresh: {args.model} has no proposals",
+        ),
+        (
+            args.fixed_size and augmentation in ("multiscale", "lsj"),
+            f"--fixed-size leaves nothing of --data-augmentation {augmentation}",
+        ),
+        (
+            args.fixed_size and not own_sizes,
+            "--fixed-size takes the place of --min-size and --max-size: leave them out",
+        ),
+        (
+            augmentation == "lsj" and args.max_size != args.min_size,
+            "lsj makes squares: leave out --max-size",
+        ),
+    )
+
+
+def _about_run(args: argparse.Namespace, device: torch.device) -> tuple:
+    processes = utils.world_size()
+    return (
+        (
+            args.sync_bn and not args.test_only and (device.type != "cuda" or processes == 1),
+            "--sync-bn needs torchrun with several CUDA devices",
+        ),
+        (
+            args.world_size not in (None, processes),
+            f"--world-size {args.world_size}, but {processes} were started: use torchrun "
+            "--nproc-per-node N, or start_scripts/train_fasterrcnn_resnet50_amp_dist_torch.sh",
+        ),
+        (args.dist_url and "RANK" not in os.environ, "--dist-url needs torchrun"),
+        (
+            args.find_batch_size and (processes > 1 or args.test_only),
+            "--find-batch-size is for one training process: leave out torchrun and --test-only",
+        ),
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this process; with several processes on a machine each has its own."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: use cuda, cuda:N or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(f"--device {name}: this recipe runs on cuda and cpu only")
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", utils.local_rank())
+        elif utils.world_size() > 1:
+            raise UsageError(
+                f"--device {name}: under torchrun say cuda, each process takes its own"
+            )
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"{device}: there are {torch.cuda.device_count()} CUDA devices here")
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,113 @@
+"""How many images fit into memory at once: the largest batch, found by trying."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import utils
+from coco_utils import CocoDetection, collate
+
+SHARE = 0.95  # of the memory may be used: allocators leave gaps
+
+
+def find(
+    dataset: CocoDetection,
+    groups: np.ndarray,
+    sizes: tuple[int, int],
+    squares: bool,
+    step: Callable[..., int | None],
+    device: torch.device,
+) -> tuple[int, str]:
+    """The largest batch of the hardest images that fits into memory, and how that is known.
+
+    `groups` `[I]` are those that batches are filled from, `sizes` the shortest side and bound of
+    the longest that images are resized to. `squares`: augmentation makes all images alike, else
+    none larger. `step(batch=...)` trains on a batch and returns the most memory so far, in MiB, or
+    None if it did not fit.
+    """
+    stored = dataset.index.sizes[dataset.images]
+    pair = hardest_images(stored, groups, *sizes)
+    boxes = int(np.bincount(dataset.index.image_of_rows()[dataset.index.usable]).max(initial=1))
+    shapes = " and ".join(f"{w} x {h}" for w, h in {tuple(stored[i].tolist()) for i in pair})
+    utils.log(f"trying images of {shapes} pixels with {boxes} boxes each")
+
+    def peak(images: int) -> int | None:
+        keys = [(pair[n % 2], 0) if squares else pair[n % 2] for n in range(images)]
+        memory = step(batch=collate([hard_sample(*dataset[key], boxes) for key in keys]))
+        utils.log(f"  {images}: {'too many' if memory is None else f'{memory:,} MiB'}")
+        return memory
+
+    if device.type == "cuda":
+        return largest(lambda images: peak(images) is not None, len(stored)), "by trying"
+    # Where memory runs out on a CPU the system kills somebody, so it is not tried.
+    peaks = [peak(n) for n in (1, 1, 2, 3)][1:]  # the first step makes the optimizer's state
+    limit = memory_of_machine()
+    return extrapolated(peaks, limit >> 20, len(stored)), f"estimated for {limit >> 30} GiB"
+
+
+def hard_sample(image: torch.Tensor, target: dict, boxes: int) -> tuple[torch.Tensor, dict]:
+    """A sample of `CocoDetection`, but with so many boxes."""
+    height, width = image.shape[-2:]
+    corners = torch.rand(boxes, 2, generator=torch.Generator().manual_seed(boxes)) / 2
+    xyxy = torch.cat([corners, corners + 0.3], dim=1) * torch.tensor([width, height] * 2)
+    return image, {**target, "boxes": xyxy, "labels": torch.ones(boxes, dtype=torch.int64)}
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` for which `fits` is true; 0 if it is not even for 1.
+
+    Doubles the number until it is too large, then halves the distance.
+    """
+    good, size = 0, 1
+    while size <= most and fits(size):
+        good, size = size, 2 * size
+    bad = min(size, most + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def extrapolated(peaks: Sequence[int], limit: int, most: int) -> int:
+    """The same from the memory that 1, 2, ... images took at most, where it must not run out.
+
+    `peaks` ascend, in the unit of `limit`, two of them or more.
+    """
+    per_image = max(1, (peaks[-1] - peaks[0]) / (len(peaks) - 1))
+    return int(min(most, max(0, 1 + (SHARE * limit - peaks[0]) // per_image)))
+
+
+def hardest_images(
+    sizes: np.ndarray, groups: np.ndarray, min_size: int, max_size: int
+) -> tuple[int, int]:
+    """The positions of two images that make the largest padded batch which one group can.
+
+    `sizes` `[I, 2]` as width, height of the stored images, `groups` `[I]` those that batches are
+    filled from; images are resized to a shortest side of `min_size` and a longest of at most
+    `max_size`.
+    """
+    sizes = sizes.astype(np.float64)
+    scale = np.minimum(min_size / sizes.min(axis=1), max_size / sizes.max(axis=1))
+    resized = sizes * scale[:, None]
+    found = []
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        wide, high = members[resized[members].argmax(axis=0)]
+        found.append((resized[wide, 0] * resized[high, 1], int(wide), int(high)))
+    return max(found)[1:]
+
+
+def memory_of_machine() -> int:
+    """The bytes of memory that this process may fill; 16 GiB where the system does not tell."""
+    limits = []
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        file = Path("/sys/fs/cgroup") / name
+        if file.exists() and file.read_text().strip().isdigit():
+            limits.append(int(file.read_text()))
+    if sys.platform != "win32":
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=2**34)
