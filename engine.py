@@ -297,9 +297,7 @@ def train_one_epoch(
     progress = utils.Progress(loader, last_step - begin, position, f"epoch {epoch}")
     for pixels, targets in progress:
         image_ids = [target["image_id"] for target in targets]
-        first = utils.rank() * len(targets)
-        seeds = [utils.draw_seed(seed, step, first + n) for n in range(len(targets))]
-        torch.manual_seed(seeds[0])  # for a model that draws by other means than these seeds
+        seeds = utils.seed_step(seed, step, len(targets))
         images, targets = to_device(pixels, targets, device, seeds)
         # Reading a number makes the host wait for the device, so it is done in these steps only (a
         # CPU has nothing to wait for, and a bad loss is found there before it does harm).

@@ -358,6 +358,17 @@ def draw_seed(seed: int, step: int, image: int) -> int:
     return int(np.random.SeedSequence((seed, step, image)).generate_state(1, np.uint64)[0])
 
 
+def seed_step(seed: int, step: int, images: int) -> list[int]:
+    """The `draw_seed` of each of this process's images in a step.
+
+    What a model draws by other means comes from the first of them.
+    """
+    first = rank() * images
+    seeds = [draw_seed(seed, step, first + n) for n in range(images)]
+    torch.manual_seed(seeds[0])
+    return seeds
+
+
 # ------------------------------------------------------------------- what a run says of itself
 
 

@@ -37,7 +37,7 @@ LAUNCHERS = {
 SMALL = (
     *("--model", "fasterrcnn_mobilenet_v3_large_320_fpn", "--weights-backbone", "none"),
     *("--min-size", "64", "--workers", "1", "--print-freq", "1"),
-    *("--lr", "0.0005", "--clip-grad-norm", "10"),
+    *("--lr", "0.0005", "--clip-grad-norm", "10", "--no-report"),
 )
 
 

@@ -124,7 +124,7 @@ def run_stock(model, batches, optimizer, device, amp_dtype, seed=0, factor=None,
     lr, losses = optimizer.param_groups[0]["lr"], []
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     for step, (images, targets) in enumerate(batches):
-        torch.manual_seed(utils.draw_seed(seed, step, 0))
+        utils.seed_step(seed, step, len(images))
         for group in optimizer.param_groups:
             group["lr"] = lr * factor(step) if factor else lr
         images = [image.to(device) for image in images]

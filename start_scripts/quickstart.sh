@@ -14,6 +14,7 @@ bash "$ROOT/start_scripts/train_fasterrcnn_resnet50_amp_torch.sh" --data-path "$
 cat << END
 
 In that folder:
+  report.html       open it in a browser: curves, mistakes, pictures with boxes
   model_best.pth    the detector with the best AP
   detections.json   its boxes on the validation pictures, in COCO's results format
   metrics.jsonl     every loss and every AP

@@ -1,9 +1,11 @@
 """Small data to test on, made anew for each session."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# One thread, so that sums have one order whatever the machine.
+# One thread, so that sums have one order whatever the machine; also in processes to come.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def write_part(
@@ -63,7 +66,7 @@ def tiny(tmp_path) -> Path:
 # A small model, small pictures and few threads: a training of seconds.
 SMALL = (
     *("--model", "fasterrcnn_mobilenet_v3_large_320_fpn", "--weights-backbone", "none"),
-    *("--min-size", "64", "--print-freq", "1", "-j", "0", "--epochs", "1"),
+    *("--min-size", "64", "--print-freq", "1", "-j", "0", "--epochs", "1", "--no-report"),
 )
 
 
@@ -82,7 +85,43 @@ def run(*command, timeout: float = 300, cwd=None, **environment) -> subprocess.C
 
 
 def train(*flags, **kwargs) -> subprocess.CompletedProcess:
-    return run(sys.executable, ROOT / "train.py", *SMALL, *flags, **kwargs)
+    """Train as a user does, but small."""
+    return run_train(*SMALL, *flags, **kwargs)
+
+
+def run_train(*flags, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+    """Run train.py with these flags alone.
+
+    Where it can, in a process forked from one that has imported it, as the imports take three
+    seconds and there are many runs.
+    """
+    argv = [str(ROOT / "train.py"), *map(str, flags)]
+    if os.name != "posix":
+        return run(sys.executable, *argv, timeout=timeout, **environment)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "report_figures"])
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=_be_train, args=(argv, environment, folder))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(argv, timeout)
+        out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess(argv, process.exitcode, out, err)
+
+
+def _be_train(argv: list[str], environment: dict, folder: str) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        opened = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(opened, number)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+    sys.argv = argv
+    os.environ.pop("RANK", None)
+    os.environ.update(CUDA_VISIBLE_DEVICES="", **environment)
+    import train
+
+    train.run_and_exit()
 
 
 def losses(output_dir: Path) -> list[float]:

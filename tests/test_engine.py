@@ -66,10 +66,10 @@ def test_good_losses_pass_and_are_forgotten():
 def test_the_meter_averages_over_steps_since_the_last_read():
     meter = engine.LossMeter()
     for value in (1.0, 3.0):
-        meter.add({"a": torch.tensor(value), "b": torch.tensor(10 * value)})
-    assert meter.read() == {"loss": 22.0, "a": 2.0, "b": 20.0}
-    meter.add({"a": torch.tensor(5.0), "b": torch.tensor(1.0)})
-    assert meter.read() == {"loss": 6.0, "a": 5.0, "b": 1.0}
+        meter.add({"loss_a": torch.tensor(value), "b": torch.tensor(10 * value)})
+    assert meter.read() == {"loss": 22.0, "loss_a": 2.0, "loss_b": 20.0}
+    meter.add({"loss_a": torch.tensor(5.0), "b": torch.tensor(1.0)})
+    assert meter.read() == {"loss": 6.0, "loss_a": 5.0, "loss_b": 1.0}
 
 
 def test_a_batch_arrives_on_the_device_as_it_was_loaded():

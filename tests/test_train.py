@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL, losses, run, train
+from conftest import ROOT, SMALL, losses, run, run_train, train, write_part
 from test_coco_utils import rewrite, split_of
 
 import coco_eval
@@ -37,8 +37,10 @@ def evaluations(output_dir: Path) -> list[dict]:
 
 def test_a_run_leaves_what_the_readme_says(tiny, tmp_path):
     out = tmp_path / "out"
-    done = train("--data-path", tiny, "--output-dir", out, "--epochs", "2")
+    flags = [flag for flag in SMALL if flag != "--no-report"]
+    done = run_train(*flags, "--data-path", tiny, "--output-dir", out, "--epochs", "2")
     assert done.returncode == 0, done.stderr
+    assert f"report: {out / 'report.html'}" in done.stdout
     assert {path.name for path in out.iterdir()} == {
         *("checkpoint.pth", "model_best.pth", "metrics.jsonl", "detections.json"),
         *("checkpoint_00000004.pth", "checkpoint_00000008.pth", "report.html"),
@@ -134,8 +136,8 @@ def test_testing_a_checkpoint_gives_its_ap_again(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     best = torch.load(out / "model_best.pth", weights_only=True)["best_AP"]
     # no flag of the model is needed: the checkpoint knows
-    tested = run(
-        *(sys.executable, ROOT / "train.py", "--data-path", tiny, "--test-only", "-j", "0"),
+    tested = run_train(
+        *("--data-path", tiny, "--test-only", "-j", "0", "--no-report"),
         *("--resume", out / "model_best.pth", "--output-dir", tmp_path / "test"),
     )
     assert tested.returncode == 0, tested.stderr
@@ -151,8 +153,8 @@ def test_how_many_images_are_evaluated_together_changes_nothing(tiny, tmp_path):
 
     def test(name, *flags):
         out = tmp_path / name
-        tested = run(
-            *(sys.executable, ROOT / "train.py", "--data-path", tiny, "--test-only", "-j", "0"),
+        tested = run_train(
+            *("--data-path", tiny, "--test-only", "-j", "0", "--no-report"),
             *("--resume", tmp_path / "checkpoint.pth", "--output-dir", out, *flags),
         )
         assert tested.returncode == 0, tested.stderr
@@ -188,8 +190,8 @@ def test_fine_tuning_from_a_file_replaces_the_head_for_other_categories(tiny, tm
     flags = [flag for flag in SMALL if flag not in ("--weights-backbone", "none")]
 
     def tune(name):
-        return run(
-            *(sys.executable, ROOT / "train.py", *flags, "--data-path", tiny, "--max-steps", "1"),
+        return run_train(
+            *(*flags, "--data-path", tiny, "--max-steps", "1"),
             *("--weights", tmp_path / "a/checkpoint.pth", "--output-dir", tmp_path / name),
         )
 
@@ -235,24 +237,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
 # ------------------------------------------------------------------- what people expect beside it
 
 
-def pretrained_flags(tiny, tmp_path) -> list:
-    """The flags of a model with frozen norms, which starts from a file of weights."""
-    made = train("--data-path", tiny, "--output-dir", tmp_path / "start", "--max-steps", "1")
+@pytest.fixture(scope="module")
+def start_weights(tmp_path_factory) -> Path:
+    """A checkpoint of the small model, for trainings that begin with frozen norms."""
+    root = tmp_path_factory.mktemp("start")
+    write_part(root, "train", [(64, 48)] * 2, [[[2, 4, 4, 30, 20]], [[5, 10, 8, 20, 30]]])
+    write_part(root, "val", [(64, 48)], [[[2, 4, 4, 30, 20]]])
+    made = train("--data-path", root, "--output-dir", root / "out")
     assert made.returncode == 0, made.stderr
+    return root / "out/checkpoint.pth"
+
+
+def pretrained_flags(tiny, start_weights) -> list:
     flags = [flag for flag in SMALL if flag not in ("--weights-backbone", "none")]
-    return [*flags, "--weights", tmp_path / "start/checkpoint.pth", "--data-path", tiny]
+    return [*flags, "--weights", start_weights, "--data-path", tiny]
 
 
-def run_train(*flags, **kwargs):
-    done = run(sys.executable, ROOT / "train.py", *flags, **kwargs)
+def said_by(*flags) -> str:
+    """What a run that must not fail has printed."""
+    done = run_train(*flags)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_gradients_of_several_batches_make_the_step_of_a_larger_one(tiny, tmp_path):
-    flags = pretrained_flags(tiny, tmp_path)
-    plain = run_train(*flags, "-b", "2", "--output-dir", tmp_path / "plain")
-    added = run_train(*flags, "-b", "1", "--accumulate-steps", "2", "--output-dir", tmp_path / "a")
+def test_gradients_of_several_batches_make_the_step_of_a_larger_one(tiny, tmp_path, start_weights):
+    flags = pretrained_flags(tiny, start_weights)
+    plain = said_by(*flags, "-b", "2", "--output-dir", tmp_path / "plain")
+    added = said_by(*flags, "-b", "1", "--accumulate-steps", "2", "--output-dir", tmp_path / "a")
     assert "8 images, 2 a step, 4 steps" in plain
     assert "8 images, 1 2 times a step, 4 steps" in added
     assert all("0.0025 = 0.02 x 2 / 16" in text for text in (plain, added))
@@ -264,18 +275,19 @@ def test_gradients_of_several_batches_make_the_step_of_a_larger_one(tiny, tmp_pa
 
 
 def losses_of(out, *flags) -> list[float]:
-    run_train(*flags, "--output-dir", out)
+    said_by(*flags, "--output-dir", out)
     return losses(out)
 
 
 def test_the_average_of_the_weights_is_evaluated_and_saved_beside_them(tiny, tmp_path):
     """By hand: the first step's weights, then 0.75 of the average and 0.25 of the weights."""
     flags = ("--data-path", tiny, "--checkpoint-every", "1", "--keep-checkpoints", "9")
-    raw = []
-    for steps in (1, 2, 3):
-        out = tmp_path / str(steps)
-        assert train(*flags, "--output-dir", out, "--max-steps", steps).returncode == 0
-        raw.append(torch.load(out / "checkpoint.pth", weights_only=True)["model"])
+    done = train(*flags, "--output-dir", tmp_path / "raw", "--max-steps", "3")
+    assert done.returncode == 0, done.stderr
+    raw = [
+        torch.load(tmp_path / f"raw/checkpoint_{steps:08}.pth", weights_only=True)["model"]
+        for steps in (1, 2, 3)
+    ]
     out, ema = tmp_path / "ema", ("--ema", "0.75")
     for steps in (2, 3):  # resumed in between
         done = train(*flags, *ema, "--output-dir", out, "--resume", "auto", "--max-steps", steps)
@@ -297,18 +309,18 @@ def test_the_average_of_the_weights_is_evaluated_and_saved_beside_them(tiny, tmp
     assert "--ema 0.75 (now None)" in other.stderr
 
 
-def test_a_training_without_better_ap_ends_early_and_stays_ended(tiny, tmp_path):
+def test_a_training_without_better_ap_ends_early_and_stays_ended(tiny, tmp_path, start_weights):
     """A rate of nearly nothing changes no detection, so the first evaluation stays the best."""
     flags = ("--data-path", tiny, "--output-dir", tmp_path, "--epochs", "9", "--lr", "1e-30")
     flags = (*flags, "--early-stop-patience", "2", "--weight-decay", "0", "--print-freq", "99")
-    model = pretrained_flags(tiny, tmp_path / "before")
-    done = run_train(*model, *flags)
+    model = pretrained_flags(tiny, start_weights)
+    done = said_by(*model, *flags)
     assert len(evaluations(tmp_path)) == 3
     assert "no better AP in 2 evaluations" in done
-    again = run_train(*model, *flags, "--resume", "auto")
+    again = said_by(*model, *flags, "--resume", "auto")
     assert "no better AP in 2 evaluations" in again
     assert len(evaluations(tmp_path)) == 3
-    more = run_train(*model, *flags, "--resume", "auto", "--early-stop-patience", "4")
+    more = said_by(*model, *flags, "--resume", "auto", "--early-stop-patience", "4")
     assert "no better AP in 4 evaluations" in more
     assert len(evaluations(tmp_path)) == 5
 
@@ -344,12 +356,12 @@ def test_the_first_pictures_can_be_learnt_by_heart(tiny, tmp_path):
     assert found
 
 
-def test_a_frozen_backbone_stays_as_it_was(tiny, tmp_path):
-    flags = pretrained_flags(tiny, tmp_path)
-    run_train(*flags, "--freeze-backbone", "--output-dir", tmp_path / "frozen")
+def test_a_frozen_backbone_stays_as_it_was(tiny, tmp_path, start_weights):
+    flags = pretrained_flags(tiny, start_weights)
+    said_by(*flags, "--freeze-backbone", "--output-dir", tmp_path / "frozen")
     before, after = (
-        torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"]
-        for name in ("start", "frozen")
+        torch.load(file, weights_only=True)["model"]
+        for file in (start_weights, tmp_path / "frozen/checkpoint.pth")
     )
     changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
     assert not {key for key in changed if key.startswith("backbone.body.")}
@@ -416,7 +428,7 @@ def test_without_tensorboard_the_flag_says_what_to_install(tiny, tmp_path):
 def test_other_detectors_train_through_the_same_files(tiny, tmp_path, model):
     flags = ["--data-path", tiny, "--model", model, "--max-steps", "2", "--output-dir", tmp_path]
     flags += [*SMALL[2:4], *SMALL[6:]] if "ssd" in model else SMALL[2:]
-    done = run_train(*flags)
+    done = said_by(*flags)
     assert "done: best AP" in done
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     # torchvision's own builder, which knows nothing of this project

@@ -24,6 +24,17 @@ def test_each_image_of_each_step_has_a_seed_of_its_own():
     assert utils.draw_seed(1, 2, 3) == utils.draw_seed(1, 2, 3)
 
 
+def test_processes_seed_their_shares_of_one_global_batch(monkeypatch):
+    whole, shares, draws = utils.seed_step(7, 5, 4), [], []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        torch.rand(3)  # whatever was drawn before
+        shares += utils.seed_step(7, 5, 2)
+        draws.append(torch.rand(()).item())
+    assert shares == whole
+    assert draws[0] != draws[1]
+
+
 def test_metrics_are_lines_of_json_that_others_can_read(tmp_path):
     metrics = utils.MetricsFile(tmp_path)
     metrics.write("train", step=1, loss=0.5)
