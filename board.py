@@ -68,6 +68,6 @@ class Board:
                 xyxy = torch.from_numpy(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]))
                 shades = [colours[c] for c in ids.tolist()]
                 halves.append(drawing.draw_boxes(image, xyxy.float(), texts, shades))
-            tag = f"validation/{index.image_ids[i]}: truth, then found"
-            self.writer.add_image(tag, torch.cat(halves, dim=2), step)
+            picture = drawing.side_by_side(halves, ["truth", "found"])
+            self.writer.add_image(f"validation/{index.image_ids[i]}", picture, step)
         self.writer.flush()

@@ -10,7 +10,9 @@ import os
 import pickle
 import re
 import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -69,6 +71,44 @@ def save(folder: Path, state: dict, keep: int = 2) -> Path:
     for old in [*(set(paths) - set(kept)), *folder.glob("checkpoint_*.partial")]:
         old.unlink(missing_ok=True)
     return path
+
+
+class Writer:
+    """Writes the checkpoints of a training to `folder`, of which the newest `keep` stay.
+
+    `waited` is how long the training has waited for it, in seconds.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep, self.waited = folder, keep, 0.0
+        self.path, self._thread, self._pending = None, ThreadPoolExecutor(1), None
+
+    def save(self, state: dict) -> None:
+        """`save`, after what is still being written. Raises NotSavedError."""
+        begin = time.perf_counter()
+        self.finish()
+        self.path = save(self.folder, state, self.keep)
+        self.waited += time.perf_counter() - begin
+
+    def amend(self, changes: dict, best: bool) -> None:
+        """Write the last checkpoint again with some entries changed, as the best one too if so.
+
+        In another thread, from the file, so that the weights may change meanwhile.
+        """
+        self._pending = self._thread.submit(_amend, self.path, changes, self.keep, best)
+
+    def finish(self) -> None:
+        """Wait until all has reached the disk. Raises NotSavedError."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+
+def _amend(path: Path, changes: dict, keep: int, best: bool) -> None:
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    save(path.parent, {**state, **changes}, keep)
+    if best:
+        save_best(path)
 
 
 def save_best(path: Path) -> None:

@@ -35,6 +35,7 @@ import checkpoint
 import coco_utils
 import models
 import utils
+from arguments import Parser, UsageError
 
 MOST_PICTURES = 20  # to check on
 OPSET = 17  # the newest that torch's TorchScript exporter and older runtimes all know
@@ -49,20 +50,11 @@ OUTPUT = (
 )
 
 
-class UsageError(ValueError):
-    """A command line that contradicts what is there."""
-
-
 class CheckError(RuntimeError):
     """What was exported does not give what the checkpoint gives."""
 
 
 # --------------------------------------------------------------------------------- arguments
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -144,7 +136,7 @@ class OneImage(nn.Module):
 def write_onnx(args: argparse.Namespace, saved: dict, file: Path) -> str:
     """Write the model to `file` and compare; returns lines on it or raises CheckError."""
     onnx, onnxruntime = need("onnx", "onnxruntime")
-    model = OneImage(models.stock(saved)).eval()
+    model = OneImage(models.from_checkpoint(saved, stock=True)).eval()
     halved = round_to_half(model) if args.half else set()
     pictures, source = check_pictures(args.check_images, saved["args"])
     utils.log(f"exporting {saved['args']['model']}, to be checked on {source}")
@@ -177,7 +169,9 @@ def write_onnx(args: argparse.Namespace, saved: dict, file: Path) -> str:
         )
     if not args.half:
         return f"agrees with PyTorch {result}"
-    change = compare(OneImage(models.stock(saved)).eval(), session, pictures, nudges=0)
+    change = compare(
+        OneImage(models.from_checkpoint(saved, stock=True)).eval(), session, pictures, nudges=0
+    )
     return (
         f"agrees with PyTorch, its weights rounded alike, {result}\nrounding the weights to "
         f"float16 has changed: {change.spread()}"
@@ -462,7 +456,7 @@ def write_safetensors(args: argparse.Namespace, saved: dict, file: Path) -> str:
     # Its own way to write a file makes one that nobody else may read.
     file.write_bytes(safetensors.save(weights, {"format": "pt", **facts(saved)}))
     loaded = safetensors.load_file(str(file))
-    model = models.stock({**saved, "model": loaded})  # which loads strictly
+    model = models.from_checkpoint({**saved, "model": loaded}, stock=True)  # which loads strictly
     same = model.state_dict()
     wrong = [name for name, tensor in weights.items() if not torch.equal(same[name], tensor)]
     if wrong or same.keys() - weights.keys():

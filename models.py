@@ -160,25 +160,16 @@ def from_checkpoint(saved: dict, stock: bool = False) -> nn.Module:
     return model.eval()
 
 
-def sizes(name: str) -> tuple[int, int]:
-    """A model's own sizes: shortest side and bound of the longest, in pixels."""
-    return RECIPES[name].sizes
-
-
 def start_of(weights: str | None, weights_backbone: str | None) -> str | None:
     """`pretrained` of `build_model` for the flags --weights and --weights-backbone."""
     return "detector" if weights else None if weights_backbone == "none" else "backbone"
-
-
-def stock(saved: dict) -> nn.Module:
-    return from_checkpoint(saved, stock=True)
 
 
 def pretrained(name: str, weights: str) -> tuple[nn.Module, list[dict]]:
     """torchvision's detector of that name with its own weights, such as COCO_V1, ready to detect,
     and its categories as rows of `id, name, label`. Raises WeightsError.
     """
-    state = detector_weights(name, weights)
+    state = detector_weights(name, weights, "or use a checkpoint of your own, without --model")
     names = _member(torchvision.models.get_model_weights(name), weights).meta["categories"]
     model = build_model(name, len(names), pretrained="detector")
     load_detector(model, state, True, weights)
@@ -265,11 +256,13 @@ def backbone_weights(model_name: str, weights: str) -> dict[str, torch.Tensor]:
     return _download(_member(type(RECIPES[model_name].backbone), weights), hint)
 
 
-def detector_weights(model_name: str, weights: str) -> dict[str, torch.Tensor]:
+def detector_weights(
+    model_name: str, weights: str, otherwise: str = "or leave out --weights"
+) -> dict[str, torch.Tensor]:
     """The state_dict of torchvision's whole detector of that name, with COCO's 91 outputs."""
     choices = torchvision.models.get_model_weights(model_name)
     member = _member(choices, weights)
-    state = _download(member, "or leave out --weights")
+    state = _download(member, otherwise)
     if member in TRAINED_WITH_EPSILON_0:
         _absorb_epsilon(state)
     return state

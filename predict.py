@@ -38,12 +38,9 @@ import drawing
 import engine
 import models
 import utils
+from arguments import Parser, UsageError, choose_device, count
 
 JPEG_LONGEST = 65_500  # pixels: the format has no more
-
-
-class UsageError(ValueError):
-    """A command line that contradicts itself or what is there."""
 
 
 class Interrupted(RuntimeError):
@@ -57,24 +54,11 @@ class BadPictures(ValueError):
 # --------------------------------------------------------------------------------- arguments
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
-
-
 def score(text: str) -> float:
     """An argparse type: a number from 0 to 1."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def count(text: str) -> int:
-    """An argparse type: a whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
 
 
@@ -115,20 +99,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 # fmt: on
-
-
-def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
-        raise UsageError(f"--device {name}: use cuda, cuda:N or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 # ------------------------------------------------------------------------------- the pictures
@@ -455,11 +425,10 @@ def write_csv(
     folder: Path, found: list[tuple[Picture, np.ndarray]], categories: coco_utils.Categories
 ) -> Path:
     """`detections.csv`: a line for each box, x and y of its upper left corner, in pixels."""
-    file, names = (
-        folder / "detections.csv",
-        dict(zip(categories.ids, categories.names, strict=True)),
-    )
-    with file.open("w", newline="", encoding="utf-8") as opened:
+    file = folder / "detections.csv"
+    names = dict(zip(categories.ids, categories.names, strict=True))
+    # Linux has file names that are no UTF-8: they are written as the bytes that they are.
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
         writer = csv.writer(opened)
         box = ("x", "y", "width", "height")
         writer.writerow(("file_name", "category_id", "category", "score", *box))

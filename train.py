@@ -292,9 +292,10 @@ class Run:
     facts: dict  # what a checkpoint keeps besides the arguments
     best_AP: float | None = None
     evaluations_since_best: int = 0
-    saving_seconds: float = 0.0  # that training has waited for checkpoints
+    saved_step: int | None = None  # of the last checkpoint that this run has written
 
     def __post_init__(self):
+        self.writer = checkpoint.Writer(self.args.output_dir, self.args.keep_checkpoints)
         self.average = self.average_weights() if self.args.ema else None
         every, minutes = self.args.checkpoint_every, self.args.checkpoint_minutes
         self.keeper = utils.Keeper(every, minutes, self.save_within_epoch)
@@ -351,12 +352,13 @@ class Run:
         Raises checkpoint.NotSavedError in every process.
         """
         utils.from_rank_0(partial(self._write, epoch, step))
+        self.saved_step = step
         self.keeper.note_save()
 
     def save_within_epoch(self, step: int) -> None:
         self.save(step // len(self.data.plan), step)
 
-    def _write(self, epoch: int, step: int, best: bool = False) -> None:
+    def _write(self, epoch: int, step: int) -> None:
         state = {
             "model": self.evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -370,14 +372,11 @@ class Run:
         }
         if self.average:
             state["raw_model"] = self.model.state_dict()
-        begin = time.perf_counter()
-        path = checkpoint.save(self.args.output_dir, state, self.args.keep_checkpoints)
-        if best:
-            checkpoint.save_best(path)
-        self.saving_seconds += time.perf_counter() - begin
+        self.writer.save(state)
 
     def save_evaluated(self, epoch: int, step: int, numbers: dict | None) -> None:
-        """Write the checkpoint again, as the best one too if no AP so far was as high.
+        """Add to the checkpoint of `step` that it was evaluated; it is the best one too if no AP so
+        far was as high.
 
         `numbers` are those of rank 0; the other processes have None and do not know `best_AP`.
         """
@@ -386,8 +385,15 @@ class Run:
         if best:
             self.best_AP = value
         self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
-        utils.from_rank_0(partial(self._write, epoch, step, best))
-        self.keeper.note_save()
+        if self.saved_step != step:  # resumed to evaluate, perhaps from another folder
+            self.save(epoch, step)
+        if utils.rank() == 0:
+            names = ("best_AP", "evaluations_since_best")
+            self.writer.amend({"epoch": epoch, **{n: getattr(self, n) for n in names}}, best)
+
+    def finish(self) -> None:
+        """Wait until all is on the disk; raises checkpoint.NotSavedError in every process."""
+        utils.from_rank_0(self.writer.finish)
 
     def is_over(self) -> bool:
         """Whether AP has not risen for --early-stop-patience evaluations, on every process."""
@@ -604,6 +610,7 @@ def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtyp
         run.save_evaluated(step // len(plan), step, numbers)
         if step >= end or run.is_over():
             break
+    run.finish()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -644,7 +651,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         run = start_run(args, indexes, data, model, device, amp_dtype)
         train(run, saved, device, evaluate_here, amp_dtype, metrics)
-        seconds, saving = time.perf_counter() - begin, run.saving_seconds
+        seconds, saving = time.perf_counter() - begin, run.writer.waited
         metrics.write("end", best_AP=run.best_AP, seconds=seconds, saving_seconds=saving)
         best = "" if run.best_AP is None else f"best AP {run.best_AP:.3f}, "
         share = f"{saving / seconds:.1%} of the time went into checkpoints"

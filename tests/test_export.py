@@ -84,7 +84,7 @@ def test_any_size_gives_what_pytorch_gives(saved, exported, size):
     session = onnxruntime.InferenceSession(exported)
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(size[0]))
     image[:, 10:40, 10:40] = 0.9
-    model = export.OneImage(models.stock(checkpoint.load(saved))).eval()
+    model = export.OneImage(models.from_checkpoint(checkpoint.load(saved), stock=True)).eval()
     result = export.compare(model, session, [image])
     assert not result.failed, result
     assert len(result.boxes) > 20
@@ -146,7 +146,7 @@ def test_twenty_pictures_at_most_and_two_sizes_at_least(tmp_path, capsys):
 def test_twenty_real_pictures(saved, exported):
     pictures, _ = export.check_pictures(BCCD, {})
     assert len(pictures) == 21
-    model = export.OneImage(models.stock(checkpoint.load(saved))).eval()
+    model = export.OneImage(models.from_checkpoint(checkpoint.load(saved), stock=True)).eval()
     result = export.compare(model, onnxruntime.InferenceSession(exported), pictures)
     assert not result.failed, result
     assert len(result.boxes) > 500
@@ -309,7 +309,10 @@ def test_weights_load_into_torchvision_s_own_class(saved, tmp_path, command):
     model.load_state_dict(load_file(file), strict=True)
     image = export.made_up_picture(1)
     with torch.inference_mode():
-        ours, theirs = models.stock(checkpoint.load(saved))([image])[0], model([image])[0]
+        ours, theirs = (
+            models.from_checkpoint(checkpoint.load(saved), stock=True)([image])[0],
+            model([image])[0],
+        )
     assert len(ours["boxes"]) > 20
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
