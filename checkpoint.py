@@ -34,6 +34,10 @@ class NotSavedError(RuntimeError):
 # ------------------------------------------------------------------------------------ writing
 
 
+def file_name(step: int) -> str:
+    return f"checkpoint_{step:08}.pth"
+
+
 def save(folder: Path, state: dict, keep: int = 2) -> Path:
     """Write `state` (plain types and tensors) as the newest checkpoint of `folder`.
 
@@ -42,7 +46,7 @@ def save(folder: Path, state: dict, keep: int = 2) -> Path:
     newest `keep` are left; whenever it is interrupted, those before are untouched. Raises
     NotSavedError.
     """
-    path = folder / f"checkpoint_{state['step']:08}.pth"
+    path = folder / file_name(state["step"])
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
@@ -76,32 +80,41 @@ def save(folder: Path, state: dict, keep: int = 2) -> Path:
 class Writer:
     """Writes the checkpoints of a training to `folder`, of which the newest `keep` stay.
 
-    `waited` is how long the training has waited for it, in seconds.
+    What is written beside the training has reached the disk when `finish` returns. `waited` is how
+    long the training has waited for all this, in seconds.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep, self.waited = folder, keep, 0.0
-        self.path, self._thread, self._pending = None, ThreadPoolExecutor(1), None
+        self._path, self._thread, self._pending = None, ThreadPoolExecutor(1), None
 
     def save(self, state: dict) -> None:
-        """`save`, after what is still being written. Raises NotSavedError."""
-        begin = time.perf_counter()
+        """`save`, and wait for it. Raises NotSavedError."""
+        self.begin(state)
         self.finish()
-        self.path = save(self.folder, state, self.keep)
-        self.waited += time.perf_counter() - begin
+
+    def begin(self, state: dict) -> None:
+        """`save` in another thread, while nothing changes the tensors of `state`."""
+        self._submit(save, self.folder, state, self.keep)
+        self._path = self.folder / file_name(state["step"])
 
     def amend(self, changes: dict, best: bool) -> None:
         """Write the last checkpoint again with some entries changed, as the best one too if so.
 
         In another thread, from the file, so that the weights may change meanwhile.
         """
-        self._pending = self._thread.submit(_amend, self.path, changes, self.keep, best)
+        self._submit(_amend, self._path, changes, self.keep, best)
 
     def finish(self) -> None:
         """Wait until all has reached the disk. Raises NotSavedError."""
-        pending, self._pending = self._pending, None
+        begin, pending, self._pending = time.perf_counter(), self._pending, None
         if pending:
             pending.result()
+        self.waited += time.perf_counter() - begin
+
+    def _submit(self, *work) -> None:
+        self.finish()
+        self._pending = self._thread.submit(*work)
 
 
 def _amend(path: Path, changes: dict, keep: int, best: bool) -> None:

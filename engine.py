@@ -408,7 +408,7 @@ def evaluate(
     for pixels, targets in progress:
         if utils.stop_asked():
             break
-        utils.fault("evaluation")
+        utils.fault("evaluation", progress.done - 1)
         image_ids = [target["image_id"] for target in targets]
         images, targets = to_device(pixels, targets, device)
         with (

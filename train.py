@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -351,14 +352,30 @@ class Run:
 
         Raises checkpoint.NotSavedError in every process.
         """
-        utils.from_rank_0(partial(self._write, epoch, step))
+        self.begin_save(epoch, step)
+        self.finish()
+
+    def begin_save(self, epoch: int, step: int) -> None:
+        """The same beside what changes no weights, until `finish` is called."""
+        utils.from_rank_0(lambda: self.writer.begin(self._state(epoch, step)))
         self.saved_step = step
         self.keeper.note_save()
 
     def save_within_epoch(self, step: int) -> None:
         self.save(step // len(self.data.plan), step)
 
-    def _write(self, epoch: int, step: int) -> None:
+    def save_during(self, evaluation: Callable[[], dict | None], epoch: int, step: int):
+        """Write a checkpoint while the model is evaluated; return what `evaluation` returns."""
+        self.begin_save(epoch, step)
+        try:
+            result = evaluation()
+        except utils.StopRequested:  # in every process
+            self.finish()
+            raise
+        self.finish()
+        return result
+
+    def _state(self, epoch: int, step: int) -> dict:
         state = {
             "model": self.evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -372,7 +389,7 @@ class Run:
         }
         if self.average:
             state["raw_model"] = self.model.state_dict()
-        self.writer.save(state)
+        return state
 
     def save_evaluated(self, epoch: int, step: int, numbers: dict | None) -> None:
         """Add to the checkpoint of `step` that it was evaluated; it is the best one too if no AP so
@@ -605,8 +622,9 @@ def train(run: Run, saved: dict | None, device: torch.device, evaluate, amp_dtyp
                 metrics=metrics,
                 keeper=run.keeper,
             )
-            run.save(epoch, step)
-        numbers = evaluate(run.evaluated, epoch, step)
+            numbers = run.save_during(partial(evaluate, run.evaluated, epoch, step), epoch, step)
+        else:  # resumed at the end of an epoch, whose checkpoint is there
+            numbers = evaluate(run.evaluated, epoch, step)
         run.save_evaluated(step // len(plan), step, numbers)
         if step >= end or run.is_over():
             break

@@ -326,8 +326,8 @@ def who_failed(timeout_seconds: float = 2) -> str:
 def fault(point: str, step: int | None = None) -> str | None:
     """For tests alone: fail here if the environment says so, as FAULT=kind@point:rank:step.
 
-    Kinds: kill, term (signals to this process), hang, raise, memory; any other is returned for the
-    caller to carry out. The step may be `all`. A process that torchrun has restarted fails no more.
+    Kinds: kill, term (signals to this process), late (killed after 3 seconds), hang, raise, memory;
+    any other is returned for the caller to carry out. The step may be `all`. A process that torchrun has restarted fails no more.
     """
     spec = os.environ.get("FAULT")
     if not spec or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
@@ -341,8 +341,10 @@ def fault(point: str, step: int | None = None) -> str | None:
         raise torch.OutOfMemoryError("a fault on purpose")
     if kind == "hang":
         time.sleep(1e6)
-    if kind in ("kill", "term"):
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
+    if kind == "late":
+        time.sleep(3)
+    if kind in ("kill", "late", "term"):
+        os.kill(os.getpid(), signal.SIGTERM if kind == "term" else signal.SIGKILL)
     return kind
 
 

@@ -53,7 +53,7 @@ def test_killed_anywhere_one_process_ends_with_the_same_weights(tiny, tmp_path):
     for fault, workers, step in (
         ("kill@step:0:2", 0, 2),
         ("kill@step:0:3", 2, 3),
-        ("kill@evaluation:0:0", 0, 4),  # the epoch's end is saved before
+        ("late@evaluation:0:0", 0, 4),  # the epoch's end is saved beside its first second
         ("kill@flushed:0:0", 0, 4),
         ("kill@renamed:0:0", 2, 4),
         ("kill@step:0:9", 0, 9),
