@@ -21,10 +21,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 try:
-    import msgspec
-except ImportError:
-    msgspec = None
-try:
     from faster_coco_eval import COCO as FasterCOCO
     from faster_coco_eval import COCOeval_faster
 except ImportError:
@@ -273,11 +269,10 @@ def read_results(file: Path) -> np.ndarray:
     `score`, all of them finite numbers.
     """
     try:
-        content = file.read_bytes()
-        results = msgspec.json.decode(content) if msgspec else json.loads(content)
+        results = json.loads(file.read_bytes())
     except OSError as error:
         raise ResultsError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also of msgspec, and of UTF-8
+    except ValueError as error:  # also of UTF-8
         raise ResultsError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(results, list):
         raise ResultsError(f"{file} holds no list: is it COCO results?")

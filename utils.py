@@ -327,7 +327,8 @@ def fault(point: str, step: int | None = None) -> str | None:
     """For tests alone: fail here if the environment says so, as FAULT=kind@point:rank:step.
 
     Kinds: kill, term (signals to this process), late (killed after 3 seconds), hang, raise, memory;
-    any other is returned for the caller to carry out. The step may be `all`. A process that torchrun has restarted fails no more.
+    any other is returned for the caller to carry out. The step may be `all`. A process that
+    torchrun has restarted fails no more.
     """
     spec = os.environ.get("FAULT")
     if not spec or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):

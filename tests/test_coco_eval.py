@@ -171,8 +171,6 @@ def test_results_are_read_as_they_were_written(tiny, tmp_path, monkeypatch):
     detections = random_detections(random_truth(tiny, rng), rng)
     coco_eval.write_results(detections, tmp_path / "detections.json")
     assert (coco_eval.read_results(tmp_path / "detections.json") == detections).all()
-    monkeypatch.setattr(coco_eval, "msgspec", None)
-    assert (coco_eval.read_results(tmp_path / "detections.json") == detections).all()
     (tmp_path / "detections.json").write_text("[]")
     assert coco_eval.read_results(tmp_path / "detections.json").shape == (0, 7)
 
@@ -194,10 +192,7 @@ GOOD = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([GOOD, {"image_id": 1}], 'row 1 is no .*: {"image_id": 1}'),
     ],
 )
-@pytest.mark.parametrize("with_msgspec", [True, False])
-def test_what_are_no_results_is_said(tmp_path, monkeypatch, content, said, with_msgspec):
-    if not with_msgspec:
-        monkeypatch.setattr(coco_eval, "msgspec", None)
+def test_what_are_no_results_is_said(tmp_path, content, said):
     file = tmp_path / "detections.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(coco_eval.ResultsError, match=rf"detections\.json.*({said})"):
