@@ -61,18 +61,20 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
             help="annotation file elsewhere")
         add(f"--{part}-images", type=Path, metavar="FOLDER", help="its images")
     add("--overfit", type=count, metavar="N",
-        help="train and evaluate on the first N training images with boxes, without augmentation: "
-        "what cannot learn these by heart has a fault")
+        help="train and evaluate on the first N training images with boxes: what cannot learn "
+        "these by heart has a fault")
     add("--keep-empty", action="store_true", help="train on images without a usable box, too")
     add("--data-augmentation", choices=transforms.PRESETS,
         help="hflip: mirror every second image; multiscale: and draw the size from 0.6 to 1 x "
         "--min-size; lsj: large-scale jitter in squares of --min-size (then 1024); ssd and "
-        "ssdlite: crops, with colours and zoom-out in ssd; none (default: hflip)")
+        "ssdlite: crops, with colours and zoom-out in ssd; none (default: hflip; none with "
+        "--overfit)")
     add("--aspect-ratio-group-factor", type=int, default=3, metavar="K",
         help="fill batches with images of similar shape, out of 2K+2 groups of width / height; "
         "0: upright or wide, -1: any (default: %(default)s)")
     add("-b", "--batch-size", type=count, default=2, metavar="N",
-        help="images in a step on each device (default: %(default)s)")
+        help="images that go through the model at once on each device: a step, but for "
+        "--accumulate-steps (default: %(default)s)")
     add("-j", "--workers", type=natural, metavar="N",
         help="loading processes for each device (default: 4, or the number of cores for each)")
     add("--check-data", action="store_true",
@@ -94,8 +96,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="start from an ImageNet backbone; none: from random weights, training all layers and "
         "norms (default: IMAGENET1K_V1, or IMAGENET1K_FEATURES for ssd300_vgg16)")
     add("--trainable-backbone-layers", type=natural, metavar="N",
-        help="train the last N layers of a pretrained backbone, of 5 in a ResNet and 6 in a "
-        "MobileNet (default: 3)")
+        help="train the last N layers of a pretrained backbone, of 5 in a ResNet or VGG and 6 in a "
+        "MobileNet (default: 3; of ssd300_vgg16 4, of the ssdlite all)")
     add("--freeze-backbone", action="store_true",
         help="train only what comes after the pretrained backbone, its feature pyramid included")
     add("--min-size", type=count, metavar="PIXELS",
