@@ -325,9 +325,16 @@ def _about_model(args: argparse.Namespace) -> tuple:
             "--trainable-backbone-layers needs pretrained weights: all layers of random ones train",
         ),
         (
-            args.freeze_backbone
-            and (_from_scratch(args) or args.trainable_backbone_layers is not None),
-            "--freeze-backbone needs pretrained weights, and leaves no --trainable-backbone-layers",
+            args.freeze_backbone and _from_scratch(args),
+            "--freeze-backbone needs pretrained weights: random ones would find nothing",
+        ),
+        (
+            args.freeze_backbone and args.trainable_backbone_layers is not None,
+            "--freeze-backbone leaves nothing of --trainable-backbone-layers",
+        ),
+        (
+            args.max_size < args.min_size,
+            f"--max-size {args.max_size} is below the shortest side, --min-size {args.min_size}",
         ),
         (
             not recipe.resizable and (args.fixed_size or not own_sizes),

@@ -1,6 +1,7 @@
 """How many images fit into memory at once: the largest batch, found by trying."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,20 +34,21 @@ def find(
     pair = hardest_images(stored, groups, *sizes)
     boxes = int(np.bincount(dataset.index.image_of_rows()[dataset.index.usable]).max(initial=1))
     shapes = " and ".join(f"{w} x {h}" for w, h in {tuple(stored[i].tolist()) for i in pair})
-    utils.log(f"trying images of {shapes} pixels with {boxes} boxes each")
+    utils.log(f"trying images of {shapes} pixels, before resizing, with {boxes} boxes each")
 
     def peak(images: int) -> int | None:
         keys = [(pair[n % 2], 0) if squares else pair[n % 2] for n in range(images)]
         memory = step(batch=collate([hard_sample(*dataset[key], boxes) for key in keys]))
-        utils.log(f"  {images}: {'too many' if memory is None else f'{memory:,} MiB'}")
+        utils.log(f"  batch of {images}: {'too many' if memory is None else f'{memory:,} MiB'}")
         return memory
 
     if device.type == "cuda":
         return largest(lambda images: peak(images) is not None, len(stored)), "by trying"
     # Where memory runs out on a CPU the system kills somebody, so it is not tried.
     peaks = [peak(n) for n in (1, 1, 2, 3)][1:]  # the first step makes the optimizer's state
-    limit = memory_of_machine()
-    return extrapolated(peaks, limit >> 20, len(stored)), f"estimated for {limit >> 30} GiB"
+    limit = free_memory()
+    how = f"estimated for the {limit / 2**30:.1f} GiB that are free or its own now"
+    return extrapolated(peaks, limit >> 20, len(stored)), how
 
 
 def hard_sample(image: torch.Tensor, target: dict, boxes: int) -> tuple[torch.Tensor, dict]:
@@ -101,13 +103,21 @@ def hardest_images(
     return max(found)[1:]
 
 
-def memory_of_machine() -> int:
-    """The bytes of memory that this process may fill; 16 GiB where the system does not tell."""
+def free_memory() -> int:
+    """The bytes of memory that this process has or could get; 16 GiB if the system does not tell.
+
+    On Linux what is free now counts, elsewhere on POSIX all that the machine has.
+    """
     limits = []
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
         file = Path("/sys/fs/cgroup") / name
         if file.exists() and file.read_text().strip().isdigit():
             limits.append(int(file.read_text()))
-    if sys.platform != "win32":
+    information = Path("/proc/meminfo")
+    if information.exists():
+        free = re.search(r"MemAvailable:\s*(\d+)", information.read_text())
+        mine = re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())
+        limits.append(1024 * (int(free[1]) + int(mine[1])))
+    elif sys.platform != "win32":
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(limits, default=2**34)

@@ -257,7 +257,9 @@ def backbone_weights(model_name: str, weights: str) -> dict[str, torch.Tensor]:
 
 
 def detector_weights(
-    model_name: str, weights: str, otherwise: str = "or leave out --weights"
+    model_name: str,
+    weights: str,
+    otherwise: str = "or use --weights-backbone none instead",
 ) -> dict[str, torch.Tensor]:
     """The state_dict of torchvision's whole detector of that name, with COCO's 91 outputs."""
     choices = torchvision.models.get_model_weights(model_name)

@@ -472,7 +472,10 @@ def find_resumed(args: argparse.Namespace) -> tuple[str | None, dict | None]:
             utils.log(f"passed over: {message}")
         return str(path), saved
     if args.resume:
-        saved = checkpoint.load(Path(args.resume))
+        try:
+            saved = checkpoint.load(Path(args.resume))
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(f"--resume {error}") from None
         later = [p for p in checkpoint.numbered(args.output_dir) if later_than(p, saved)]
         if later and not args.test_only:
             raise UsageError(
@@ -533,7 +536,10 @@ def say_training(run: Run, epoch: int, step: int) -> None:
     utils.log(
         f"training: {len(plan.groups):,} images, {shares} a step, {len(plan)} steps an epoch, "
         f"epochs {epoch} to {args.epochs - 1}"
+        + (f", until {args.max_steps} steps are done" if args.max_steps else "")
     )
+    size = "x".join(map(str, args.fixed_size or ())) or f"{args.min_size} to {args.max_size}"
+    utils.log(f"images: resized to {size} pixels, augmentation: {args.data_augmentation}")
     if args.lr_scheduler == "multisteplr":
         drops = f"x {args.lr_gamma} after epochs {' '.join(map(str, args.lr_steps))}"
     else:
@@ -711,6 +717,7 @@ def write_report(output_dir: Path) -> None:
 
 def find_batch_size(run: Run, device: torch.device, amp_dtype: torch.dtype | None) -> None:
     """Say how many of the hardest images fit into memory in a training step."""
+    utils.die_of_signals()  # there is nothing to save
     args, dataset = run.args, run.data.train_loader.dataset
     step = partial(
         engine.peak_of_a_step,

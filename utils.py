@@ -465,7 +465,9 @@ class Progress:
         left = self.seconds / (self.done - self.first) * (self.total - self.done)
         width = len(str(self.total))
         position = f"[{self.done:{width}}/{self.total}]"
-        log(f"{self.label} {position}  {text}  eta {timedelta(seconds=round(left))}  ({details})")
+        log(
+            f"{self.label} {position}  {text}  epoch eta {timedelta(seconds=round(left))}  ({details})"
+        )
 
 
 def peak_memory(device: torch.device) -> int | None:

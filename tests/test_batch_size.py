@@ -39,4 +39,4 @@ def test_the_hardest_images_pad_each_other():
 
 
 def test_a_machine_has_memory():
-    assert 2**28 < batch_size.memory_of_machine() < 2**50
+    assert 2**28 < batch_size.free_memory() < 2**50

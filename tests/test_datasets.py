@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -243,7 +244,7 @@ def test_the_table_and_the_next_command(coco, tmp_path):
         ["cat", "5", "3", "37.5%"],
         ["dog", "2", "2", "50.0%"],
     ]
-    train = os.path.relpath(ROOT / "train.py", tmp_path)
+    train = shlex.quote(os.path.relpath(ROOT / "train.py", tmp_path))
     assert lines[-1] == f"  python {train} --data-path 'my pictures' --check-data"
 
 

@@ -249,7 +249,7 @@ def test_weights_that_cannot_be_downloaded_say_where_to_place_them(monkeypatch, 
     assert str(tmp_path / "checkpoints" / "resnet50-0676ba61.pth") in message
     assert "--weights-backbone none" in message
     assert "https://" in message
-    with pytest.raises(models.WeightsError, match="or leave out --weights"):
+    with pytest.raises(models.WeightsError, match="or use --weights-backbone none instead"):
         models.detector_weights(RESNET, "COCO_V1")
 
 

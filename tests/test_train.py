@@ -373,7 +373,8 @@ def test_the_largest_batch_is_found_before_training(tiny, tmp_path):
     done = train("--data-path", tiny, "--find-batch-size", "--output-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(
-        r"trying images of (48 x 64|64 x 48)( and .*)? pixels with 2 boxes", done.stdout
+        r"trying images of (48 x 64|64 x 48)( and .*)? pixels, before resizing, with 2 boxes",
+        done.stdout,
     )
     assert "--batch-size 8 is the largest that fits" in done.stdout  # there are no more images
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -541,7 +542,8 @@ def settled(*flags) -> argparse.Namespace:
         ("--sync-bn", "--sync-bn needs torchrun"),
         ("--ema 1", "1 is not between 0 and 1"),
         ("--weights-backbone none --freeze-backbone", "--freeze-backbone needs pretrained"),
-        ("--freeze-backbone --trainable-backbone-layers 2", "leaves no --trainable"),
+        ("--freeze-backbone --trainable-backbone-layers 2", "leaves nothing of --trainable"),
+        ("--min-size 800 --max-size 400", "--max-size 400 is below the shortest side"),
         ("--model ssd300_vgg16 --min-size 512", "resizes to 300 pixels square"),
         ("--model ssd300_vgg16 --data-augmentation multiscale", "has one size"),
         ("--model fcos_resnet50_fpn --rpn-score-thresh 0.1", "has no proposals"),

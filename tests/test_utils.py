@@ -60,7 +60,7 @@ def test_progress_counts_steps_and_tells_waiting_from_working(capsys):
     assert all(0 < waited <= seconds for _, seconds, waited in laps)
     assert progress.waited >= 0.15
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("epoch 0 [3/5]  loss 1.0  eta 0:00:0")
+    assert lines[0].startswith("epoch 0 [3/5]  loss 1.0  epoch eta 0:00:0")
     assert lines[-1].startswith("epoch 0 [5/5]")
     assert lines[-1].endswith("(a 0.5)")
 
