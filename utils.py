@@ -465,9 +465,8 @@ class Progress:
         left = self.seconds / (self.done - self.first) * (self.total - self.done)
         width = len(str(self.total))
         position = f"[{self.done:{width}}/{self.total}]"
-        log(
-            f"{self.label} {position}  {text}  epoch eta {timedelta(seconds=round(left))}  ({details})"
-        )
+        eta = timedelta(seconds=round(left))
+        log(f"{self.label} {position}  {text}  epoch eta {eta}  ({details})")
 
 
 def peak_memory(device: torch.device) -> int | None:
