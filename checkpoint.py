@@ -88,11 +88,6 @@ class Writer:
         self.folder, self.keep, self.waited = folder, keep, 0.0
         self._path, self._thread, self._pending = None, ThreadPoolExecutor(1), None
 
-    def save(self, state: dict) -> None:
-        """`save`, and wait for it. Raises NotSavedError."""
-        self.begin(state)
-        self.finish()
-
     def begin(self, state: dict) -> None:
         """`save` in another thread, while nothing changes the tensors of `state`."""
         self._submit(save, self.folder, state, self.keep)

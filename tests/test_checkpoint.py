@@ -67,7 +67,7 @@ def test_a_run_that_begins_an_epoch_anew_keeps_its_own(tmp_path):
 def test_what_an_evaluation_adds_leaves_the_weights_as_they_were_saved(tmp_path):
     weights = torch.arange(4.0)
     writer = checkpoint.Writer(tmp_path, keep=2)
-    writer.save({**STATE, "model": {"w": weights}})
+    writer.begin({**STATE, "model": {"w": weights}})
     writer.amend({"best_AP": 0.5, "epoch": 4}, best=True)
     weights.zero_()  # training goes on
     writer.finish()
@@ -76,16 +76,18 @@ def test_what_an_evaluation_adds_leaves_the_weights_as_they_were_saved(tmp_path)
         loaded = checkpoint.load(tmp_path / name)
         assert (loaded["best_AP"], loaded["epoch"], loaded["step"]) == (0.5, 4, 12)
         assert loaded["model"]["w"].tolist() == [0, 1, 2, 3]
-    writer.save({**STATE, "step": 13})
+    writer.begin({**STATE, "step": 13})
     writer.amend({"best_AP": 0.6}, best=False)
-    writer.save({**STATE, "step": 14})  # waits for it
+    writer.begin({**STATE, "step": 14})  # waits for it
+    writer.finish()
     assert checkpoint.load(tmp_path / "checkpoint_00000013.pth")["best_AP"] == 0.6
     assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 12
 
 
 def test_what_could_not_be_added_is_told_by_the_next_save(tmp_path, monkeypatch):
     writer = checkpoint.Writer(tmp_path, keep=2)
-    writer.save(STATE)
+    writer.begin(STATE)
+    writer.finish()
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -93,7 +95,7 @@ def test_what_could_not_be_added_is_told_by_the_next_save(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", full)
     writer.amend({"best_AP": 0.5}, best=True)
     with pytest.raises(NotSavedError, match="No space left"):
-        writer.save({**STATE, "step": 13})
+        writer.begin({**STATE, "step": 13})
     monkeypatch.undo()
     assert checkpoint.newest(tmp_path)[1]["best_AP"] == 0.25
 
