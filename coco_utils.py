@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -214,8 +214,8 @@ class CocoIndex:
         ids = columns["id"].tolist()
         if not ids:
             raise DataError(
-                f"{self.annotation_file} has no categories: name at least one in its list "
-                "'categories'"
+                f"{self.annotation_file} has no categories that can be used: name at least one in "
+                f"its list 'categories'{self._faults_so_far()}"
             )
         if len(set(ids)) < len(ids):
             raise DataError(
@@ -224,31 +224,39 @@ class CocoIndex:
         names = zip(ids, columns["name"], strict=True)
         return Categories.from_names({i: name or f"category {i}" for i, name in names})
 
+    def _faults_so_far(self) -> str:
+        return ": " + "; ".join(map(str, self.faults)) if self.faults else ""
+
     def _keep_images(self, columns: dict) -> None:
         self.image_ids = columns["id"]
         if not len(self.image_ids):
-            why = ": " + "; ".join(map(str, self.faults)) if self.faults else ""
-            raise DataError(f"{self.annotation_file} lists no images that can be used{why}")
-        self.file_names = np.array([name.encode() for name in columns["file_name"]])
+            raise DataError(
+                f"{self.annotation_file} lists no images that can be used{self._faults_so_far()}"
+            )
+        self.file_names = columns["file_name"]
         sizes = np.stack([columns["width"], columns["height"]], axis=1)
         self.sizes = sizes.clip(-1, 2**31 - 1).astype(np.int32)
 
     def _keep_annotations(self, columns: dict) -> None:
-        images = self.positions_of(columns["image_id"])
+        """Empties `columns`, one after the other, as there may be gigabytes of them."""
+        image_ids = columns.pop("image_id")
+        images = self.positions_of(image_ids)
         lost = np.flatnonzero(images < 0)
         if len(lost):
-            ids = zip(columns["id"][lost[:20]], columns["image_id"][lost[:20]], strict=True)
+            ids = zip(columns["id"][lost[:20]], image_ids[lost[:20]], strict=True)
             found = [f"{i} of image {image}" for i, image in ids]
             kind = "annotations of images that the file does not list"
             self.faults.append(Fault(kind, found, len(lost)))
         order = _argsort(images)[len(lost) :]
-        counts = np.bincount(images[order], minlength=len(self.image_ids))
-        self.offsets = np.concatenate([[0], np.cumsum(counts)])
-        self.boxes, areas = columns["bbox"].take(order, axis=0), columns["area"][order]
-        self.areas = np.where(np.isnan(areas), self.boxes[:, 2] * self.boxes[:, 3], areas)
-        self.annotation_ids = columns["id"][order]
-        self.category_ids = columns["category_id"][order]
-        self.iscrowd = columns["iscrowd"][order] != 0
+        counts = np.bincount(images + 1, minlength=len(self.image_ids) + 1)
+        self.offsets = np.concatenate([[0], np.cumsum(counts[1:])])
+        self.boxes = columns.pop("bbox").take(order, axis=0)
+        self.areas = columns.pop("area").take(order)
+        unknown = np.flatnonzero(np.isnan(self.areas))
+        self.areas[unknown] = self.boxes[unknown, 2] * self.boxes[unknown, 3]
+        self.annotation_ids = columns.pop("id").take(order)
+        self.category_ids = columns.pop("category_id").take(order)
+        self.iscrowd = columns.pop("iscrowd").take(order) != 0
         self.usable = ~self.iscrowd & (self.boxes[:, 2] > 0) & (self.boxes[:, 3] > 0)
 
     def without(self, images: Sequence[int]) -> "CocoIndex":
@@ -312,10 +320,11 @@ def _argsort(positions: np.ndarray) -> np.ndarray:
     """Stable, for whole numbers from -1 up: by 16 bits at a time, as NumPy has a radix sort for
     these, which takes a quarter of the time.
     """
-    order = np.arange(len(positions))
-    for shift in range(0, int(positions.max(initial=0) + 1).bit_length(), 16):
-        digits = ((positions + 1) >> shift & 0xFFFF).astype(np.uint16)
-        order = order[np.argsort(digits[order], kind="stable")]
+    keys = positions + 1
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    for shift in range(16, int(keys.max(initial=0)).bit_length(), 16):
+        digits = (keys >> shift).astype(np.uint16)  # the lowest 16 bits of it
+        order = order.take(np.argsort(digits.take(order), kind="stable"))
     return order
 
 
@@ -353,6 +362,10 @@ def _read_columns(file: Path) -> tuple[dict[str, dict], list[Fault]]:
                 return _decode(content, file), []
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 pass
+            except EOFError as error:
+                raise DataError(
+                    f"{file}: a process that read it was killed: is there enough memory?"
+                ) from error
         return _read_leniently(content[:], file)
 
 
@@ -368,6 +381,8 @@ def _columns(rows: list, key: str) -> dict[str, np.ndarray | list]:
             columns[name] = values.reshape(-1, 4)
         elif kind == float | None:
             columns[name] = np.array(list(values), dtype=np.float64)  # None becomes NaN
+        elif kind is str:
+            columns[name] = np.array([value.encode() for value in values], dtype=np.bytes_)
         else:
             columns[name] = list(values)
     return columns
@@ -386,18 +401,36 @@ def _decode(content: mmap.mmap, file: Path) -> dict[str, dict]:
 
     MsgspecError if it is not what `FIELDS` says, or laid out so that no parts can be told.
     """
-    start, stop, rest = _without_annotations(content)
+    start, stop, columns = _without_annotations(content)
     decode = partial(_decode_part, msgspec.json.Decoder(_row_type("annotations")), file)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     spans = _spans(content, start, stop)
     if min(cores, len(spans) // 16) > 1 and sys.platform == "linux":
         parts = _in_processes(decode, spans, min(cores, 8))
     else:
-        parts = [decode(span) for span in spans]
-    columns = {key: _columns(getattr(rest, key), key) for key in FIELDS}
-    for name, *_ in FIELDS["annotations"]:
-        columns["annotations"][name] = np.concatenate([part[name] for part in parts])
+        parts = map(decode, spans)
+    columns["annotations"] = _joined(parts, len(spans))
     return columns
+
+
+def _joined(parts: Iterable[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
+    """The columns of `count` parts, one after the other, without ever having all parts in memory.
+
+    Room is made for as many rows as the first part promises, and for more where it proves wrong.
+    """
+    columns, filled, room = {}, 0, 0
+    for part in parts:
+        end = filled + len(part["image_id"])
+        if end > room or not columns:
+            room = end + end // 4 if room else int(1.1 * end * count)
+            for name, values in part.items():
+                larger = np.empty((room, *values.shape[1:]), values.dtype)
+                larger[:filled] = columns.get(name, values)[:filled]
+                columns[name] = larger
+        for name, values in part.items():
+            columns[name][filled:end] = values
+        filled = end
+    return {name: column[:filled] for name, column in columns.items()}
 
 
 def _decode_part(decoder, file: Path, span: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -408,8 +441,8 @@ def _decode_part(decoder, file: Path, span: tuple[int, int]) -> dict[str, np.nda
     return _columns(decoder.decode(rows), "annotations")
 
 
-def _without_annotations(content: mmap.mmap) -> tuple[int, int, object]:
-    """Where the rows of annotations begin and end, and the decoded file without them.
+def _without_annotations(content: mmap.mmap) -> tuple[int, int, dict[str, dict]]:
+    """Where the rows of annotations begin and end, and the columns of the file without them.
 
     A bracket ends them if the file is still JSON, with all three lists, when all from their
     beginning to it is cut out. Brackets are tried from the end of the file.
@@ -426,10 +459,12 @@ def _without_annotations(content: mmap.mmap) -> tuple[int, int, object]:
         complete = all(k in tail or content.find(k, 0, begin.end()) >= 0 for k in others)
         if complete and re.match(rb'\]\s*(,\s*"|\}\s*$)', tail):
             try:
-                rest = msgspec.json.decode(content[: begin.end()] + tail, type=whole)
+                both = b"".join((memoryview(content)[: begin.end()], tail))
+                rest = msgspec.json.decode(both, type=whole)
             except msgspec.MsgspecError:
                 continue
-            return begin.end(), stop, rest
+            columns = {key: _columns(getattr(rest, key), key) for key in FIELDS}
+            return begin.end(), stop, columns
     raise msgspec.ValidationError("no list of annotations was found")
 
 
@@ -446,19 +481,59 @@ def _spans(content: mmap.mmap, start: int, stop: int) -> list[tuple[int, int]]:
     return spans or [(stop, stop)]
 
 
-def _in_processes(decode, spans: list, processes: int) -> list[dict[str, np.ndarray]]:
-    """`decode` for each of the spans, in order, by copies of this process."""
-    global _task  # what the copies find when they are made: a mapped file cannot be sent
-    _task = decode
+def _in_processes(decode, spans: list, processes: int) -> Iterator[dict[str, np.ndarray]]:
+    """`decode` for each of the spans, in order, by copies of this process.
+
+    Each sends what it has through a pipe of its own; EOFError when one is killed. (A Pool would
+    wait for it for ever, and unpacks in a thread, whose freed memory the main one cannot use.)
+    """
+    context = multiprocessing.get_context("fork")
+    copies, pipes = [], []
     try:
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            return pool.map(_run_task, spans, chunksize=16)
+        for first in range(processes):
+            pipe, end = context.Pipe(duplex=False)
+            pipes.append(pipe)
+            task = (decode, spans[first::processes], end, pipes)
+            copy = context.Process(target=_send_parts, args=task, daemon=True)
+            copy.start()
+            copies.append(copy)
+            end.close()
+        for i in range(len(spans)):
+            part = _receive(pipes[i % processes])
+            if isinstance(part, Exception):
+                raise part
+            yield part
     finally:
-        _task = None
+        for pipe in pipes:
+            pipe.close()
+        for copy in copies:
+            copy.kill()
+            copy.join()
 
 
-def _run_task(span: tuple[int, int]) -> dict[str, np.ndarray]:
-    return _task(span)
+def _receive(pipe) -> dict[str, np.ndarray] | Exception:
+    try:
+        return pipe.recv()
+    except OSError as error:  # what Python says when the other end closes within a message
+        raise EOFError from error
+
+
+def _send_parts(decode, spans: list, pipe, others: list) -> None:
+    """What a copy does; it ends by itself when nobody reads `pipe` any more.
+
+    `others` are the reading ends of the pipes, which it has to close to notice that.
+    """
+    for other in others:
+        other.close()
+    try:
+        for span in spans:
+            try:
+                part = decode(span)
+            except Exception as error:
+                part = error
+            pipe.send(part)
+    except BrokenPipeError:
+        pass
 
 
 def _read_leniently(content: bytes, file: Path) -> tuple[dict[str, dict], list[Fault]]:
@@ -510,8 +585,9 @@ def _converted(value: object, name: str, kind: type):
     if value is None:
         raise ValueError(f"without {name!r}")
     if kind in (str, str | None):
-        if isinstance(value, str):
+        if isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value):
             return value
+        # Half of a surrogate pair, which JSON can say and UTF-8 cannot, is none either.
         raise ValueError(f"whose {name!r} is not a text")
     whole = kind is int
     try:

@@ -1,4 +1,8 @@
 import json
+import multiprocessing
+import os
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -219,6 +223,62 @@ def test_a_large_file_is_decoded_by_several_processes(tiny, monkeypatch):
     assert len(whole["boxes"]) == 480
 
 
+def raise_at(span: tuple[int, int]) -> dict:
+    if span == (3, 4):
+        raise coco_utils.msgspec.ValidationError("no number")
+    return {"a": np.zeros(100_000)}
+
+
+def die_at(span: tuple[int, int]) -> dict:
+    if span == (3, 4):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"a": np.zeros(100_000)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads in one process elsewhere")
+@pytest.mark.parametrize(("decode", "error"), [(raise_at, ValueError), (die_at, EOFError)])
+def test_a_reading_process_that_fails_or_is_killed_ends_all(decode, error):
+    spans = [(i, i + 1) for i in range(20)]
+    with pytest.raises(error):
+        list(coco_utils._in_processes(decode, spans, 3))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("lengths", [[0], [3], [0, 2, 0], [1, 1, 1], [1, 50, 2, 700], [9, 0, 1]])
+def test_parts_of_any_length_are_joined(lengths):
+    rng = np.random.default_rng(0)
+    parts = [{"image_id": rng.integers(9, size=n), "bbox": rng.random((n, 4))} for n in lengths]
+    for name, column in coco_utils._joined(iter(parts), len(parts)).items():
+        whole = np.concatenate([part[name] for part in parts])
+        assert np.array_equal(column, whole), name
+        assert column.dtype == whole.dtype
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads in one process elsewhere")
+def test_a_reading_process_killed_within_a_message_is_noticed():
+    parts = coco_utils._in_processes(raise_at, [(i, i + 1) for i in range(5, 25)], 2)
+    next(parts)
+    for copy in multiprocessing.active_children():  # each waits to send more than a pipe holds
+        copy.kill()
+        copy.join()
+    with pytest.raises(EOFError):
+        list(parts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads in one process elsewhere")
+def test_a_killed_reading_process_is_said(tiny, monkeypatch):
+    monkeypatch.setattr(coco_utils, "PART", 30)
+    monkeypatch.setattr(coco_utils.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(coco_utils, "_decode_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+    def grow(data):
+        data["annotations"] = data["annotations"] * 10
+
+    rewrite(split_of(tiny), grow)
+    with pytest.raises(DataError, match=r"json: a process that read it was killed"):
+        CocoIndex(split_of(tiny))
+
+
 @pytest.mark.parametrize("high", [1, 70_000, 2**33])
 def test_sorting_by_digits_is_sorting(high):
     positions = np.random.default_rng(0).integers(-1, high, 5000)
@@ -287,6 +347,10 @@ def test_images_can_be_taken_out_as_if_they_had_never_been_listed(tiny):
         (lambda data: data.pop("categories"), "has no list 'categories'"),
         (lambda data: data.update(images=[], annotations=[]), "lists no images"),
         (lambda data: [row.pop("width") for row in data["images"]], "8 images without 'width'"),
+        (
+            lambda data: [row.update(file_name="\ud800") for row in data["images"]],
+            "8 images whose 'file_name' is not a text",
+        ),
         (lambda data: data["categories"].append({"id": 2}), "two categories with the same id"),
     ],
 )
