@@ -75,19 +75,20 @@ def _file_faults(index: CocoIndex) -> Iterable[Fault]:
 def _look_for(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
     """Which files are missing, and which lead out of the image folder, also by links: bool `[I]`.
 
-    One listing of each folder costs less than asking for every file.
+    One listing of each folder costs less than asking for every file. Names and paths are bytes in
+    UTF-8 here, as the index has them.
     """
-    root = os.path.realpath(index.image_dir)
+    root = os.fsencode(os.path.realpath(index.image_dir))
     missing, outside = np.zeros((2, len(index)), dtype=bool)
-    listings = {"": _listing(root, root)}
-    fine = {name for name, suspect in listings[""].items() if not suspect}
-    for i, name in enumerate(map(bytes.decode, index.file_names.tolist())):
-        if name in fine:
+    listings = {b"": _listing(root, root)}
+    here = listings[b""]
+    for i, name in enumerate(index.file_names.tolist()):
+        if here.get(name) is False:
             continue
         if _leads_out(name):
             outside[i] = True
             continue
-        folder, _, base = name.rpartition("/")
+        folder, _, base = name.rpartition(b"/")
         if folder not in listings:
             listings[folder] = _listing(os.path.join(root, folder), root)
         if base not in listings[folder]:
@@ -97,12 +98,12 @@ def _look_for(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
     return missing, outside
 
 
-def _leads_out(name: str) -> bool:
+def _leads_out(name: bytes) -> bool:
     path = os.path.normpath(name)
-    return os.path.isabs(path) or path == ".." or path.startswith(".." + os.sep)
+    return os.path.isabs(path) or path == b".." or path.startswith(b".." + os.fsencode(os.sep))
 
 
-def _listing(folder: str, root: str) -> dict[str, bool]:
+def _listing(folder: bytes, root: bytes) -> dict[bytes, bool]:
     """The names in a folder, and whether each may be a way out of `root`."""
     out = not _inside(folder, root)
     try:
@@ -112,9 +113,9 @@ def _listing(folder: str, root: str) -> dict[str, bool]:
         return {}
 
 
-def _inside(path: str, root: str) -> bool:
+def _inside(path: bytes, root: bytes) -> bool:
     path = os.path.realpath(path)
-    return path == root or path.startswith(os.path.join(root, ""))
+    return path == root or path.startswith(os.path.join(root, b""))
 
 
 def _annotation_faults(index: CocoIndex) -> Iterable[Fault]:
@@ -169,7 +170,7 @@ def _of_images(index: CocoIndex, kind: str, wrong: np.ndarray, **rest) -> Fault:
 
 def _of_rows(index: CocoIndex, kind: str, wrong: np.ndarray, **rest) -> Fault:
     rows = np.flatnonzero(wrong)
-    images = index.image_ids[index.image_of_rows()[rows[:EXAMPLES]]]
+    images = index.image_ids[np.searchsorted(index.offsets, rows[:EXAMPLES], side="right") - 1]
     ids = index.annotation_ids[rows[:EXAMPLES]]
     found = [f"{i} of image {image}" for i, image in zip(ids, images, strict=True)]
     return Fault(kind, found, len(rows), **rest)
