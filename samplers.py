@@ -63,10 +63,10 @@ class TrainingPlan:
     def batches(self, epoch: int) -> np.ndarray:
         """The whole plan of an epoch: image indices, int64 `[steps, global_batch]`."""
         rng = np.random.default_rng((self.seed, epoch))
-        images = rng.permutation(np.setdiff1d(np.arange(len(self.groups)), self._resting(epoch)))
-        full, rest = [], []
+        images = rng.permutation(np.delete(np.arange(len(self.groups)), self._resting(epoch)))
+        groups, full, rest = self.groups[images], [], []
         for group in np.unique(self.groups):
-            members = images[self.groups[images] == group]
+            members = images[groups == group]
             cut = len(members) - len(members) % self.global_batch
             full.append(members[:cut])
             rest.append(members[cut:])
