@@ -764,6 +764,7 @@ def run_and_exit() -> None:
     """Run `main`; say in one message, and once, why it ended before its time."""
     end_if_told_before()
     utils.listen_for_stop()
+    utils.fork_for_loading()
     try:
         main()
     except utils.StopRequested:

@@ -205,6 +205,16 @@ def let_parent_stop(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
+def fork_for_loading() -> None:
+    """Let loading processes be copies of this one, on Linux.
+
+    Copies share the memory of its data set, and end when it is killed. Without this, Python 3.14
+    and later start them from a server of their own, where they do neither.
+    """
+    if sys.platform == "linux":
+        multiprocessing.set_start_method("fork", force=True)
+
+
 def end_loading() -> None:
     """End the loading processes that are left: they hold nothing, and outlive a polite request."""
     if hasattr(signal, "SIGCHLD"):

@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import sys
 import time
 
 import numpy as np
@@ -16,6 +18,17 @@ def test_without_torchrun_the_helpers_answer_for_one_process():
     assert utils.all_reduce(torch.tensor(3)).item() == 3
     with utils.first_on_each_machine():
         utils.barrier()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others cannot fork safely")
+def test_loading_processes_are_forked_whatever_python_would_do():
+    before = multiprocessing.get_start_method()
+    try:
+        multiprocessing.set_start_method("forkserver", force=True)
+        utils.fork_for_loading()
+        assert multiprocessing.get_start_method() == "fork"
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_each_image_of_each_step_has_a_seed_of_its_own():
