@@ -8,4 +8,4 @@ has pytest ruff xdist onnx onnxruntime safetensors tensorboard ||
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements-dev.txt"
 # pytest looks for tests where it is called, which may be anywhere.
 cd "$ROOT"
-exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
