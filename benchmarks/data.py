@@ -81,7 +81,9 @@ def loader_of(arm: str, dataset, batch_size: int = 2):
 
     import coco_utils
     import samplers
+    import utils
 
+    utils.fork_for_loading()  # as train.py does; `without_pictures` would not reach others either
     if arm == "plain":
         order = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
         order["collate_fn"] = lists
@@ -218,24 +220,32 @@ def v2_wrapper(split):
 
 
 def measure_pictures(arm: str, work: Path) -> dict:
-    """Milliseconds from a file name to image and target, on one core: medians over the images."""
+    """Milliseconds from a file name to image and target, on one core: medians over the images.
+
+    The ways take turns after 50 images each: one after the other as in a loading process, as a way
+    that follows another finds the caches full of what that one left there.
+    """
     import torch
 
     torch.set_num_threads(1)
     split = synthetic.Split(work / "instances.json", work / "images")
     ours = load("ours", split)
     ours.augmentation = None
-    ways = {"references": AsTheReferences(split), "v2_wrapper": v2_wrapper(split), "ours": ours}
+    references, wrapper = AsTheReferences(split), v2_wrapper(split)
     files = [split.images / ours.index.file_name(int(i)) for i in ours.images]
-    times = {name: [] for name in (*ways, "decoding")}
-    for i in range(len(ours)):
-        for name, dataset in ways.items():
-            begin = time.perf_counter()
-            dataset[int(ours.images[i]) if name != "ours" else i]
-            times[name].append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        decode_alone(files[i])
-        times["decoding"].append(time.perf_counter() - begin)
+    ways = {
+        "references": lambda i: references[int(ours.images[i])],
+        "v2_wrapper": lambda i: wrapper[int(ours.images[i])],
+        "ours": ours.__getitem__,
+        "decoding": lambda i: decode_alone(files[i]),
+    }
+    times = {name: [] for name in ways}
+    for first in range(0, len(ours), 50):
+        for name, way in ways.items():
+            for i in range(first, min(first + 50, len(ours))):
+                begin = time.perf_counter()
+                way(i)
+                times[name].append(time.perf_counter() - begin)
     return {f"{name}_ms": 1000 * float(np.median(taken)) for name, taken in times.items()}
 
 
@@ -267,7 +277,7 @@ def run_loading(folder: Path, args) -> tuple[dict, dict]:
               f"{megabytes:.0f} MB of JSON", flush=True)  # fmt: skip
         ways = ARMS if size < 4 else ("ours",)
         arms = {way: arm(f"loading:{way}", work) for way in ways}
-        loading[size] = common.by_turns(arms, 1 if args.quick or size > 1 else args.repeats)
+        loading[size] = common.by_turns(arms, 1 if args.quick else args.repeats)
         if size == 1:
             loading[size] |= common.by_turns({WITHOUT: arm(f"loading:{WITHOUT}", work)}, 1)
             workers = common.by_turns({way: arm(f"workers:{way}", work) for way in ARMS}, 1)
