@@ -4,6 +4,7 @@ Format: https://cocodataset.org/#format-data. Required are `images[].id, file_na
 `annotations[].image_id, category_id, bbox` (x, y, width, height in pixels) and `categories[].id`.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -292,17 +293,18 @@ class CocoIndex:
         return self.file_names[image].decode()
 
     def positions_of(self, image_ids: np.ndarray) -> np.ndarray:
-        """int64: where in the index the images with these ids are, -1 for ids that it lacks."""
+        """int32: where in the index the images with these ids are, -1 for ids that it lacks."""
         low, high = self.image_ids.min(), self.image_ids.max()
         if high - low < 16 * len(self) + 2**20:  # a table is ten times as fast as a search
-            table = np.full(high - low + 2, -1)
+            table = np.full(high - low + 2, -1, dtype=np.int32)
             table[self.image_ids - low] = np.arange(len(self))
-            inside = (low <= image_ids) & (image_ids <= high)
-            return table[np.where(inside, image_ids - low, -1)]
+            places = image_ids - low
+            places[(image_ids < low) | (image_ids > high)] = -1
+            return table[places]
         order = np.argsort(self.image_ids, kind="stable")
         ordered = self.image_ids[order]
         found = order[np.searchsorted(ordered, image_ids).clip(max=len(self) - 1)]
-        return np.where(self.image_ids[found] == image_ids, found, -1)
+        return np.where(self.image_ids[found] == image_ids, found, -1).astype(np.int32)
 
     def box_range(self, image: int) -> slice:
         return slice(self.offsets[image], self.offsets[image + 1])
@@ -317,15 +319,15 @@ class CocoIndex:
 
 
 def _argsort(positions: np.ndarray) -> np.ndarray:
-    """Stable, for whole numbers from -1 up: by 16 bits at a time, as NumPy has a radix sort for
-    these, which takes a quarter of the time.
+    """Stable, for whole numbers from -1 to 2**31: each with its row as one number, as NumPy sorts
+    numbers ten times as fast as it finds their order.
     """
-    keys = positions + 1
-    order = np.argsort(keys.astype(np.uint16), kind="stable")
-    for shift in range(16, int(keys.max(initial=0)).bit_length(), 16):
-        digits = (keys >> shift).astype(np.uint16)  # the lowest 16 bits of it
-        order = order.take(np.argsort(digits.take(order), kind="stable"))
-    return order
+    keys = positions.astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(len(keys))
+    keys.sort()
+    keys &= 2**32 - 1
+    return keys
 
 
 # ------------------------------------------------------------------------------ reading the file
@@ -492,6 +494,7 @@ def _in_processes(decode, spans: list, processes: int) -> Iterator[dict[str, np.
     try:
         for first in range(processes):
             pipe, end = context.Pipe(duplex=False)
+            _widen(end)
             pipes.append(pipe)
             task = (decode, spans[first::processes], end, pipes)
             copy = context.Process(target=_send_parts, args=task, daemon=True)
@@ -509,6 +512,14 @@ def _in_processes(decode, spans: list, processes: int) -> Iterator[dict[str, np.
         for copy in copies:
             copy.kill()
             copy.join()
+
+
+def _widen(pipe) -> None:
+    """Room for some ten parts, so that nobody waits for whose turn it is."""
+    import fcntl  # not on Windows
+
+    with contextlib.suppress(OSError):  # a user's pipes may be as wide as they are allowed to be
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, 2**20)
 
 
 def _receive(pipe) -> dict[str, np.ndarray] | Exception:
