@@ -81,9 +81,9 @@ def _look_for(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
     root = os.fsencode(os.path.realpath(index.image_dir))
     missing, outside = np.zeros((2, len(index)), dtype=bool)
     listings = {b"": _listing(root, root)}
-    here = listings[b""]
+    here, _ = listings[b""]
     for i, name in enumerate(index.file_names.tolist()):
-        if here.get(name) is False:
+        if name in here:
             continue
         if _leads_out(name):
             outside[i] = True
@@ -91,10 +91,11 @@ def _look_for(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
         folder, _, base = name.rpartition(b"/")
         if folder not in listings:
             listings[folder] = _listing(os.path.join(root, folder), root)
-        if base not in listings[folder]:
-            missing[i] = True
-        elif listings[folder][base]:
+        inside, suspect = listings[folder]
+        if base in suspect:
             outside[i] = not _inside(os.path.join(root, name), root)
+        elif base not in inside:
+            missing[i] = True
     return missing, outside
 
 
@@ -103,14 +104,17 @@ def _leads_out(name: bytes) -> bool:
     return os.path.isabs(path) or path == b".." or path.startswith(b".." + os.fsencode(os.sep))
 
 
-def _listing(folder: bytes, root: bytes) -> dict[bytes, bool]:
-    """The names in a folder, and whether each may be a way out of `root`."""
+def _listing(folder: bytes, root: bytes) -> tuple[set[bytes], set[bytes]]:
+    """The names in a folder: those that are surely inside `root`, and the others."""
+    inside, suspect = set(), set()
     out = not _inside(folder, root)
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: out or entry.is_symlink() for entry in entries}
+            for entry in entries:
+                (suspect if out or entry.is_symlink() else inside).add(entry.name)
     except OSError:
-        return {}
+        pass
+    return inside, suspect
 
 
 def _inside(path: bytes, root: bytes) -> bool:
