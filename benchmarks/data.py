@@ -114,6 +114,9 @@ def measure_loading(arm: str, work: Path) -> dict:
     with split.annotations.open("rb") as file:  # from now on no way has to wait for the disk
         while file.read(2**24):
             pass
+    # Memory that the process before has just given up is quick to get, until the system, or the
+    # host of a virtual machine, has taken it back: that would favour what needs little.
+    time.sleep(5)
     before = resident()
     begin = time.perf_counter()
     dataset = load(arm, split)
