@@ -123,29 +123,27 @@ def _inside(path: bytes, root: bytes) -> bool:
 
 
 def _annotation_faults(index: CocoIndex) -> Iterable[Fault]:
-    x, y, width, height = index.boxes.T
     named = index.annotation_ids >= 0
-    yield _of_rows(
-        index,
-        "annotations whose id another annotation has",
-        named & _repeated(np.where(named, index.annotation_ids, -1)),
-    )
-    yield _of_rows(
-        index,
-        "annotations whose category_id the file does not define",
-        ~np.isin(index.category_ids, index.categories.ids),
-    )
-    broken = ~(np.isfinite(x) & np.isfinite(y) & np.isfinite(width) & np.isfinite(height))
-    yield _of_rows(index, "annotations with NaN or infinity in their bbox", broken)
-    sides = index.sizes[index.image_of_rows()].T
+    repeated = named & _repeated(np.where(named, index.annotation_ids, -1))
+    unknown = ~np.isin(index.category_ids, index.categories.ids)
+    for kind, wrong in (
+        ("annotations whose id another annotation has", repeated),
+        ("annotations whose category_id the file does not define", unknown),
+    ):
+        yield _of_rows(index, kind, np.flatnonzero(wrong))
+    rows = _not_inside(index)
+    x, y, width, height = index.boxes[rows].T
+    broken = ~np.isfinite(index.boxes[rows]).all(axis=1)
+    yield _of_rows(index, "annotations with NaN or infinity in their bbox", rows[broken])
+    sides = index.sizes[_images_of(index, rows)].T
     beyond = (x >= sides[0]) | (y >= sides[1]) | (x + width <= 0) | (y + height <= 0)
-    outside = beyond & index.usable
-    yield _of_rows(index, "boxes wholly outside their image", outside & ~broken)
+    outside = beyond & index.usable[rows]
+    yield _of_rows(index, "boxes wholly outside their image", rows[outside & ~broken])
     dropped = {"remedy": "They do not train", "fatal": False}
     negative = ((width < 0) | (height < 0)) & ~broken
     flat = ~negative & ((width == 0) | (height == 0)) & ~broken
-    yield _of_rows(index, "boxes of negative width or height", negative, **dropped)
-    yield _of_rows(index, "boxes of zero width or height", flat, **dropped)
+    yield _of_rows(index, "boxes of negative width or height", rows[negative], **dropped)
+    yield _of_rows(index, "boxes of zero width or height", rows[flat], **dropped)
     # Less than this is rounding in the tool that wrote the file.
     slack = 0.01
     over = (np.minimum(x, y) < -slack) | (x + width > sides[0] + slack)
@@ -153,10 +151,19 @@ def _annotation_faults(index: CocoIndex) -> Iterable[Fault]:
     yield _of_rows(
         index,
         "boxes partly outside their image",
-        over & ~outside & ~broken & ~negative & ~flat,
+        rows[over & ~outside & ~broken & ~negative & ~flat],
         remedy="They are cut off at its border",
         fatal=False,
     )
+
+
+def _not_inside(index: CocoIndex) -> np.ndarray:
+    """The rows whose box has no size or is not inside its image: the few to look at closer."""
+    x, y, width, height = index.boxes.T
+    sides = np.repeat(index.sizes, np.diff(index.offsets), axis=0)
+    inside = (x >= 0) & (y >= 0) & (width > 0) & (height > 0)
+    inside &= (x + width <= sides[:, 0]) & (y + height <= sides[:, 1])
+    return np.flatnonzero(~inside)
 
 
 def _repeated(values: np.ndarray) -> np.ndarray:
@@ -172,12 +179,15 @@ def _of_images(index: CocoIndex, kind: str, wrong: np.ndarray, **rest) -> Fault:
     return Fault(kind, found, len(images), **rest)
 
 
-def _of_rows(index: CocoIndex, kind: str, wrong: np.ndarray, **rest) -> Fault:
-    rows = np.flatnonzero(wrong)
-    images = index.image_ids[np.searchsorted(index.offsets, rows[:EXAMPLES], side="right") - 1]
+def _of_rows(index: CocoIndex, kind: str, rows: np.ndarray, **rest) -> Fault:
+    images = index.image_ids[_images_of(index, rows[:EXAMPLES])]
     ids = index.annotation_ids[rows[:EXAMPLES]]
     found = [f"{i} of image {image}" for i, image in zip(ids, images, strict=True)]
     return Fault(kind, found, len(rows), **rest)
+
+
+def _images_of(index: CocoIndex, rows: np.ndarray) -> np.ndarray:
+    return np.searchsorted(index.offsets, rows, side="right") - 1
 
 
 # ------------------------------------------------------------------------------ opening images
