@@ -114,9 +114,6 @@ def measure_loading(arm: str, work: Path) -> dict:
     with split.annotations.open("rb") as file:  # from now on no way has to wait for the disk
         while file.read(2**24):
             pass
-    # Memory that the process before has just given up is quick to get, until the system, or the
-    # host of a virtual machine, has taken it back: that would favour what needs little.
-    time.sleep(5)
     before = resident()
     begin = time.perf_counter()
     dataset = load(arm, split)
@@ -263,9 +260,18 @@ def decode_alone(file: Path) -> None:
 # ---------------------------------------------------------------------------------- the report
 
 
-def arm(kind: str, work: Path):
-    """A measurement in a process of its own, to be called as often as needed."""
-    return lambda: common.in_process(__file__, kind, work, ours="ours" in kind)
+def arm(kind: str, work: Path, pause: float = 0):
+    """A measurement in a process of its own, to be called as often as needed.
+
+    It begins after `pause` seconds: memory that the process before has just given up is quick to
+    get until the host of a virtual machine has taken it back, which favours what needs little.
+    """
+
+    def measure() -> dict:
+        time.sleep(pause)
+        return common.in_process(__file__, kind, work, ours="ours" in kind)
+
+    return measure
 
 
 def run_loading(folder: Path, args) -> tuple[dict, dict]:
@@ -279,10 +285,11 @@ def run_loading(folder: Path, args) -> tuple[dict, dict]:
         print(f"\n{size}x: {size * images:,} images, {size * annotations:,} annotations, "
               f"{megabytes:.0f} MB of JSON", flush=True)  # fmt: skip
         ways = ARMS if size < 4 else ("ours",)
-        arms = {way: arm(f"loading:{way}", work) for way in ways}
+        pause = 0 if args.quick else 5
+        arms = {way: arm(f"loading:{way}", work, pause) for way in ways}
         loading[size] = common.by_turns(arms, 1 if args.quick else args.repeats)
         if size == 1:
-            loading[size] |= common.by_turns({WITHOUT: arm(f"loading:{WITHOUT}", work)}, 1)
+            loading[size] |= common.by_turns({WITHOUT: arm(f"loading:{WITHOUT}", work, pause)}, 1)
             workers = common.by_turns({way: arm(f"workers:{way}", work) for way in ARMS}, 1)
     return loading, workers
 
