@@ -40,6 +40,7 @@ def at_least(kind: type, least: float):
             raise argparse.ArgumentTypeError(f"{text} is below {least}")
         return value
 
+    convert.__name__ = kind.__name__  # argparse says it of what is no number
     return convert
 
 

@@ -61,7 +61,7 @@ def _file_faults(index: CocoIndex) -> Iterable[Fault]:
         outside,
         remedy="Store the pictures in that folder (it may be a link itself)",
     )
-    remedy = f"Put them into {folder}, or take them out of the file"
+    remedy = f"Put them into {folder}, take them out of the file, or go on by --max-bad-images N"
     yield _of_images(index, MISSING, missing, remedy=remedy)
     yield _of_images(
         index,
@@ -207,7 +207,7 @@ class _Opening(Dataset):
         try:
             read_image(self.index.image_dir / self.index.file_name(i), width, height)
         except DataError as error:
-            return i, error.kind, str(error)
+            return i, error.kind, f"image {self.index.image_ids[i]}: {error}"
         return None
 
 

@@ -186,9 +186,10 @@ class Fault(NamedTuple):
     fatal: bool = True  # else the log counts it and training goes on
 
     def __str__(self) -> str:
-        gap = ", " if max(map(len, self.found)) < 80 else "\n    "
+        several = len(self.found) > 1 and max(map(len, self.found)) >= 80
+        begin, gap, end = ["\n    "] * 3 if several else (" ", ", ", ". ")
         more = f" and {self.count - len(self.found)} more" if self.count > len(self.found) else ""
-        return f"{self.count:,} {self.kind}: {gap.join(['', *self.found])[2:]}{more}. {self.remedy}"
+        return f"{self.count:,} {self.kind}:{begin}{gap.join(self.found)}{more}{end}{self.remedy}"
 
 
 class CocoIndex:
@@ -247,7 +248,8 @@ class CocoIndex:
             ids = zip(columns["id"][lost[:20]], image_ids[lost[:20]], strict=True)
             found = [f"{i} of image {image}" for i, image in ids]
             kind = "annotations of images that the file does not list"
-            self.faults.append(Fault(kind, found, len(lost)))
+            remedy = "Mend images with other faults first; then correct these, or take them out"
+            self.faults.append(Fault(kind, found, len(lost), remedy))
         order = _argsort(images)[len(lost) :]
         counts = np.bincount(images + 1, minlength=len(self.image_ids) + 1)
         self.offsets = np.concatenate([[0], np.cumsum(counts[1:])])
@@ -355,7 +357,7 @@ def _read_columns(file: Path) -> tuple[dict[str, dict], list[Fault]]:
         with file.open("rb") as opened:
             content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
-        raise DataError(f"{file} is empty") from None
+        raise DataError(f"{file} is empty: export or copy it again") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     with content:
@@ -554,7 +556,7 @@ def _read_leniently(content: bytes, file: Path) -> tuple[dict[str, dict], list[F
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except ValueError as error:
-        raise DataError(f"{file} is not valid JSON: {error}") from error
+        raise DataError(f"{file} is not valid JSON: {error}. Export or copy it again") from error
     if not isinstance(data, dict):
         raise DataError(
             f"{file} holds a {type(data).__name__} at its top level, not an object with the lists "
@@ -735,8 +737,9 @@ class CocoDetection(Dataset):
             image = read_image(self.index.image_dir / self.index.file_name(i), width, height)
         except DataError as error:
             raise DataError(
-                f"{error}. Mend it or take it out of {self.index.annotation_file}, or go on "
-                "without it by --max-bad-images 1. To find all such images: --check-data"
+                f"{error}. Mend it, or take image {self.index.image_ids[i]} out of "
+                f"{self.index.annotation_file}, or go on without it by --max-bad-images 1. To find "
+                "all such images: --check-data"
             ) from None
         target = self.target(i)
         if seed is not None and self.augmentation is not None:

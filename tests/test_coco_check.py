@@ -152,7 +152,8 @@ def test_every_image_is_opened_and_the_bad_ones_are_named_by_kind(tiny, workers)
         "image files that are too large": 1,
     }
     unread = str(faults["image files that cannot be read"])
-    assert all(f"{n}.png" in unread for n in (0, 1, 5))
+    assert all(f"\n    image {100 + n}: {split.images / str(n)}.png" in unread for n in (0, 1, 5))
+    assert unread.endswith("\n    Mend them, or take them out of the file")
 
 
 def test_files_outside_are_not_opened(tiny, tmp_path):

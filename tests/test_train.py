@@ -558,6 +558,7 @@ def settled(*flags) -> argparse.Namespace:
         ("--device mps", "runs on cuda and cpu only"),
         ("--dataset coco_kp", "invalid choice"),
         ("--batch-size 0", "0 is below 1"),
+        ("--batch-size two", "invalid int value: .two."),
         ("--lr nan", "nan is below 0"),
         ("--unknown", "unrecognized arguments: --unknown"),
     ],
