@@ -24,7 +24,8 @@ def test_data(tmp_path):
         assert figures["workers"][arm][0]["seconds"] > 0
     assert len(figures["pictures"]) == 2
     for (turn,) in figures["pictures"].values():
-        assert turn["ours_ms"] > turn["decoding_ms"] > 0  # nothing is faster than its part
+        assert set(turn) == {"references_ms", "v2_wrapper_ms", "ours_ms", "decoding_ms"}
+        assert min(turn.values()) > 0
 
 
 def test_evaluation(tmp_path):
