@@ -173,8 +173,6 @@ def test_asked_to_stop_all_save_once_and_end_with_75(tiny, tmp_path, to, name):
     steps = list(last_losses(out))
     state = checkpoint.newest(out)[1]
     assert state["step"] == steps[-1]
-    if to not in ("one", "worker"):  # both launchers go on: that takes long enough
-        return
     again = run("bash", *command[1:], "--max-steps", steps[-1] + 2, VIRTUAL_ENV=sys.prefix)
     assert again.returncode == 0, again.stderr
     assert list(last_losses(out)) == list(range(1, steps[-1] + 3))
@@ -346,7 +344,7 @@ def test_in_500_steps_neither_memory_nor_open_files_grow(tiny, tmp_path):
     shutil.rmtree(tiny / "train2017")
     write_part(tiny, "train", [(64, 48), (48, 64)] * 50, [[[2, 4, 4, 30, 20]]] * 100)
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", "--epochs", "5", "-j", "1")
-    flags = (*flags, "--checkpoint-every", "20", "--print-freq", "10", "--lr", "1e-6", "-b", "1")
+    flags = (*flags, "--checkpoint-every", "10", "--print-freq", "10", "--lr", "1e-6", "-b", "1")
     command = (sys.executable, "-c", WATCHED, tmp_path / "log", *SMALL, *flags)
     done = run(*command, PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stderr
@@ -372,7 +370,7 @@ def free_port() -> int:
 def test_two_machines_train_and_one_may_be_killed_and_come_back(tiny, tmp_path):
     """Two agents of torchrun on this machine, with one process each."""
     script = SCRIPTS / "train_fasterrcnn_resnet50_amp_multinode_torch.sh"
-    flags = ("--data-path", tiny, "-b", "1", "--epochs", "4", "--checkpoint-every", "1")
+    flags = ("--data-path", tiny, "-b", "1", "--epochs", "6", "--checkpoint-every", "1")
     port, out, whole = free_port(), tmp_path / "out", tmp_path / "whole"
 
     def machine(rank, *more):
@@ -385,7 +383,7 @@ def test_two_machines_train_and_one_may_be_killed_and_come_back(tiny, tmp_path):
     first, second = machine(0), machine(1)
     speaker, other = (first, second)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (out / "checkpoint_00000006.pth").exists():
+    while time.monotonic() < deadline and not (out / "checkpoint_00000009.pth").exists():
         time.sleep(0.05)
     assert (out / checkpoint.NEWEST).exists(), first.stdout.read()
     second.kill()  # its agent; the process that it started finds itself alone

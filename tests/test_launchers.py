@@ -210,6 +210,14 @@ def test_both_processes_leave_out_the_same_bad_images(tiny, tmp_path):
     assert len(losses(out)) == 3  # six images by twos
 
 
+def test_a_loss_that_is_not_finite_stops_both_processes(tiny, tmp_path):
+    flags = ("--data-path", tiny, "-b", "1", "--lr", "1e30", "--epochs", "2")
+    done = launch(ALL, *flags, "--output-dir", tmp_path / "out", timeout=200)
+    assert done.returncode == 1
+    assert "is not finite: images [10" in done.stderr
+    assert not (tmp_path / "out/checkpoint.pth").exists()
+
+
 def test_the_shapes_are_a_small_coco(tmp_path):
     script = ROOT / "datasets/shapes.py"
     done = run(sys.executable, script, tmp_path / "shapes")
