@@ -321,8 +321,8 @@ class CocoIndex:
 
 
 def _argsort(positions: np.ndarray) -> np.ndarray:
-    """Stable, for whole numbers from -1 to 2**31: each with its row as one number, as NumPy sorts
-    numbers ten times as fast as it finds their order.
+    """Stable, for whole numbers from -1 to 2**31: each with its row as one number, as NumPy is
+    much quicker to sort numbers than to find their order.
     """
     keys = positions.astype(np.int64)
     keys <<= 32
