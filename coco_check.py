@@ -4,6 +4,7 @@
 training; `unreadable_images` opens every picture, which takes minutes for a large data set.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -80,10 +81,12 @@ def _look_for(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
     """
     root = os.fsencode(os.path.realpath(index.image_dir))
     missing, outside = np.zeros((2, len(index)), dtype=bool)
-    listings = {b"": _listing(root, root)}
-    here, _ = listings[b""]
-    for i, name in enumerate(index.file_names.tolist()):
-        if name in here:
+    names, listings = index.file_names.tolist(), {}
+    rest = set(names)
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        rest.difference_update(entry.name for entry in entries if not entry.is_symlink())
+    for i, name in enumerate(names):
+        if name not in rest:
             continue
         if _leads_out(name):
             outside[i] = True

@@ -240,26 +240,23 @@ class CocoIndex:
         self.sizes = sizes.clip(-1, 2**31 - 1).astype(np.int32)
 
     def _keep_annotations(self, columns: dict) -> None:
-        """Empties `columns`, one after the other, as there may be gigabytes of them."""
-        image_ids = columns.pop("image_id")
-        images = self.positions_of(image_ids)
-        lost = np.flatnonzero(images < 0)
-        if len(lost):
-            ids = zip(columns["id"][lost[:20]], image_ids[lost[:20]], strict=True)
-            found = [f"{i} of image {image}" for i, image in ids]
-            kind = "annotations of images that the file does not list"
-            remedy = "Mend images with other faults first; then correct these, or take them out"
-            self.faults.append(Fault(kind, found, len(lost), remedy))
-        order = _argsort(images)[len(lost) :]
-        counts = np.bincount(images + 1, minlength=len(self.image_ids) + 1)
-        self.offsets = np.concatenate([[0], np.cumsum(counts[1:])])
-        self.boxes = columns.pop("bbox").take(order, axis=0)
-        self.areas = columns.pop("area").take(order)
+        """Orders the columns by image, in their own memory, as there may be gigabytes of them."""
+        rows, starts = self._by_image(columns["image_id"])
+        lost, order = starts[0], rows[starts[0] :]
+        if lost:
+            self.faults.append(_lost(rows[:lost], columns))
+        self.offsets = starts - lost
+        spare = columns.pop("image_id")
+        for name, column in columns.items():
+            for values in column.T if column.ndim == 2 else [column]:
+                into = spare.view(values.dtype)[: len(order)]
+                values[: len(order)] = values.take(order, out=into, mode="clip")
+            columns[name] = column[: len(order)]
+        self.boxes, self.areas = columns["bbox"], columns["area"]
         unknown = np.flatnonzero(np.isnan(self.areas))
         self.areas[unknown] = self.boxes[unknown, 2] * self.boxes[unknown, 3]
-        self.annotation_ids = columns.pop("id").take(order)
-        self.category_ids = columns.pop("category_id").take(order)
-        self.iscrowd = columns.pop("iscrowd").take(order) != 0
+        self.annotation_ids, self.category_ids = columns["id"], columns["category_id"]
+        self.iscrowd = columns["iscrowd"]
         self.usable = ~self.iscrowd & (self.boxes[:, 2] > 0) & (self.boxes[:, 3] > 0)
 
     def without(self, images: Sequence[int]) -> "CocoIndex":
@@ -308,6 +305,21 @@ class CocoIndex:
         found = order[np.searchsorted(ordered, image_ids).clip(max=len(self) - 1)]
         return np.where(self.image_ids[found] == image_ids, found, -1).astype(np.int32)
 
+    def _by_image(self, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64: the rows with these image ids by the position of their image, those of unknown
+        images first, and `[I + 1]`: where in this order each image begins, and the end.
+
+        Position and row are sorted as one number: NumPy is much quicker so than to find an order.
+        """
+        keys = np.arange(len(image_ids))
+        for start in range(0, len(keys), 2**18):  # as fresh memory costs more than to look up
+            some = slice(start, start + 2**18)
+            keys[some] |= self.positions_of(image_ids[some]).astype(np.int64) << 32
+        keys.sort()
+        starts = np.searchsorted(keys, np.arange(len(self) + 1) << 32)
+        keys &= 2**32 - 1
+        return keys, starts
+
     def box_range(self, image: int) -> slice:
         return slice(self.offsets[image], self.offsets[image + 1])
 
@@ -320,16 +332,12 @@ class CocoIndex:
         return np.flatnonzero(np.bincount(self.image_of_rows()[self.usable], minlength=len(self)))
 
 
-def _argsort(positions: np.ndarray) -> np.ndarray:
-    """Stable, for whole numbers from -1 to 2**31: each with its row as one number, as NumPy is
-    much quicker to sort numbers than to find their order.
-    """
-    keys = positions.astype(np.int64)
-    keys <<= 32
-    keys |= np.arange(len(keys))
-    keys.sort()
-    keys &= 2**32 - 1
-    return keys
+def _lost(rows: np.ndarray, columns: dict) -> Fault:
+    ids = zip(columns["id"][rows[:20]], columns["image_id"][rows[:20]], strict=True)
+    found = [f"{i} of image {image}" for i, image in ids]
+    kind = "annotations of images that the file does not list"
+    remedy = "Mend images with other faults first; then correct these, or take them out"
+    return Fault(kind, found, len(rows), remedy)
 
 
 # ------------------------------------------------------------------------------ reading the file
@@ -355,7 +363,7 @@ def _read_columns(file: Path) -> tuple[dict[str, dict], list[Fault]]:
     """
     try:
         with file.open("rb") as opened:
-            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     except ValueError:
         raise DataError(f"{file} is empty: export or copy it again") from None
     except OSError as error:
@@ -363,7 +371,7 @@ def _read_columns(file: Path) -> tuple[dict[str, dict], list[Fault]]:
     with content:
         if msgspec is not None:
             try:
-                return _decode(content, file), []
+                return _decode(content), []
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 pass
             except EOFError as error:
@@ -379,7 +387,8 @@ def _columns(rows: list, key: str) -> dict[str, np.ndarray | list]:
     for name, kind, *_ in FIELDS[key]:
         values = map(attrgetter(name), rows)
         if kind is int:
-            columns[name] = np.fromiter(values, np.int64, len(rows))
+            kind = bool if name == "iscrowd" else np.int64
+            columns[name] = np.fromiter(values, kind, len(rows))
         elif name == "bbox":
             values = np.fromiter(chain.from_iterable(values), np.float64, 4 * len(rows))
             columns[name] = values.reshape(-1, 4)
@@ -400,21 +409,24 @@ def _row_type(key: str):
     return list[msgspec.defstruct(key, fields, gc=False)]
 
 
-def _decode(content: mmap.mmap, file: Path) -> dict[str, dict]:
-    """The file by msgspec: first without its annotations, then these in parts, on several cores.
+def _decode(content: mmap.mmap) -> dict[str, dict]:
+    """The file by msgspec: its annotations in parts, on several cores, and the rest meanwhile.
 
     MsgspecError if it is not what `FIELDS` says, or laid out so that no parts can be told.
     """
-    start, stop, columns = _without_annotations(content)
-    decode = partial(_decode_part, msgspec.json.Decoder(_row_type("annotations")), file)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    spans = _spans(content, start, stop)
-    if min(cores, len(spans) // 16) > 1 and sys.platform == "linux":
-        parts = _in_processes(decode, spans, min(cores, 8))
-    else:
-        parts = map(decode, spans)
-    columns["annotations"] = _joined(parts, len(spans))
-    return columns
+    decode = partial(_decode_part, msgspec.json.Decoder(_row_type("annotations")), content)
+    for start, stop in _annotation_lists(content):
+        spans = _spans(content, start, stop)
+        with _decoding(decode, spans) as parts:
+            try:
+                columns = _without(content, start, stop)
+            except msgspec.ValidationError:
+                raise
+            except msgspec.DecodeError:  # the list does not end here
+                continue
+            columns["annotations"] = _joined(parts, len(spans))
+            return columns
+    raise msgspec.DecodeError("no list of annotations was found")
 
 
 def _joined(parts: Iterable[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
@@ -437,22 +449,24 @@ def _joined(parts: Iterable[dict[str, np.ndarray]], count: int) -> dict[str, np.
     return {name: column[:filled] for name, column in columns.items()}
 
 
-def _decode_part(decoder, file: Path, span: tuple[int, int]) -> dict[str, np.ndarray]:
-    start, stop = span
-    with file.open("rb") as opened:  # reading is quicker than the page faults of a mapped file
-        opened.seek(start)
-        rows = b"".join((b"[", opened.read(stop - start), b"]"))
-    return _columns(decoder.decode(rows), "annotations")
-
-
-def _without_annotations(content: mmap.mmap) -> tuple[int, int, dict[str, dict]]:
-    """Where the rows of annotations begin and end, and the columns of the file without them.
-
-    A bracket ends them if the file is still JSON, with all three lists, when all from their
-    beginning to it is cut out. Brackets are tried from the end of the file.
+def _decode_part(decoder, content: mmap.mmap, span: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The rows in a span of the file, copied nowhere: for a moment the bytes around them, which
+    are space or commas, become the brackets of a list (in the memory of this process only).
     """
-    whole = msgspec.defstruct("File", [(key, _row_type(key)) for key in FIELDS])
-    others = (b'"images"', b'"categories"')
+    start, stop = span
+    around = content[start - 1], content[stop]
+    content[start - 1], content[stop] = b"[]"
+    try:
+        with memoryview(content) as view, view[start - 1 : stop + 1] as rows:
+            return _columns(decoder.decode(rows), "annotations")
+    finally:
+        content[start - 1], content[stop] = around
+
+
+def _annotation_lists(content: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Where the rows of annotations begin, and where they may end: the last bracket of the file
+    first. The other two lists have to be in what is left without them.
+    """
     begin = re.search(rb'"annotations"\s*:\s*\[', content)
     stop = len(content)
     for _ in range(1000) if begin else ():
@@ -460,16 +474,28 @@ def _without_annotations(content: mmap.mmap) -> tuple[int, int, dict[str, dict]]
         if stop < 0:
             break
         tail = content[stop:]
+        others = (b'"images"', b'"categories"')
         complete = all(k in tail or content.find(k, 0, begin.end()) >= 0 for k in others)
         if complete and re.match(rb'\]\s*(,\s*"|\}\s*$)', tail):
-            try:
-                both = b"".join((memoryview(content)[: begin.end()], tail))
-                rest = msgspec.json.decode(both, type=whole)
-            except msgspec.MsgspecError:
-                continue
-            columns = {key: _columns(getattr(rest, key), key) for key in FIELDS}
-            return begin.end(), stop, columns
-    raise msgspec.ValidationError("no list of annotations was found")
+            yield begin.end(), stop
+
+
+def _without(content: mmap.mmap, start: int, stop: int) -> dict[str, dict]:
+    """The columns of the file without the annotations between two bytes: for a moment what comes
+    after them stands in their place (in the memory of this process only).
+
+    DecodeError if what is left is not JSON, ValidationError if it is not what `FIELDS` says.
+    """
+    whole = msgspec.defstruct("File", [(key, _row_type(key)) for key in FIELDS])
+    end = start + len(content) - stop
+    there = content[start:end]
+    content[start:end] = content[stop:]
+    try:
+        with memoryview(content) as view, view[:end] as rest:
+            lists = msgspec.json.decode(rest, type=whole)
+    finally:
+        content[start:end] = there
+    return {key: _columns(getattr(lists, key), key) for key in FIELDS}
 
 
 def _spans(content: mmap.mmap, start: int, stop: int) -> list[tuple[int, int]]:
@@ -485,12 +511,23 @@ def _spans(content: mmap.mmap, start: int, stop: int) -> list[tuple[int, int]]:
     return spans or [(stop, stop)]
 
 
-def _in_processes(decode, spans: list, processes: int) -> Iterator[dict[str, np.ndarray]]:
-    """`decode` for each of the spans, in order, by copies of this process.
-
-    Each sends what it has through a pipe of its own; EOFError when one is killed. (A Pool would
-    wait for it for ever, and unpacks in a thread, whose freed memory the main one cannot use.)
+@contextlib.contextmanager
+def _decoding(decode, spans: list) -> Iterator[Iterator[dict[str, np.ndarray]]]:
+    """`decode` for each of the spans, in order: begun here, by copies of this process, where that
+    is worth their start and copies can be had.
     """
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = min(cores, len(spans) // 16, 8)
+    if processes < 2 or sys.platform != "linux":
+        yield map(decode, spans)
+        return
+    with _copies(decode, spans, processes) as pipes:
+        yield _received(pipes, len(spans))
+
+
+@contextlib.contextmanager
+def _copies(decode, spans: list, processes: int) -> Iterator[list]:
+    """Copies of this process, each with its share of the spans and a pipe to send the parts by."""
     context = multiprocessing.get_context("fork")
     copies, pipes = [], []
     try:
@@ -503,17 +540,24 @@ def _in_processes(decode, spans: list, processes: int) -> Iterator[dict[str, np.
             copy.start()
             copies.append(copy)
             end.close()
-        for i in range(len(spans)):
-            part = _receive(pipes[i % processes])
-            if isinstance(part, Exception):
-                raise part
-            yield part
+        yield pipes
     finally:
         for pipe in pipes:
             pipe.close()
         for copy in copies:
             copy.kill()
             copy.join()
+
+
+def _received(pipes: list, count: int) -> Iterator[dict[str, np.ndarray]]:
+    """The parts that copies send, in order; EOFError when one is killed. (A Pool would wait for it
+    for ever, and unpacks in a thread, whose freed memory the main one cannot use.)
+    """
+    for i in range(count):
+        part = _receive(pipes[i % len(pipes)])
+        if isinstance(part, Exception):
+            raise part
+        yield part
 
 
 def _widen(pipe) -> None:

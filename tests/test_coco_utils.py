@@ -211,14 +211,12 @@ def test_a_large_file_is_decoded_by_several_processes(tiny, monkeypatch):
     rewrite(split, grow)
     whole = vars(CocoIndex(split))
     used = []
-    in_processes = coco_utils._in_processes
+    copies = coco_utils._copies
     monkeypatch.setattr(coco_utils, "PART", 500)
     monkeypatch.setattr(coco_utils.os, "cpu_count", lambda: 3)
     monkeypatch.setattr(coco_utils.sys, "platform", "linux")
     monkeypatch.setattr(coco_utils, "_read_leniently", None)
-    monkeypatch.setattr(
-        coco_utils, "_in_processes", lambda *a: used.append(a[2]) or in_processes(*a)
-    )
+    monkeypatch.setattr(coco_utils, "_copies", lambda *a: used.append(a[2]) or copies(*a))
     for name, value in vars(CocoIndex(split)).items():
         assert np.array_equal(value, whole[name]), name
     assert used == [3]
@@ -241,8 +239,8 @@ def die_at(span: tuple[int, int]) -> dict:
 @pytest.mark.parametrize(("decode", "error"), [(raise_at, ValueError), (die_at, EOFError)])
 def test_a_reading_process_that_fails_or_is_killed_ends_all(decode, error):
     spans = [(i, i + 1) for i in range(20)]
-    with pytest.raises(error):
-        list(coco_utils._in_processes(decode, spans, 3))
+    with pytest.raises(error), coco_utils._copies(decode, spans, 3) as pipes:
+        list(coco_utils._received(pipes, len(spans)))
     assert not multiprocessing.active_children()
 
 
@@ -258,13 +256,14 @@ def test_parts_of_any_length_are_joined(lengths):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads in one process elsewhere")
 def test_a_reading_process_killed_within_a_message_is_noticed():
-    parts = coco_utils._in_processes(raise_at, [(i, i + 1) for i in range(5, 25)], 2)
-    next(parts)
-    for copy in multiprocessing.active_children():  # each waits to send more than a pipe holds
-        copy.kill()
-        copy.join()
-    with pytest.raises(EOFError):
-        list(parts)
+    with coco_utils._copies(raise_at, [(i, i + 1) for i in range(5, 25)], 2) as pipes:
+        parts = coco_utils._received(pipes, 20)
+        next(parts)
+        for copy in multiprocessing.active_children():  # each waits to send more than a pipe holds
+            copy.kill()
+            copy.join()
+        with pytest.raises(EOFError):
+            list(parts)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads in one process elsewhere")
@@ -281,12 +280,51 @@ def test_a_killed_reading_process_is_said(tiny, monkeypatch):
         CocoIndex(split_of(tiny))
 
 
-@pytest.mark.parametrize("high", [1, 70_000, 2**31 - 1])
-def test_sorting_with_the_rows_is_stable_sorting(high):
-    positions = np.random.default_rng(0).integers(-1, high, 5000)
-    expected = np.argsort(positions, kind="stable")
-    assert np.array_equal(coco_utils._argsort(positions), expected)
-    assert coco_utils._argsort(positions[:0]).tolist() == []
+@pytest.mark.parametrize("step", [1, 2**40])  # ids close together, and too far apart for a table
+def test_rows_are_put_in_the_order_of_their_images(step):
+    rng = np.random.default_rng(0)
+    index = CocoIndex.__new__(CocoIndex)
+    index.image_ids = rng.permutation(3000)[:1000] * step
+    count = 2**18 + 5000  # more than are looked up at a time
+    column = rng.integers(3000, size=count) * step
+    places = {i: n for n, i in enumerate(index.image_ids.tolist())}
+    positions = np.array([places.get(i, -1) for i in column.tolist()])
+    rows, starts = index._by_image(column)
+    assert np.array_equal(rows, np.argsort(positions, kind="stable"))
+    assert np.array_equal(starts, np.searchsorted(np.sort(positions), np.arange(1001)))
+    assert starts[0] == (positions < 0).sum() > 0
+    rows, starts = index._by_image(column[:0])
+    assert (rows.tolist(), starts.any()) == ([], False)
+
+
+def test_every_column_is_put_in_the_order_of_the_images(tiny):
+    split, rng = split_of(tiny), np.random.default_rng(0)
+    rows = [
+        {"id": n, "image_id": int(rng.integers(98, 108)), "category_id": int(rng.choice([2, 5]))}
+        | {"bbox": rng.random(4).tolist(), "area": float(n % 7), "iscrowd": int(n % 3)}
+        for n in range(500)
+    ]
+    rewrite(split, lambda data: data.update(annotations=rows))
+    index = CocoIndex(split)
+    kept = sorted((r for r in rows if r["image_id"] >= 100), key=lambda r: r["image_id"])
+    lost = [r for r in rows if r["image_id"] < 100]
+    assert index.annotation_ids.tolist() == [r["id"] for r in kept]
+    assert index.category_ids.tolist() == [r["category_id"] for r in kept]
+    assert index.boxes.tolist() == [r["bbox"] for r in kept]
+    assert index.areas.tolist() == [r["area"] for r in kept]
+    assert index.iscrowd.tolist() == [r["iscrowd"] > 0 for r in kept]
+    assert index.image_ids[index.image_of_rows()].tolist() == [r["image_id"] for r in kept]
+    (fault,) = index.faults
+    assert fault.count == len(lost) > 20
+    assert fault.found == [f"{r['id']} of image {r['image_id']}" for r in lost[:20]]
+
+
+def test_what_is_wrong_with_an_image_ends_the_search_for_the_annotations(tiny, monkeypatch):
+    split, tried, without = split_of(tiny), [], coco_utils._without
+    rewrite(split, lambda data: data["images"][-1].update(height=None))
+    monkeypatch.setattr(coco_utils, "_without", lambda *a: tried.append(a) or without(*a))
+    assert str(CocoIndex(split).faults[0]).startswith("1 images without 'height': id 107.")
+    assert len(tried) == 1
 
 
 def test_ids_far_apart_are_found_as_well(tiny):
@@ -322,7 +360,9 @@ def test_numbers_of_other_types_are_read_where_they_fit(tiny):
 def test_no_python_object_is_kept_for_an_annotation(tiny):
     arrays = [v for v in vars(CocoIndex(split_of(tiny))).values() if isinstance(v, np.ndarray)]
     assert len(arrays) == 10
-    assert all(array.dtype != object and array.base is None for array in arrays)
+    for array in arrays:
+        assert array.dtype != object
+        assert array.base is None or array.base.nbytes <= 1.25 * array.nbytes + 8
 
 
 def test_images_can_be_taken_out_as_if_they_had_never_been_listed(tiny):
