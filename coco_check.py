@@ -85,7 +85,7 @@ def _look_for(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
     rest = set(names)
     with contextlib.suppress(OSError), os.scandir(root) as entries:
         rest.difference_update(entry.name for entry in entries if not entry.is_symlink())
-    for i, name in enumerate(names):
+    for i, name in enumerate(names if rest else ()):
         if name not in rest:
             continue
         if _leads_out(name):
