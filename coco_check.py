@@ -250,15 +250,17 @@ def image_faults(unreadable: Sequence[tuple[int, str, str]]) -> list[Fault]:
 # ------------------------------------------------------------------------------------ the report
 
 
-def examine(index: CocoIndex, part: str, workers: int) -> int:
-    """Log what is in a data set and everything wrong with it; return how many kinds are fatal."""
+def examine(index: CocoIndex, part: str, workers: int) -> tuple[list[Fault], list]:
+    """Log what is in a data set and everything wrong with it; return what is fatal, but for the
+    images that cannot be used, and these as from `unreadable_images`.
+    """
     utils.log(f"{part}: {index.annotation_file}\n{report(index)}")
     found, begin = faults(index, missing=False), time.perf_counter()
-    found += image_faults(unreadable_images(index, workers))
+    unreadable = unreadable_images(index, workers)
     utils.log(f"  opened {len(index):,} images in {time.perf_counter() - begin:.1f} s")
-    for fault in found:
+    for fault in (*found, *image_faults(unreadable)):
         utils.log(f"  {'wrong' if fault.fatal else 'note'}: {fault}")
-    return sum(fault.fatal for fault in found)
+    return [fault for fault in found if fault.fatal], unreadable
 
 
 def summary(index: CocoIndex) -> str:

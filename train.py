@@ -170,11 +170,18 @@ def check_data(args: argparse.Namespace) -> None:
     workers = default_workers() if args.workers is None else args.workers
     parts = ("val",) if args.test_only else ("train", "val")
     indexes = {part: read_index(args, part) for part in parts}
-    wrong = sum(coco_check.examine(index, part, workers) for part, index in indexes.items())
+    wrong, bad = [], []
+    for part, index in indexes.items():
+        faults, images = coco_check.examine(index, part, workers)
+        wrong, bad = wrong + faults, bad + images
     known, val = indexes[parts[0]].categories, indexes["val"]
     known.check_contains(val.categories, val.annotation_file)
+    if len(bad) > args.max_bad_images:
+        wrong += coco_check.image_faults(bad)
+    elif bad:
+        utils.log(f"a training with --max-bad-images {args.max_bad_images} leaves out {len(bad)}")
     if wrong:
-        raise coco_utils.DataError(f"{wrong} kinds of faults, listed above, have to be mended")
+        raise coco_utils.DataError(f"kinds of faults to mend, listed above: {len(wrong)}")
     utils.log("nothing here stands in the way of a training")
 
 
@@ -464,6 +471,8 @@ def find_resumed(args: argparse.Namespace) -> tuple[str | None, dict | None]:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, by itself
     if args.resume == "auto" or (restarted and present and not args.test_only):
         found = checkpoint.newest(args.output_dir)
+        if found is None and args.test_only:
+            raise UsageError(f"--resume auto: no checkpoint in {args.output_dir} to evaluate")
         if found is None:
             utils.log(f"--resume auto: no checkpoint in {args.output_dir} yet, a new training")
             return None, None
@@ -471,6 +480,12 @@ def find_resumed(args: argparse.Namespace) -> tuple[str | None, dict | None]:
         for message in passed_over:
             utils.log(f"passed over: {message}")
         return str(path), saved
+    own = args.resume and Path(args.resume).resolve().parent == args.output_dir.resolve()
+    if present and args.test_only and not own:
+        raise UsageError(
+            f"{present[0]} is there from another training, whose detections and report this "
+            "evaluation would write over: choose another --output-dir"
+        )
     if args.resume:
         try:
             saved = checkpoint.load(Path(args.resume))

@@ -7,7 +7,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1000000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
 export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-200000000}
-# Small pages for NumPy: a virtual machine may have to gather the huge ones, seven times as slowly.
+# Small pages for NumPy: a virtual machine may be slow to find huge ones.
 export NUMPY_MADVISE_HUGEPAGE=${NUMPY_MADVISE_HUGEPAGE:-0}
 
 fail() {

@@ -14,6 +14,7 @@ import torchvision
 from conftest import ROOT, SMALL, losses, run, run_train, train, write_part
 from test_coco_utils import rewrite, split_of
 
+import checkpoint
 import coco_eval
 import coco_utils
 import models
@@ -484,7 +485,10 @@ def test_checking_data_names_everything_wrong_and_ends_with_2(tiny, tmp_path):
     assert "wrong: 1 annotations whose category_id the file does not define" in done.stdout
     assert "1001 of image 101" in done.stdout
     assert re.search(r"wrong: 1 image files that cannot be read: .*val2017.1\.png", done.stdout)
-    assert "2 kinds of faults" in done.stderr
+    assert "kinds of faults to mend, listed above: 2" in done.stderr
+    done = train(*flags, "--max-bad-images", "1")
+    assert done.returncode == 2
+    assert "kinds of faults to mend, listed above: 1" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -566,6 +570,28 @@ def settled(*flags) -> argparse.Namespace:
 def test_flags_that_cannot_apply_are_refused_with_a_reason(flags, message):
     with pytest.raises(train_module.UsageError, match=message):
         settled(*flags.split())
+
+
+def test_an_evaluation_writes_over_no_other_training(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        state = dict.fromkeys(("args", "categories", "epoch", "optimizer", "model"), {})
+        checkpoint.save(tmp_path / name, {**state, "step": 3})
+
+    def find(*flags) -> str | None:
+        test = ("--test-only", "--output-dir", tmp_path / "a", *flags)
+        return train_module.find_resumed(train_module.parse_arguments([str(f) for f in test]))[0]
+
+    own = tmp_path / "a/checkpoint.pth"
+    assert find("--resume", own) == str(own)
+    assert find("--resume", "auto").startswith(str(tmp_path / "a"))
+    elsewhere = ("--resume", tmp_path / "b/checkpoint.pth")
+    assert find(*elsewhere, "--output-dir", tmp_path / "c") == str(elsewhere[1])
+    for flags in (elsewhere, ("--weights", "COCO_V1")):
+        with pytest.raises(train_module.UsageError, match=r"a/checkpoint_00000003.pth is there"):
+            find(*flags)
+    with pytest.raises(train_module.UsageError, match=r"no checkpoint in .*c to evaluate"):
+        find("--resume", "auto", "--output-dir", tmp_path / "c")
 
 
 def test_an_evaluator_that_is_not_installed_is_refused(monkeypatch):
