@@ -575,7 +575,7 @@ def test_flags_that_cannot_apply_are_refused_with_a_reason(flags, message):
 def test_an_evaluation_writes_over_no_other_training(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        state = dict.fromkeys(("args", "categories", "epoch", "optimizer", "model"), {})
+        state = {key: {} for key in ("args", "categories", "epoch", "optimizer", "model")}
         checkpoint.save(tmp_path / name, {**state, "step": 3})
 
     def find(*flags) -> str | None:
