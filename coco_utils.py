@@ -311,12 +311,12 @@ class CocoIndex:
 
         Position and row are sorted as one number: NumPy is much quicker so than to find an order.
         """
-        keys = np.arange(len(image_ids))
+        keys = np.arange(len(image_ids), dtype=np.int64)
         for start in range(0, len(keys), 2**18):  # as fresh memory costs more than to look up
             some = slice(start, start + 2**18)
             keys[some] |= self.positions_of(image_ids[some]).astype(np.int64) << 32
         keys.sort()
-        starts = np.searchsorted(keys, np.arange(len(self) + 1) << 32)
+        starts = np.searchsorted(keys, np.arange(len(self) + 1, dtype=np.int64) << 32)
         keys &= 2**32 - 1
         return keys, starts
 
@@ -468,13 +468,13 @@ def _annotation_lists(content: mmap.mmap) -> Iterator[tuple[int, int]]:
     first. The other two lists have to be in what is left without them.
     """
     begin = re.search(rb'"annotations"\s*:\s*\[', content)
+    others = (b'"images"', b'"categories"')
     stop = len(content)
     for _ in range(1000) if begin else ():
         stop = content.rfind(b"]", begin.end(), stop)
         if stop < 0:
             break
         tail = content[stop:]
-        others = (b'"images"', b'"categories"')
         complete = all(k in tail or content.find(k, 0, begin.end()) >= 0 for k in others)
         if complete and re.match(rb'\]\s*(,\s*"|\}\s*$)', tail):
             yield begin.end(), stop

@@ -498,6 +498,9 @@ def test_a_few_bad_images_may_be_left_out(tiny, tmp_path):
     (split_of(tiny, "val").images / "2.png").unlink()
     message = refused(*flags, "--max-bad-images", "1")
     assert all(f"{name}.png cannot be read" in message for name in ("train2017/3", "val2017/2"))
+    checked = train(*flags, "--max-bad-images", "2", "--check-data")
+    assert checked.returncode == 0, checked.stderr
+    assert "a training with --max-bad-images 2 leaves out 2" in checked.stdout
     done = train(*flags, "--max-bad-images", "2")
     assert done.returncode == 0, done.stderr
     assert re.search(r"train: left out: .*3\.png cannot be read", done.stdout)
