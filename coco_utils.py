@@ -417,6 +417,10 @@ def _decode(content: mmap.mmap) -> dict[str, dict]:
     decode = partial(_decode_part, msgspec.json.Decoder(_row_type("annotations")), content)
     for start, stop in _annotation_lists(content):
         spans = _spans(content, start, stop)
+        try:
+            decode(spans[-1])
+        except msgspec.MsgspecError:  # the end of another list, such as licenses
+            continue
         with _decoding(decode, spans) as parts:
             try:
                 columns = _without(content, start, stop)
@@ -649,7 +653,7 @@ def _converted(value: object, name: str, kind: type):
     whole = kind is int
     try:
         if name == "bbox":
-            x, y, width, height = map(float, value)
+            x, y, width, height = map(float, value if isinstance(value, list) else ())
             return x, y, width, height
         number = float(value)
         if not whole:

@@ -94,6 +94,18 @@ def table(header: list[str], rows: list[list]) -> None:
         print("| " + " | ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)) + " |")
 
 
+def status(field: str, process: str = "self") -> float | None:
+    """MiB of a field of /proc/PID/status or smaps_rollup; None where there is no /proc."""
+    for name in ("status", "smaps_rollup"):
+        file = Path(f"/proc/{process}/{name}")
+        if not file.exists():
+            return None
+        for line in file.read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 1024
+    return None
+
+
 def machine() -> dict:
     """What a figure depends on."""
     from importlib.metadata import PackageNotFoundError, version

@@ -33,24 +33,12 @@ WITHOUT = "ours without msgspec"
 WORKERS = 2
 
 
-def status(field: str, process: str = "self") -> float | None:
-    """MiB of a field of /proc/PID/status or smaps_rollup; None where there is no /proc."""
-    for name in ("status", "smaps_rollup"):
-        file = Path(f"/proc/{process}/{name}")
-        if not file.exists():
-            return None
-        for line in file.read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) / 1024
-    return None
-
-
 def resident() -> float | None:
     """What this process holds after giving back what it can, in MiB."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
-    return status("VmRSS")
+    return common.status("VmRSS")
 
 
 # -------------------------------------------------------------------------------- the two ways
@@ -121,7 +109,7 @@ def measure_loading(arm: str, work: Path) -> dict:
     batches = iter(loader_of(arm, dataset))
     next(batches)
     seconds = time.perf_counter() - begin
-    peak = status("VmHWM")
+    peak = common.status("VmHWM")
     del batches
     after = resident()
     memory = {"resident_mib": after - before, "peak_mib": peak - before} if before else {}
@@ -155,7 +143,9 @@ def measure_workers(arm: str, work: Path) -> dict:
     for step, _ in enumerate(batches, start=1):
         if step in (1 + steps // 20, steps // 2, steps - 5):
             workers = [str(worker.pid) for worker in batches._workers]
-            figures.append(sum(status("Private_Dirty", pid) or 0 for pid in workers) / WORKERS)
+            figures.append(
+                sum(common.status("Private_Dirty", pid) or 0 for pid in workers) / WORKERS
+            )
     early, middle, late = figures
     return {
         "worker_mib_early": early,

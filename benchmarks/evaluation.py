@@ -134,7 +134,7 @@ def score_ours(index, outputs: list[dict], evaluator: str) -> list[float] | None
 
 
 def measure(way: str, file: Path) -> dict:
-    """Seconds from the outputs to the twelve numbers, and these."""
+    """Seconds from the outputs to the twelve numbers, these, and what memory that took, in MiB."""
     import coco_utils
 
     index = coco_utils.CocoIndex(coco_utils.Split(file, file.parent))
@@ -148,11 +148,11 @@ def measure(way: str, file: Path) -> dict:
             evaluator = "pycocotools" if way == "ours, pycocotools" else "faster-coco-eval"
             steps = score_ours(index, outputs, evaluator)
         next(steps)  # what is not measured: reading the truth, meeting the other process
-        begin = time.perf_counter()
+        held, begin = common.status("VmRSS"), time.perf_counter()
         numbers = next(steps)
-        seconds = time.perf_counter() - begin
+        seconds, peak = time.perf_counter() - begin, common.status("VmHWM")
         next(steps, None)
-    return {"seconds": seconds, "numbers": numbers}
+    return {"seconds": seconds, "peak_mib": peak and peak - held, "numbers": numbers}
 
 
 def main() -> None:
@@ -185,9 +185,12 @@ def main() -> None:
             numbers = [turn["numbers"] for way in ways for turn in turns[way]]
             same = "yes" if all(each == numbers[0] for each in numbers) else "NO"
             ratios = [slow and slow / seconds[3] for slow in seconds[:2]]
-            rows.append([f"{size * images:,}", *seconds, *ratios, same if len(ways) > 1 else None])
+            memory = [common.median(turns.get(way, []), "peak_mib") for way in WAYS[1::2]]
+            same = same if len(ways) > 1 else None
+            rows.append([f"{size * images:,}", *seconds, *ratios, *memory, same])
     print()
     header = ["images", *(f"{way}, s" for way in WAYS), "per image / ours", "at once / ours"]
+    header += [f"{way}, MiB at the peak" for way in WAYS[1::2]]
     common.table([*header, "twelve numbers identical"], rows)
     common.save(args.json, found=found)
 

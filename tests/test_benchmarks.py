@@ -36,6 +36,8 @@ def test_evaluation(tmp_path):
     numbers = [turn["numbers"] for way in turns.values() for turn in way]
     assert 0 < numbers[0][0] < 1
     assert all(each == numbers[0] for each in numbers)
+    if sys.platform == "linux":
+        assert all(turn["peak_mib"] > 0 for way in turns.values() for turn in way)
     assert printed.splitlines()[-3].rstrip(" |").endswith("yes")
 
 

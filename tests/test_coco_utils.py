@@ -201,6 +201,23 @@ def test_lists_may_come_in_any_order_and_format(tiny, order, indent, monkeypatch
             assert np.array_equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("after", ["licenses", "categories licenses", "licenses videos info"])
+def test_other_lists_after_the_annotations_cost_no_speed(tiny, after, monkeypatch):
+    split = split_of(tiny)
+    expected = CocoIndex(split)
+    data = json.loads(split.annotations.read_text())
+    others = {"licenses": [{"id": 1}], "videos": [{"id": n} for n in range(9)], "info": {"a": [1]}}
+    order = ["images", "categories", "annotations", *after.split()]
+    order = [key for n, key in enumerate(order) if key not in order[n + 1 :]]
+    split.annotations.write_text(json.dumps({key: {**data, **others}[key] for key in order}))
+    monkeypatch.setattr(coco_utils, "_read_leniently", None)
+    for part in (100, 2**20):
+        monkeypatch.setattr(coco_utils, "PART", part)
+        index = CocoIndex(split)
+        assert index.fingerprint() == expected.fingerprint()
+        assert index.faults == []
+
+
 def test_a_large_file_is_decoded_by_several_processes(tiny, monkeypatch):
     split = split_of(tiny)
 
@@ -270,7 +287,12 @@ def test_a_reading_process_killed_within_a_message_is_noticed():
 def test_a_killed_reading_process_is_said(tiny, monkeypatch):
     monkeypatch.setattr(coco_utils, "PART", 30)
     monkeypatch.setattr(coco_utils.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(coco_utils, "_decode_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    here, decode = os.getpid(), coco_utils._decode_part
+
+    def die_elsewhere(*args):
+        return decode(*args) if os.getpid() == here else os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(coco_utils, "_decode_part", die_elsewhere)
 
     def grow(data):
         data["annotations"] = data["annotations"] * 10
