@@ -265,15 +265,15 @@ def examine(index: CocoIndex, part: str, workers: int) -> tuple[list[Fault], lis
 
 def summary(index: CocoIndex) -> str:
     """One line for the log: what there is, and what of it does not train."""
-    sizeless = np.count_nonzero(~index.usable & ~index.iscrowd)
-    parts = [
-        f"{len(index):,} images",
-        f"{len(index.boxes):,} boxes in {len(index.categories.ids)} categories",
-        f"{len(index) - len(index.images_with_boxes()):,} images without a usable box",
-        f"{np.count_nonzero(index.iscrowd):,} crowd boxes",
-        f"{sizeless:,} boxes without a size",
-    ]
-    return ", ".join(parts[:2] + [part for part in parts[2:] if not part.startswith("0 ")])
+    sizeless = ~index.usable & ~index.iscrowd
+    rest = {
+        "images without a usable box": len(index) - len(index.images_with_boxes()),
+        "crowd boxes": np.count_nonzero(index.iscrowd),
+        "boxes without a size": np.count_nonzero(sizeless),
+    }
+    categories = f"{len(index.boxes):,} boxes in {len(index.categories.ids)} categories"
+    notable = [f"{name}: {count:,}" for name, count in rest.items() if count]
+    return ", ".join([f"{len(index):,} images", categories, *notable])
 
 
 def report(index: CocoIndex) -> str:

@@ -189,7 +189,7 @@ class Fault(NamedTuple):
         several = len(self.found) > 1 and max(map(len, self.found)) >= 80
         begin, gap, end = ["\n    "] * 3 if several else (" ", ", ", ". ")
         more = f" and {self.count - len(self.found)} more" if self.count > len(self.found) else ""
-        return f"{self.count:,} {self.kind}:{begin}{gap.join(self.found)}{more}{end}{self.remedy}"
+        return f"{self.kind} ({self.count:,}):{begin}{gap.join(self.found)}{more}{end}{self.remedy}"
 
 
 class CocoIndex:

@@ -95,7 +95,7 @@ def test_boxes_that_are_dropped_or_cut_are_counted_by_kind(tiny):
         "boxes partly outside their image": ["1001 of image 101"],
     }
     assert index.usable[:4].tolist() == [False, False, True, True]
-    assert "2 boxes without a size" in coco_check.summary(index)
+    assert "boxes without a size: 2" in coco_check.summary(index)
 
 
 def test_two_images_of_one_file_are_noted(tiny):
@@ -113,7 +113,7 @@ def test_more_than_twenty_are_counted(tmp_path):
     (fault,) = coco_check.faults(index)
     assert fault.count == 30
     assert len(fault.found) == 20
-    assert re.search(r"^30 annotations .* and 10 more\.", str(fault))
+    assert re.search(r"^annotations .* \(30\): .* and 10 more\.", str(fault))
 
 
 def test_links_may_stay_inside_the_folder_but_not_lead_out(tiny, tmp_path):
@@ -175,7 +175,7 @@ def test_the_report_counts_what_is_there(tiny):
     rewrite(split, change)
     report = coco_check.report(CocoIndex(split))
     for line in (
-        "8 images, 12 boxes in 3 categories, 1 images without a usable box, 1 crowd boxes",
+        "8 images, 12 boxes in 3 categories, images without a usable box: 1, crowd boxes: 1",
         "image sizes: 48 x 64 (4), 64 x 48 (4)",
         "box sizes: 10 small (area under 32 x 32), 0 medium, 1 large",
     ):

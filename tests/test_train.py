@@ -482,9 +482,9 @@ def test_checking_data_names_everything_wrong_and_ends_with_2(tiny, tmp_path):
     break_both_parts(tiny)
     done = train(*flags)
     assert done.returncode == 2
-    assert "wrong: 1 annotations whose category_id the file does not define" in done.stdout
+    assert "wrong: annotations whose category_id the file does not define (1)" in done.stdout
     assert "1001 of image 101" in done.stdout
-    assert re.search(r"wrong: 1 image files that cannot be read: .*val2017.1\.png", done.stdout)
+    assert re.search(r"wrong: image files that cannot be read \(1\): .*val2017.1\.png", done.stdout)
     assert "kinds of faults to mend, listed above: 2" in done.stderr
     done = train(*flags, "--max-bad-images", "1")
     assert done.returncode == 2
@@ -649,5 +649,5 @@ def test_real_pictures_train_from_the_first_step(tmp_path):
         *("--val-images", BCCD / "train2017", "-j", os.cpu_count() or 1),
     )
     assert done.returncode == 0, done.stderr
-    assert "292 images, 3,943 boxes in 3 categories, 2 boxes without a size" in done.stdout
+    assert "292 images, 3,943 boxes in 3 categories, boxes without a size: 2" in done.stdout
     assert len(losses(tmp_path)) == 2
