@@ -67,8 +67,17 @@ def by_turns(arms: dict, repeats: int) -> dict[str, list[dict]]:
         for name, arm in arms.items():
             figures[name].append(arm())
             shown = ", ".join(f"{k} {_short(v)}" for k, v in figures[name][-1].items())
-            print(f"  {turn + 1}/{repeats}  {name}: {shown}", flush=True)
+            told = name if isinstance(name, str) else f"{name[0]}x, {name[1]}"
+            print(f"  {turn + 1}/{repeats}  {told}: {shown}", flush=True)
     return figures
+
+
+def by_size(figures: dict[tuple[int, str], list[dict]]) -> dict[int, dict[str, list[dict]]]:
+    """The figures of arms that are named (size, way), by size and then by way."""
+    sorted_out = {}
+    for (size, way), turns in figures.items():
+        sorted_out.setdefault(size, {})[way] = turns
+    return dict(sorted(sorted_out.items()))
 
 
 def median(figures: list[dict], key: str) -> float | None:

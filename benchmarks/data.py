@@ -265,22 +265,28 @@ def arm(kind: str, work: Path, pause: float = 0):
 
 
 def run_loading(folder: Path, args) -> tuple[dict, dict]:
-    """Figures of `measure_loading` by size and way, and of `measure_workers` by way."""
+    """Figures of `measure_loading` by size and way, and of `measure_workers` by way.
+
+    All sizes take turns, too, so that a machine that becomes slower does not look like growth.
+    """
     images, annotations = (400, 3000) if args.quick else synthetic.TRAIN
-    loading, workers = {}, {}
-    for size in [1] if args.quick else args.sizes:
+    sizes, pause = ([1], 0) if args.quick else (args.sizes, 5)
+    for size in sizes:
         work = folder / f"{size}x"
         synthetic.make_coco(work, size * images, size * annotations)
         megabytes = (work / "instances.json").stat().st_size / 1e6
-        print(f"\n{size}x: {size * images:,} images, {size * annotations:,} annotations, "
+        print(f"{size}x: {size * images:,} images, {size * annotations:,} annotations, "
               f"{megabytes:.0f} MB of JSON", flush=True)  # fmt: skip
-        ways = ARMS if size < 4 else ("ours",)
-        pause = 0 if args.quick else 5
-        arms = {way: arm(f"loading:{way}", work, pause) for way in ways}
-        loading[size] = common.by_turns(arms, 1 if args.quick else args.repeats)
-        if size == 1:
-            loading[size] |= common.by_turns({WITHOUT: arm(f"loading:{WITHOUT}", work, pause)}, 1)
-            workers = common.by_turns({way: arm(f"workers:{way}", work) for way in ARMS}, 1)
+    arms = {
+        (size, way): arm(f"loading:{way}", folder / f"{size}x", pause)
+        for way in ARMS
+        for size in sizes
+        if way == "ours" or size < 4
+    }
+    loading = common.by_size(common.by_turns(arms, 1 if args.quick else args.repeats))
+    work = folder / f"{sizes[0]}x"
+    loading[sizes[0]] |= common.by_turns({WITHOUT: arm(f"loading:{WITHOUT}", work, pause)}, 1)
+    workers = common.by_turns({way: arm(f"workers:{way}", work) for way in ARMS}, 1)
     return loading, workers
 
 

@@ -165,34 +165,40 @@ def main() -> None:
         if int(os.environ["RANK"]) == 0:
             print(json.dumps(figures))
         return
-    images, boxes = (50, 400) if args.quick else synthetic.VAL
-    found, rows = {}, []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        for size in [1] if args.quick else args.sizes:
-            print(f"\n{size * images:,} images, {size * images * EACH:,} detections", flush=True)
-            file = Path(folder) / f"{size}.json"
-            synthetic.make_annotations(file, size * images, size * boxes)
-            ways = WAYS if size == 1 else WAYS[3:]
-            arms = {
-                way: lambda way=way, file=file: common.in_process(
-                    __file__, way, file, processes=2 if way in WAYS[2:] else 1, ours=way in WAYS[2:]
-                )
-                for way in ways
-            }
-            turns = common.by_turns(arms, 1 if args.quick else args.repeats)
-            found[size] = turns
-            seconds = [common.median(turns.get(way, []), "seconds") for way in WAYS]
-            numbers = [turn["numbers"] for way in ways for turn in turns[way]]
-            same = "yes" if all(each == numbers[0] for each in numbers) else "NO"
-            ratios = [slow and slow / seconds[3] for slow in seconds[:2]]
-            memory = [common.median(turns.get(way, []), "peak_mib") for way in WAYS[1::2]]
-            same = same if len(ways) > 1 else None
-            rows.append([f"{size * images:,}", *seconds, *ratios, *memory, same])
+        found = run_ways(Path(folder), args)
     print()
-    header = ["images", *(f"{way}, s" for way in WAYS), "per image / ours", "at once / ours"]
+    report(found)
+    common.save(args.json, found=found)
+
+
+def run_ways(folder: Path, args) -> dict[int, dict]:
+    """Figures of `measure` by size and way. All sizes take turns, as all ways do."""
+    images, boxes = (50, 400) if args.quick else synthetic.VAL
+    arms = {}
+    for size in [1] if args.quick else args.sizes:
+        print(f"{size}x: {size * images:,} images, {size * images * EACH:,} detections", flush=True)
+        file = folder / f"{size}.json"
+        synthetic.make_annotations(file, size * images, size * boxes)
+        for way in WAYS if size == 1 else WAYS[3:]:
+            arms[size, way] = lambda way=way, file=file: common.in_process(
+                __file__, way, file, processes=2 if way in WAYS[2:] else 1, ours=way in WAYS[2:]
+            )
+    return common.by_size(common.by_turns(arms, 1 if args.quick else args.repeats))
+
+
+def report(found: dict[int, dict]) -> None:
+    rows = []
+    for size, turns in found.items():
+        seconds = [common.median(turns.get(way, []), "seconds") for way in WAYS]
+        ratios = [slow and slow / seconds[3] for slow in seconds[:2]]
+        memory = [common.median(turns.get(way, []), "peak_mib") for way in WAYS[1::2]]
+        numbers = [turn["numbers"] for figures in turns.values() for turn in figures]
+        same = "yes" if all(each == numbers[0] for each in numbers) else "NO"
+        rows.append([f"{size}x", *seconds, *ratios, *memory, same if len(turns) > 1 else None])
+    header = ["size", *(f"{way}, s" for way in WAYS), "per image / ours", "at once / ours"]
     header += [f"{way}, MiB at the peak" for way in WAYS[1::2]]
     common.table([*header, "twelve numbers identical"], rows)
-    common.save(args.json, found=found)
 
 
 if __name__ == "__main__":

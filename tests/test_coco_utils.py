@@ -410,7 +410,10 @@ def test_images_can_be_taken_out_as_if_they_had_never_been_listed(tiny):
         (lambda data: data.update(categories=[]), "has no categories"),
         (lambda data: data.pop("categories"), "has no list 'categories'"),
         (lambda data: data.update(images=[], annotations=[]), "lists no images"),
-        (lambda data: [row.pop("width") for row in data["images"]], r"images without 'width' \(8\)"),
+        (
+            lambda data: [row.pop("width") for row in data["images"]],
+            r"images without 'width' \(8\)",
+        ),
         (
             lambda data: [row.update(file_name="\ud800") for row in data["images"]],
             r"images whose 'file_name' is not a text \(8\)",
