@@ -108,8 +108,15 @@ def load_data(args: argparse.Namespace, indexes: dict, pinned: bool, saved: dict
 
 
 def training_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.ndarray:
-    """The positions of the images to train on; raises PlanError if they fill no batch."""
+    """The positions of the images to train on; raises DataError where no box is usable, PlanError
+    if they fill no batch.
+    """
     images = np.arange(len(index)) if args.keep_empty else index.images_with_boxes()
+    if not len(images):
+        raise coco_utils.DataError(
+            f"{index.annotation_file} has no box that can be trained on (crowds and boxes without a "
+            "size cannot): export it again, with its annotations"
+        )
     share = args.batch_size * args.accumulate_steps
     samplers.check_enough(len(images), share, utils.world_size())
     return images
@@ -164,7 +171,9 @@ def drop_bad_images(
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Report on the data, every image opened; raise DataError if it cannot be trained on."""
+    """Report on the data, every image opened; raise DataError or PlanError if it cannot be trained
+    on.
+    """
     if utils.rank() != 0:
         return
     workers = default_workers() if args.workers is None else args.workers
@@ -182,6 +191,8 @@ def check_data(args: argparse.Namespace) -> None:
         utils.log(f"a training with --max-bad-images {args.max_bad_images} leaves out {len(bad)}")
     if wrong:
         raise coco_utils.DataError(f"kinds of faults to mend, listed above: {len(wrong)}")
+    if not args.test_only:
+        training_images(args, indexes["train"])
     utils.log("nothing here stands in the way of a training")
 
 

@@ -492,6 +492,15 @@ def test_checking_data_names_everything_wrong_and_ends_with_2(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_checking_data_without_boxes_to_train_on_ends_with_2(tiny):
+    flags = ("--data-path", tiny, "--check-data")
+    rewrite(split_of(tiny), lambda data: data.update(annotations=[]))
+    for message in (refused(*flags), refused(*flags[:2])):
+        assert "instances_train2017.json has no box that can be trained on" in message
+    assert train(*flags, "--keep-empty").returncode == 0
+    assert train(*flags, "--test-only").returncode == 0
+
+
 def test_a_few_bad_images_may_be_left_out(tiny, tmp_path):
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out")
     (split_of(tiny).images / "3.png").write_bytes(b"no picture")
