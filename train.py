@@ -114,8 +114,8 @@ def training_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np
     images = np.arange(len(index)) if args.keep_empty else index.images_with_boxes()
     if not len(images):
         raise coco_utils.DataError(
-            f"{index.annotation_file} has no box that can be trained on (crowds and boxes without a "
-            "size cannot): export it again, with its annotations"
+            f"{index.annotation_file} has no box that can be trained on (crowds and boxes without "
+            "a size cannot): export it again, with its annotations"
         )
     share = args.batch_size * args.accumulate_steps
     samplers.check_enough(len(images), share, utils.world_size())
