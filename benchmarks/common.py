@@ -120,12 +120,12 @@ def machine() -> dict:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "pillow", "pycocotools", "msgspec"):
-        versions[name] = version(name)
-    try:
-        versions["faster-coco-eval"] = version("faster-coco-eval")
-    except PackageNotFoundError:
-        versions["faster-coco-eval"] = None
+    packages = ("torch", "torchvision", "numpy", "pillow", "pycocotools")
+    for name in (*packages, "msgspec", "faster-coco-eval"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # the last two are optional
+            versions[name] = None
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -161,6 +161,7 @@ def test_any_decoder_gives_the_same_index(tiny, decoder, monkeypatch):
     if decoder == "python":
         monkeypatch.setattr(coco_utils, "msgspec", None)
     else:
+        pytest.importorskip("msgspec")
         monkeypatch.setattr(coco_utils, "_read_leniently", None)
     index = CocoIndex(split)
     assert index.image_ids[:2].tolist() == [2**53, 101]
@@ -203,6 +204,7 @@ def test_lists_may_come_in_any_order_and_format(tiny, order, indent, monkeypatch
 
 @pytest.mark.parametrize("after", ["licenses", "categories licenses", "licenses videos info"])
 def test_other_lists_after_the_annotations_cost_no_speed(tiny, after, monkeypatch):
+    pytest.importorskip("msgspec")
     split = split_of(tiny)
     expected = CocoIndex(split)
     data = json.loads(split.annotations.read_text())
@@ -219,6 +221,7 @@ def test_other_lists_after_the_annotations_cost_no_speed(tiny, after, monkeypatc
 
 
 def test_a_large_file_is_decoded_by_several_processes(tiny, monkeypatch):
+    pytest.importorskip("msgspec")
     split = split_of(tiny)
 
     def grow(data):
@@ -242,7 +245,7 @@ def test_a_large_file_is_decoded_by_several_processes(tiny, monkeypatch):
 
 def raise_at(span: tuple[int, int]) -> dict:
     if span == (3, 4):
-        raise coco_utils.msgspec.ValidationError("no number")
+        raise ValueError("no number")
     return {"a": np.zeros(100_000)}
 
 
@@ -285,6 +288,7 @@ def test_a_reading_process_killed_within_a_message_is_noticed():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads in one process elsewhere")
 def test_a_killed_reading_process_is_said(tiny, monkeypatch):
+    pytest.importorskip("msgspec")
     monkeypatch.setattr(coco_utils, "PART", 30)
     monkeypatch.setattr(coco_utils.os, "cpu_count", lambda: 2)
     here, decode = os.getpid(), coco_utils._decode_part
@@ -342,6 +346,7 @@ def test_every_column_is_put_in_the_order_of_the_images(tiny):
 
 
 def test_what_is_wrong_with_an_image_ends_the_search_for_the_annotations(tiny, monkeypatch):
+    pytest.importorskip("msgspec")
     split, tried, without = split_of(tiny), [], coco_utils._without
     rewrite(split, lambda data: data["images"][-1].update(height=None))
     monkeypatch.setattr(coco_utils, "_without", lambda *a: tried.append(a) or without(*a))
