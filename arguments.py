@@ -10,42 +10,17 @@ import coco_eval
 import models
 import transforms
 import utils
+from internals.command_line import (
+    ArgumentParser,
+    fraction,
+    int_at_least_2,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+)
+from internals.errors import UserError
 
 ROOT = Path(__file__).resolve().parent
-
-
-class UsageError(ValueError):
-    """Flags that contradict each other or what is there."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
-
-
-def decay(text: str) -> float:
-    """An argparse type: a number between 0 and 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def at_least(kind: type, least: float):
-    """An argparse type: a number that is not below `least`."""
-
-    def convert(text: str):
-        value = kind(text)
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse says it of what is no number
-    return convert
-
-
-count, natural, several = at_least(int, 1), at_least(int, 0), at_least(int, 2)
-positive = at_least(float, 0.0)
 
 
 # fmt: off
@@ -61,7 +36,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{part}-annotations", type=Path, metavar="FILE",
             help="annotation file elsewhere")
         add(f"--{part}-images", type=Path, metavar="FOLDER", help="its images")
-    add("--overfit", type=count, metavar="N",
+    add("--overfit", type=positive_int, metavar="N",
         help="train and evaluate on the first N training images with boxes: what cannot learn "
         "these by heart has a fault")
     add("--keep-empty", action="store_true", help="train on images without a usable box, too")
@@ -73,14 +48,14 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--aspect-ratio-group-factor", type=int, default=3, metavar="K",
         help="fill batches with images of similar shape, out of 2K+2 groups of width / height; "
         "0: upright or wide, -1: any (default: %(default)s)")
-    add("-b", "--batch-size", type=count, default=2, metavar="N",
+    add("-b", "--batch-size", type=positive_int, default=2, metavar="N",
         help="images that go through the model at once on each device: a step, but for "
         "--accumulate-steps (default: %(default)s)")
-    add("-j", "--workers", type=natural, metavar="N",
+    add("-j", "--workers", type=non_negative_int, metavar="N",
         help="loading processes for each device (default: 4, or the number of cores for each)")
     add("--check-data", action="store_true",
         help="open every image, report what is in the data and all that is wrong with it, and end")
-    add("--max-bad-images", type=natural, default=0, metavar="N",
+    add("--max-bad-images", type=non_negative_int, default=0, metavar="N",
         help="open every image first and go on without those that cannot be used, if they are not "
         "more than N (default: do not look; the first bad one ends the run)")
 
@@ -96,18 +71,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--weights-backbone", metavar="NAME|FILE|none",
         help="start from an ImageNet backbone; none: from random weights, training all layers and "
         "norms (default: IMAGENET1K_V1, or IMAGENET1K_FEATURES for ssd300_vgg16)")
-    add("--trainable-backbone-layers", type=natural, metavar="N",
+    add("--trainable-backbone-layers", type=non_negative_int, metavar="N",
         help="train the last N layers of a pretrained backbone, of 5 in a ResNet or VGG and 6 in a "
         "MobileNet (default: 3; of ssd300_vgg16 4, of the ssdlite all)")
     add("--freeze-backbone", action="store_true",
         help="train only what comes after the pretrained backbone, its feature pyramid included")
-    add("--min-size", type=count, metavar="PIXELS",
+    add("--min-size", type=positive_int, metavar="PIXELS",
         help="shortest side that images are resized to (default: the model's own, most often 800)")
-    add("--max-size", type=count, metavar="PIXELS",
+    add("--max-size", type=positive_int, metavar="PIXELS",
         help="bound of the longest side (default: 1333 at 800, in proportion at others)")
-    add("--fixed-size", type=count, nargs=2, metavar=("H", "W"),
+    add("--fixed-size", type=positive_int, nargs=2, metavar=("H", "W"),
         help="stretch every image to this size, so that all steps are alike: for benchmarks")
-    add("--rpn-score-thresh", type=positive, metavar="SCORE",
+    add("--rpn-score-thresh", type=non_negative_float, metavar="SCORE",
         help="drop proposals below this objectness, 0 to 1 (default: the model's own)")
     add("--sync-bn", action="store_true",
         help="share trainable norms' statistics between devices")
@@ -116,36 +91,36 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimization")
     add = group.add_argument
-    add("--epochs", type=count, default=26, metavar="N", help="(default: %(default)s)")
+    add("--epochs", type=positive_int, default=26, metavar="N", help="(default: %(default)s)")
     add("--opt", choices=["sgd", "adamw"], default="sgd", help="(default: %(default)s)")
-    add("--lr", type=positive, metavar="RATE",
+    add("--lr", type=non_negative_float, metavar="RATE",
         help="learning rate, taken literally (default: 0.02 for sgd, 0.01 or less for one-stage "
         "models, 0.0001 for adamw, times the images in a step on all devices / 16)")
-    add("--momentum", type=positive, metavar="M", help="of sgd (default: 0.9)")
-    add("--weight-decay", "--wd", type=positive, default=1e-4, metavar="W",
+    add("--momentum", type=non_negative_float, metavar="M", help="of sgd (default: 0.9)")
+    add("--weight-decay", "--wd", type=non_negative_float, default=1e-4, metavar="W",
         help="(default: %(default)s)")
-    add("--norm-weight-decay", type=positive, metavar="W",
+    add("--norm-weight-decay", type=non_negative_float, metavar="W",
         help="for the parameters of norms (default: as the others)")
     add("--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], default="multisteplr",
         help="(default: %(default)s)")
-    add("--lr-steps", type=count, nargs="+", metavar="EPOCH",
+    add("--lr-steps", type=positive_int, nargs="+", metavar="EPOCH",
         help="multiply the rate by --lr-gamma after these epochs (default: 16 22 of 26, in "
         "proportion for other --epochs)")
-    add("--lr-gamma", type=positive, metavar="FACTOR", help="(default: 0.1)")
-    add("--warmup-steps", type=natural, metavar="N",
+    add("--lr-gamma", type=non_negative_float, metavar="FACTOR", help="(default: 0.1)")
+    add("--warmup-steps", type=non_negative_int, metavar="N",
         help="steps of linear warm-up (default: 1000, or the first epoch if that is shorter)")
-    add("--clip-grad-norm", type=positive, metavar="NORM",
+    add("--clip-grad-norm", type=non_negative_float, metavar="NORM",
         help="scale larger gradients down to this norm (default: do not)")
-    add("--accumulate-steps", type=count, default=1, metavar="N",
+    add("--accumulate-steps", type=positive_int, default=1, metavar="N",
         help="add up the gradients of N batches for each step, which then counts N times the "
         "images: for large steps in little memory (default: %(default)s)")
-    add("--ema", type=decay, metavar="DECAY",
+    add("--ema", type=fraction, metavar="DECAY",
         help="evaluate and save an exponential moving average of the weights, such as 0.999")
-    add("--early-stop-patience", type=count, metavar="N",
+    add("--early-stop-patience", type=positive_int, metavar="N",
         help="end after N evaluations without a better AP")
-    add("--max-steps", type=count, metavar="N",
+    add("--max-steps", type=positive_int, metavar="N",
         help="for trials: stop after N steps in all, evaluate and save")
-    add("--start-epoch", "--start_epoch", type=natural, metavar="E",
+    add("--start-epoch", "--start_epoch", type=non_negative_int, metavar="E",
         help="count epochs from E on, without a checkpoint to resume (default: 0)")
 
 
@@ -156,14 +131,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--amp", action="store_true",
         help="mixed precision: float16 on CUDA, bfloat16 on a CPU that is made for it")
     add("--amp-dtype", choices=["float16", "bfloat16"], help="overrule that choice of --amp")
-    add("--seed", type=natural, default=0, metavar="N",
+    add("--seed", type=non_negative_int, default=0, metavar="N",
         help="of everything random (default: %(default)s)")
     add("--use-deterministic-algorithms", action="store_true",
         help="the same bits every time also on CUDA, slower")
-    add("--world-size", type=count, metavar="N",
+    add("--world-size", type=positive_int, metavar="N",
         help="checked against torchrun's number of processes")
     add("--dist-url", metavar="URL", help="where the processes of torchrun meet (default: env://)")
-    add("--timeout-minutes", type=positive, default=10, metavar="M",
+    add("--timeout-minutes", type=non_negative_float, default=10, metavar="M",
         help="give up on a process that does not answer the others for so long (default: "
         "%(default)s)")
     add("--find-batch-size", action="store_true",
@@ -172,16 +147,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--output-dir", type=Path, default=ROOT / "output", metavar="FOLDER",
         help="checkpoints, metrics.jsonl, detections.json, report.html (default: output)")
-    add("--print-freq", type=count, default=20, metavar="N",
+    add("--print-freq", type=positive_int, default=20, metavar="N",
         help="steps from one report of losses to the next (default: %(default)s)")
     add("--tensorboard", action="store_true",
         help="losses, AP and some pictures for TensorBoard, too, in tensorboard/")
     add("--no-report", action="store_true", help="write no report.html at the end")
-    add("--checkpoint-every", type=count, metavar="N",
+    add("--checkpoint-every", type=positive_int, metavar="N",
         help="save every N steps, besides after each epoch (default: by the clock alone)")
-    add("--checkpoint-minutes", type=positive, default=10, metavar="M",
+    add("--checkpoint-minutes", type=non_negative_float, default=10, metavar="M",
         help="save when the last checkpoint is so old (default: %(default)s)")
-    add("--keep-checkpoints", type=several, default=2, metavar="N",
+    add("--keep-checkpoints", type=int_at_least_2, default=2, metavar="N",
         help="keep the newest N, 2 or more, besides the best (default: %(default)s)")
     add("--resume", metavar="FILE|auto",
         help="continue from a checkpoint; auto: from the newest in --output-dir that is whole, if "
@@ -192,7 +167,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--test-only", action="store_true",
         help="evaluate --resume or --weights; the flags of training have no effect then")
-    add("--eval-batch-size", type=count, metavar="N",
+    add("--eval-batch-size", type=positive_int, metavar="N",
         help="images of one size evaluated together; changes nothing but speed and memory "
         "(default: 8 on CUDA, 1 on a CPU)")
     add("--val-loss", action="store_true", help="compute the losses on the validation set, too")
@@ -204,12 +179,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags as they were given, None for those left out. Raises UsageError."""
-    parser = Parser(
+    """The flags as they were given, None for those left out. Raises UserError."""
+    parser = ArgumentParser(
         description="Train and evaluate Faster R-CNN on COCO-format data.",
         epilog="Exit codes: 0 done; 1 failed; 2 the flags, the data or a checkpoint are wrong; 75 "
         "stopped by a signal, everything saved: go on with --resume auto.",
-        allow_abbrev=False,
     )
     add_data_flags(parser)
     add_model_flags(parser)
@@ -237,7 +211,7 @@ def settle(args: argparse.Namespace, saved: dict | None, device: torch.device) -
         if given is None:
             setattr(args, name, before)
         elif given != before and not args.test_only and not args.resume_anyway:
-            raise UsageError(
+            raise UserError(
                 f"--{name.replace('_', '-')} {given} differs from {before}, with which "
                 f"{args.resume} was trained: leave it out, say --resume-anyway, or start anew in "
                 "another --output-dir"
@@ -275,10 +249,10 @@ def images_in_step(args: argparse.Namespace) -> int:
 
 
 def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> None:
-    """Raise UsageError for a flag that would have no effect, or not the one it promises."""
+    """Raise UserError for a flag that would have no effect, or not the one it promises."""
     for wrong, reason in (*_about_training(args), *_about_model(args), *_about_run(args, device)):
         if wrong:
-            raise UsageError(reason)
+            raise UserError(reason)
 
 
 def _from_scratch(args: argparse.Namespace) -> bool:
@@ -391,17 +365,15 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name}: use cuda, cuda:N or cpu") from None
+        raise UserError(f"--device {name}: use cuda, cuda:N or cpu") from None
     if device.type not in ("cuda", "cpu"):
-        raise UsageError(f"--device {name}: this recipe runs on cuda and cpu only")
+        raise UserError(f"--device {name}: this recipe runs on cuda and cpu only")
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", utils.local_rank())
         elif utils.world_size() > 1:
-            raise UsageError(
-                f"--device {name}: under torchrun say cuda, each process takes its own"
-            )
+            raise UserError(f"--device {name}: under torchrun say cuda, each process takes its own")
         if device.index >= torch.cuda.device_count():
-            raise UsageError(f"{device}: there are {torch.cuda.device_count()} CUDA devices here")
+            raise UserError(f"{device}: there are {torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(device)
     return device

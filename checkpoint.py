@@ -18,17 +18,10 @@ from pathlib import Path
 import torch
 
 import utils
+from internals.errors import CheckpointError, RunError
 
 FORMAT = 1
 NEWEST, BEST = "checkpoint.pth", "model_best.pth"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit; the message names it and the way on."""
-
-
-class NotSavedError(RuntimeError):
-    """A checkpoint that could not be written, on a full disk for example."""
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -44,7 +37,7 @@ def save(folder: Path, state: dict, keep: int = 2) -> Path:
     The keys are `model, optimizer, scaler, epoch, step, best_AP, categories, args`; `format` is
     added here. When this returns, the file has reached the disk, and of the numbered ones only the
     newest `keep` are left; whenever it is interrupted, those before are untouched. Raises
-    NotSavedError.
+    RunError.
     """
     path = folder / file_name(state["step"])
     partial = path.with_suffix(".partial")
@@ -64,7 +57,7 @@ def save(folder: Path, state: dict, keep: int = 2) -> Path:
             error = error.__context__
         if not isinstance(error, OSError):
             raise error from None
-        raise NotSavedError(
+        raise RunError(
             f"checkpoint not saved: {path}: {error.strerror}. The ones before are intact: make "
             "room, then go on with --resume auto"
         ) from error
@@ -101,7 +94,7 @@ class Writer:
         self._submit(_amend, self._path, changes, self.keep, best)
 
     def finish(self) -> None:
-        """Wait until all has reached the disk. Raises NotSavedError."""
+        """Wait until all has reached the disk. Raises RunError."""
         begin, pending, self._pending = time.perf_counter(), self._pending, None
         if pending:
             pending.result()

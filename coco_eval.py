@@ -20,6 +20,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from internals.errors import UserError
+
 try:
     from faster_coco_eval import COCO as FasterCOCO
     from faster_coco_eval import COCOeval_faster
@@ -80,17 +82,17 @@ def detection_rows(
     return rows[categories >= 0]
 
 
-def score(index, detections: np.ndarray, evaluator: str) -> dict:
+def evaluate_detections(index, detections: np.ndarray, evaluator: str) -> dict:
     """The twelve numbers by name (see `METRICS`), and `per_category`: AP by category name.
 
     `index` is the ground truth, a `coco_utils.CocoIndex`; `detections` are rows of
     `detection_rows`, none or any number; `evaluator` is one of `LIBRARIES`. A number that nothing
     was there to measure, such as APl where no box is large, is None.
     """
-    return score_with_curves(index, detections, evaluator)[0]
+    return evaluate_with_curves(index, detections, evaluator)[0]
 
 
-def score_with_curves(index, detections: np.ndarray, evaluator: str) -> tuple[dict, np.ndarray]:
+def evaluate_with_curves(index, detections: np.ndarray, evaluator: str) -> tuple[dict, np.ndarray]:
     """What `score` gives, and the precisions whose mean is AP, float64 `[10, 101, K]`.
 
     They are those at IoU 0.50, 0.55, ..., 0.95, at recalls 0, 0.01, ..., 1, and of each category in
@@ -258,24 +260,20 @@ def write_results(detections: np.ndarray, file: Path) -> None:
     file.write_text(json.dumps(coco_results(detections)), encoding="utf-8")
 
 
-class ResultsError(ValueError):
-    """A file that does not hold COCO results; the message names it and the row."""
-
-
 def read_results(file: Path) -> np.ndarray:
     """Rows of `detection_rows` from COCO results JSON, float64 `[N, 7]`.
 
-    Raises ResultsError for what is not a list of objects with `image_id`, `category_id`, `bbox` and
+    Raises UserError for what is not a list of objects with `image_id`, `category_id`, `bbox` and
     `score`, all of them finite numbers.
     """
     try:
         results = json.loads(file.read_bytes())
     except OSError as error:
-        raise ResultsError(f"{file} cannot be read: {error.strerror}") from None
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:  # also of UTF-8
-        raise ResultsError(f"{file} is not valid JSON: {error}") from None
+        raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(results, list):
-        raise ResultsError(f"{file} holds no list: is it COCO results?")
+        raise UserError(f"{file} holds no list: is it COCO results?")
     try:
         flat = [(r["image_id"], *r["bbox"], r["score"], r["category_id"]) for r in results]
         rows = np.array(flat, dtype=np.float64).reshape(len(results), 7)
@@ -284,7 +282,7 @@ def read_results(file: Path) -> np.ndarray:
     except (TypeError, KeyError, ValueError, OverflowError):
         pass
     number = next(n for n, row in enumerate(results) if not _is_result(row))
-    raise ResultsError(
+    raise UserError(
         f"{file}: row {number} is no COCO result with image_id, category_id, bbox and score: "
         f"{json.dumps(results[number])[:200]}"
     )

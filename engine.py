@@ -1,7 +1,6 @@
 """The loop: train one epoch, evaluate, and the learning rate as a function of the step."""
 
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,42 +13,10 @@ from torch import nn
 
 import coco_eval
 import utils
-
-
-class TrainingError(RuntimeError):
-    """A training that cannot go on, such as one with infinite losses."""
-
-
-# --------------------------------------------------------------------------------- precision
-
-
-def precision(device: torch.device, amp: bool, name: str | None) -> tuple[torch.dtype | None, str]:
-    """The type of autocast, None for plain float32, and a line for the log that says why.
-
-    `name` is "float16" or "bfloat16" to overrule the choice: float16 on CUDA, bfloat16 on a CPU
-    that has instructions for it, float32 on any other.
-    """
-    if not amp:
-        return None, "float32"
-    if name is not None:
-        return getattr(torch, name), f"mixed, {name} (as asked)"
-    if device.type == "cuda":
-        return torch.float16, "mixed, float16 with loss scaling"
-    if _cpu_has_bfloat16():
-        return torch.bfloat16, "mixed, bfloat16"
-    return None, "float32: this CPU has no bfloat16 instructions, so --amp would only slow it down"
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """The context in which a detector runs in `precision`."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def _cpu_has_bfloat16() -> bool:
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
+from coco_utils import PackedImages
+from internals import preemption
+from internals.errors import RunError
+from internals.mixed_precision import autocast
 
 # ------------------------------------------------------------------------------ learning rate
 
@@ -106,13 +73,13 @@ class FiniteWatch:
         self.seen[step] = image_ids
 
     def check(self) -> None:
-        """Raise TrainingError on every process if one noted a bad loss; waits for the device."""
+        """Raise RunError on every process if one noted a bad loss; waits for the device."""
         mine = int(self.first_bad)
         first = int(utils.all_reduce(self.first_bad, "min"))
         if first < self.NEVER:
             mine = f"images {self.seen[first]}" if mine == first else None
             where = [f"{at} on rank {r}" for r, at in enumerate(utils.gather_objects(mine)) if at]
-            raise TrainingError(
+            raise RunError(
                 f"the loss of step {first} is not finite: {', '.join(where)}. Nothing was saved "
                 "since the last checkpoint. Look at these images and their boxes, lower --lr, "
                 "lengthen --warmup-steps, or use --clip-grad-norm"
@@ -143,11 +110,11 @@ class SkippedSteps:
     def check(self, step: int) -> int:
         """The number skipped since the last check; waits for the device.
 
-        Raises TrainingError when too many came one after the other.
+        Raises RunError when too many came one after the other.
         """
         total, most = int(self.total), int(self.most)
         if most >= self.TOO_MANY:
-            raise TrainingError(
+            raise RunError(
                 f"the gradients of {most} steps in a row, up to step {step}, were infinite in "
                 "float16: lower --lr, or use --amp-dtype bfloat16, or leave out --amp"
             )
@@ -183,21 +150,15 @@ class LossMeter:
 
 
 def to_device(
-    pixels: torch.Tensor, targets: list[dict], device: torch.device, seeds: list[int] | None = None
+    images: PackedImages,
+    targets: list[dict],
+    device: torch.device,
+    seeds: list[int] | None = None,
 ) -> tuple[list[torch.Tensor], list[dict]]:
     """A batch of `coco_utils.collate` on the device, as torchvision's detectors take it.
 
-    All images go in one copy, as uint8, a quarter of the bytes, and become float in [0, 1] there.
     `seeds` has one for each image, of what the model draws for it in training.
     """
-    pixels = pixels.to(device, non_blocking=True)
-    sizes = [target["size"] for target in targets]
-    images = [
-        part.view(height, width, 3).permute(2, 0, 1).float().div_(255)
-        for part, (height, width) in zip(
-            pixels.split([3 * height * width for height, width in sizes]), sizes, strict=True
-        )
-    ]
     boxes = [
         {
             key: torch.from_numpy(target[key]).to(device, non_blocking=True)
@@ -207,14 +168,14 @@ def to_device(
     ]
     for part, seed in zip(boxes, seeds or (), strict=bool(seeds)):
         part["seed"] = seed
-    return images, boxes
+    return images.to(device), boxes
 
 
 @contextmanager
 def memory_explained(
     images: list[torch.Tensor], targets: list[dict], where: str, batch_flag: str
 ) -> Iterator[None]:
-    """Turn an out-of-memory error into a TrainingError that says of what there was too much."""
+    """Turn an out-of-memory error into a RunError that says of what there was too much."""
     try:
         yield
     except RuntimeError as error:  # a CPU's allocator has no error class of its own
@@ -224,7 +185,7 @@ def memory_explained(
             f"{image.shape[2]} x {image.shape[1]} with {len(target['boxes'])} boxes"
             for image, target in zip(images, targets, strict=True)
         )
-        raise TrainingError(
+        raise RunError(
             f"out of memory in {where}, with {len(images)} images at once, before resizing {shapes}"
             f": lower {batch_flag}, or --min-size ({str(error).splitlines()[0][:200]})"
         ) from error
@@ -281,13 +242,13 @@ def train_one_epoch(
     accumulate_steps: int,
     print_freq: int,
     metrics: utils.MetricsFile,
-    keeper: utils.Keeper,
+    keeper: preemption.CheckpointTimer,
 ) -> int:
     """Train from step `step` (counted over the whole training) to `last_step`; return `last_step`.
 
     `loader` begins with the batch of `step`, whose images go through the model in
-    `accumulate_steps` parts; `keeper` saves between steps. Raises TrainingError when a loss is not
-    finite or memory runs out, and utils.StopRequested.
+    `accumulate_steps` parts; `keeper` saves between steps. Raises RunError when a loss is not
+    finite or memory runs out, and StopRequested.
     """
     model.train()
     rate = schedule(optimizer, step)
@@ -295,10 +256,10 @@ def train_one_epoch(
     begin = epoch * len(loader.batch_sampler)
     position = step - begin
     progress = utils.Progress(loader, last_step - begin, position, f"epoch {epoch}")
-    for pixels, targets in progress:
+    for images, targets in progress:
         image_ids = [target["image_id"] for target in targets]
         seeds = utils.seed_step(seed, step, len(targets))
-        images, targets = to_device(pixels, targets, device, seeds)
+        images, targets = to_device(images, targets, device, seeds)
         # Reading a number makes the host wait for the device, so it is done in these steps only (a
         # CPU has nothing to wait for, and a bad loss is found there before it does harm).
         log_now = (step + 1) % print_freq == 0 or step + 1 == last_step
@@ -306,7 +267,7 @@ def train_one_epoch(
         optimizer.zero_grad()
         for part in in_parts(len(images), accumulate_steps):
             with (
-                utils.sharing_gradients(model, now=part.stop == len(images)),
+                utils.ddp_sync(model, now=part.stop == len(images)),
                 memory_explained(images[part], targets[part], f"step {step}", "--batch-size"),
             ):
                 utils.fault("step", step)
@@ -393,31 +354,31 @@ def evaluate(
     evaluator: str,
     show: Callable | None = None,
 ) -> dict | None:
-    """COCO's numbers of `model` on the data set of `loader`, as `coco_eval.score` returns them.
+    """COCO's numbers of `model` on the data of `loader`, as `coco_eval.evaluate_detections` does.
 
     Each process runs its share of the images; rank 0 gathers, writes `detections.json` and scores
     by `evaluator`, the others return None. `model` is the bare detector, not its DDP wrapper.
-    `show(index, detections)` is called there with what was found. Raises utils.StopRequested where
-    a process was asked to stop, and TrainingError when memory runs out.
+    `show(index, detections)` is called there with what was found. Raises StopRequested where
+    a process was asked to stop, and RunError when memory runs out.
     """
     model.eval()
-    utils.share_buffers(model)
+    utils.broadcast_buffers(model)
     category_ids = categories.ids_of_labels()
     rows = [np.empty((0, 7))]
     progress = utils.Progress(loader, len(loader), 0, "evaluation")
-    for pixels, targets in progress:
-        if utils.stop_asked():
+    for images, targets in progress:
+        if preemption.stop_requested():
             break
         utils.fault("evaluation", progress.done - 1)
         image_ids = [target["image_id"] for target in targets]
-        images, targets = to_device(pixels, targets, device)
+        images, targets = to_device(images, targets, device)
         with (
             memory_explained(images, targets, "the evaluation", "--eval-batch-size"),
             autocast(device, amp_dtype),
         ):
             outputs = model(images)
         rows.append(coco_eval.detection_rows(outputs, image_ids, category_ids))
-    utils.stop_if_asked()
+    preemption.raise_if_stop_requested()
     seconds = progress.seconds
     detections = utils.gather_rows(np.concatenate(rows))
     if detections is None:
@@ -429,7 +390,7 @@ def evaluate(
     if show:
         show(index, detections)
     begin = time.perf_counter()
-    numbers = coco_eval.score(index, detections, evaluator)
+    numbers = coco_eval.evaluate_detections(index, detections, evaluator)
     utils.log(
         f"evaluation: {len(index):,} images in {seconds:.1f} s, "
         f"{len(index) / seconds:.2f} images/s; {len(detections):,} detections, scored by "
@@ -452,9 +413,9 @@ def validation_loss(
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     sums, images_seen = {}, 0
-    for pixels, targets in utils.Progress(loader, len(loader), 0, "validation loss"):
+    for images, targets in utils.Progress(loader, len(loader), 0, "validation loss"):
         seeds = [utils.draw_seed(0, 0, target["image_id"] % 2**62) for target in targets]
-        images, targets = to_device(pixels, targets, device, seeds)
+        images, targets = to_device(images, targets, device, seeds)
         with autocast(device, amp_dtype):
             losses = model(images, targets)
         images_seen += len(images)

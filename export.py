@@ -35,7 +35,8 @@ import checkpoint
 import coco_utils
 import models
 import utils
-from arguments import Parser, UsageError
+from internals.command_line import ArgumentParser
+from internals.errors import DataError, UserError
 
 MOST_PICTURES = 20  # to check on
 OPSET = 17  # the newest that torch's TorchScript exporter and older runtimes all know
@@ -58,12 +59,11 @@ class CheckError(RuntimeError):
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
+    parser = ArgumentParser(
         description="Export a trained detector to ONNX, or its weights to safetensors.",
         epilog="A file that does not pass its check is not written. Exit codes: 0 done; 2 the "
         "command line, the checkpoint or the pictures are wrong, or a package is missing; 1 "
         "failed, or the check has.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pth file of train.py")
@@ -90,17 +90,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.output.suffix not in WRITERS:
-        raise UsageError(f"--output {args.output}: end the name with {' or '.join(WRITERS)}")
+        raise UserError(f"--output {args.output}: end the name with {' or '.join(WRITERS)}")
     if args.output.suffix != ".onnx" and (args.half or args.check_images):
-        raise UsageError("--half and --check-images are for --output FILE.onnx")
+        raise UserError("--half and --check-images are for --output FILE.onnx")
     return args
 
 
 def need(*names: str) -> list[ModuleType]:
-    """Import optional packages; UsageError says how to get those that are missing."""
+    """Import optional packages; UserError says how to get those that are missing."""
     missing = [name for name in names if not _imports(name)]
     if missing:
-        raise UsageError(f"a package is missing for this: pip install {' '.join(missing)}")
+        raise UserError(f"a package is missing for this: pip install {' '.join(missing)}")
     return [importlib.import_module(name) for name in names]
 
 
@@ -396,7 +396,7 @@ def check_pictures(folder: Path | None, args: dict) -> tuple[list[torch.Tensor],
     if folder is not None:
         pictures, source = read_some(folder), f"pictures of {folder}"
         if not pictures:
-            raise UsageError(f"--check-images {folder}: there is no picture that can be read")
+            raise UserError(f"--check-images {folder}: there is no picture that can be read")
     else:
         folder = validation_folder(args)
         pictures, source = read_some(folder) if folder else [], f"validation pictures of {folder}"
@@ -416,7 +416,7 @@ def read_some(folder: Path) -> list[torch.Tensor]:
     for file in [files[i] for i in chosen] if files else []:
         try:
             image = coco_utils.read_upright(file)
-        except coco_utils.DataError as error:
+        except DataError as error:
             utils.log(f"left out: {error}")
             continue
         if max(image.shape[1:]) > 50 * min(image.shape[1:]):  # one side might be resized to nothing
@@ -431,7 +431,7 @@ def validation_folder(args: dict) -> Path | None:
     given = [args[key] and Path(args[key]) for key in ("val_annotations", "val_images")]
     try:
         return coco_utils.find_split(Path(args["data_path"]), "val", *given).images
-    except coco_utils.DataError:
+    except DataError:
         return None
 
 
@@ -479,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
     except OSError as error:
-        raise UsageError(f"--output {args.output} cannot be written: {error.strerror}") from None
+        raise UserError(f"--output {args.output} cannot be written: {error.strerror}") from None
     try:
         checked = WRITERS[args.output.suffix](args, saved, partial)
         os.replace(partial, args.output)
@@ -494,12 +494,7 @@ def run_and_exit() -> None:
     """Run `main`; say in one message why it failed."""
     try:
         main()
-    except (
-        UsageError,
-        coco_utils.DataError,
-        models.WeightsError,
-        checkpoint.CheckpointError,
-    ) as error:
+    except (UserError, DataError) as error:
         give_up(str(error), 2)
     except CheckError as error:
         give_up(str(error), 1)

@@ -21,16 +21,11 @@ from torchvision.models import (
     VGG16_Weights,
     WeightsEnum,
 )
-from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.fcos import FCOSHead
-from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.detection.ssd import SSDHead
-from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import FrozenBatchNorm2d
 
-from fast import make_fast
+from internals.errors import UserError
+from internals.fast import use_fast_modules
+from internals.mixed_precision import keep_boxes_float32
 
 
 class Recipe(NamedTuple):
@@ -58,16 +53,10 @@ RECIPES = {
 MODELS = tuple(RECIPES)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.GroupNorm)
-ANCHORS = (AnchorGenerator, DefaultBoxGenerator)
-HEADS = (RPNHead, FastRCNNPredictor, RetinaNetHead, FCOSHead, SSDHead, SSDLiteHead)
 # The layers of a detector whose shape depends on the number of classes, or that belong to them.
 OF_CLASSES = re.compile(
     r"roi_heads\.box_predictor\.|head\.classification_head\.(cls_logits|module_list)\."
 )
-
-
-class WeightsError(ValueError):
-    """Weights that are unknown, cannot be had or do not fit; the message says what to do."""
 
 
 def build_model(
@@ -93,7 +82,7 @@ def build_model(
     `backbone_state` is the state_dict of the backbone as a classifier, if it is to be loaded now.
     `min_sizes` are the shortest sides in pixels of which training draws one and evaluation takes
     the last, `max_size` bounds the longest side; None stands for torchvision's own value.
-    `fixed_size` (height, width) stretches every image to this size instead. Raises WeightsError
+    `fixed_size` (height, width) stretches every image to this size instead. Raises UserError
     for a number of layers that the backbone lacks.
     """
     recipe = RECIPES[name]
@@ -101,7 +90,7 @@ def build_model(
     if freeze_backbone:
         trainable_backbone_layers = 0
     if not frozen and trainable_backbone_layers is not None:
-        raise WeightsError(f"the backbone of this {name} cannot be frozen: all of its layers train")
+        raise UserError(f"the backbone of this {name} cannot be frozen: all of its layers train")
     options = {"min_size": min_sizes, "max_size": max_size} if recipe.resizable else {}
     options["rpn_score_thresh"] = rpn_score_thresh
     options["fixed_size"] = fixed_size and (fixed_size[1], fixed_size[0])
@@ -116,15 +105,15 @@ def build_model(
                 **{key: value for key, value in options.items() if value is not None},
             )
         except ValueError as error:  # this number is all that it checks
-            raise WeightsError(f"--trainable-backbone-layers: {str(error).strip()}") from error
+            raise UserError(f"--trainable-backbone-layers: {str(error).strip()}") from error
         except RuntimeError as error:
-            raise WeightsError(_misfit("--weights-backbone", error)) from error
+            raise UserError(_misfit("--weights-backbone", error)) from error
     if freeze_backbone:
         freeze_norms(model.backbone)
     if stock:
         return model
     keep_boxes_float32(model)
-    make_fast(model)
+    use_fast_modules(model)
     # In this layout convolutions run faster on a CPU and on tensor cores; the numbers stay.
     return model.to(memory_format=torch.channels_last)
 
@@ -167,7 +156,7 @@ def start_of(weights: str | None, weights_backbone: str | None) -> str | None:
 
 def pretrained(name: str, weights: str) -> tuple[nn.Module, list[dict]]:
     """torchvision's detector of that name with its own weights, such as COCO_V1, ready to detect,
-    and its categories as rows of `id, name, label`. Raises WeightsError.
+    and its categories as rows of `id, name, label`. Raises UserError.
     """
     state = detector_weights(name, weights, "or use a checkpoint of your own, without --model")
     names = _member(torchvision.models.get_model_weights(name), weights).meta["categories"]
@@ -204,42 +193,6 @@ def parameter_groups(
         (norm if special else other).extend(mine)
     groups = [{"params": other, "weight_decay": weight_decay}]
     return groups + ([{"params": norm, "weight_decay": norm_weight_decay}] if norm else [])
-
-
-# ----------------------------------------------------------------------------- precise boxes
-
-
-def keep_boxes_float32(model: nn.Module) -> None:
-    """Keep anchors, box decoding, NMS and losses in float32 under autocast.
-
-    torchvision gives its anchors the type of the feature maps and decodes boxes in the type of the
-    predicted offsets. bfloat16 counts in steps of 4 pixels above 512, so boxes would be wrong by as
-    much. Features and heads stay in the fast type; only what the heads say is widened.
-    """
-    for module in model.modules():
-        if isinstance(module, ANCHORS):
-            module.register_forward_pre_hook(_float32_feature_maps)
-        elif isinstance(module, HEADS):
-            module.register_forward_hook(_float32_output)
-
-
-def _float32_feature_maps(module: nn.Module, args: tuple) -> tuple:
-    image_list, feature_maps = args
-    # The generator reads only shape, type and device: one number, expanded, has all three.
-    stand_ins = [_widen(f.new_zeros(())).expand(f.shape) for f in feature_maps]
-    return image_list, stand_ins
-
-
-def _float32_output(module: nn.Module, args: tuple, output):
-    if isinstance(output, dict):
-        return {name: _widen(tensor) for name, tensor in output.items()}
-    if isinstance(output, tuple | list):
-        return type(output)(_float32_output(module, args, part) for part in output)
-    return _widen(output)
-
-
-def _widen(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.itemsize < 4 else tensor
 
 
 # ----------------------------------------------------------------------------------- weights
@@ -280,7 +233,7 @@ def _member(choices: type, name: str) -> torchvision.models.WeightsEnum:
     try:
         return choices[name.removeprefix(f"{choices.__name__}.")]
     except KeyError:
-        raise WeightsError(
+        raise UserError(
             f"unknown weights {name!r}: choose from {', '.join(choices.__members__)}, "
             "or give the path of a .pth file"
         ) from None
@@ -292,7 +245,7 @@ def _download(weights: torchvision.models.WeightsEnum, hint: str) -> dict[str, t
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
-        raise WeightsError(
+        raise UserError(
             f"{weights} cannot be loaded: {error}\n"
             f"Without network, place the file {weights.url}\nat {file}, {hint}"
         ) from error
@@ -333,7 +286,7 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> Non
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise WeightsError(_misfit(source, error)) from error
+        raise UserError(_misfit(source, error)) from error
 
 
 def _misfit(source: str, error: RuntimeError) -> str:

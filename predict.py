@@ -34,11 +34,13 @@ from tqdm import tqdm
 import checkpoint
 import coco_eval
 import coco_utils
-import drawing
-import engine
 import models
 import utils
-from arguments import Parser, UsageError, choose_device, count
+from arguments import choose_device
+from internals.command_line import ArgumentParser, positive_int
+from internals.errors import DataError, UserError
+from internals.mixed_precision import autocast, resolve_precision
+from reporting import drawing
 
 JPEG_LONGEST = 65_500  # pixels: the format has no more
 
@@ -65,13 +67,12 @@ def score(text: str) -> float:
 # fmt: off
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
+    parser = ArgumentParser(
         description="Find objects in pictures with a trained detector.",
         epilog="Written into DIR: pictures/ with boxes, names and scores; the boxes as coco: "
         "detections.json (COCO results) and images.json (which image_id is which file; both fit "
         "pycocotools), csv: detections.csv, or yolo: labels/ and classes.txt. Exit codes: 0 done; "
         "2 the command line, the checkpoint or some of the pictures are wrong; 1 failed.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT",
@@ -93,7 +94,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="DEVICE", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--amp", action="store_true",
         help="mixed precision: float16 on CUDA, bfloat16 on a CPU that is made for it")
-    add("--batch-size", type=count, metavar="N",
+    add("--batch-size", type=positive_int, metavar="N",
         help="pictures of one size in a row that are looked at together; changes nothing but speed "
         "and memory (default: 8 on CUDA, 1 on a CPU)")
     return parser.parse_intermixed_args(argv)
@@ -141,15 +142,15 @@ def expand(argument: str) -> list[tuple[Path, Path]]:
         inside = coco_utils.image_files(path)
         if not inside:
             kinds = ", ".join(coco_utils.IMAGE_SUFFIXES)
-            raise UsageError(f"there is no picture in the folder {argument} ({kinds})")
+            raise UserError(f"there is no picture in the folder {argument} ({kinds})")
         return [(path, file) for file in inside]
     if path.exists():
         return [(path.parent, path)]
     if not glob.has_magic(argument):
-        raise UsageError(f"{argument}: no such file or folder")
+        raise UserError(f"{argument}: no such file or folder")
     matches = sorted(glob.glob(argument, recursive=True))
     if not matches:
-        raise UsageError(f"{argument}: no file has a name like this")
+        raise UserError(f"{argument}: no file has a name like this")
     return [pair for match in matches for pair in expand(match)]
 
 
@@ -189,7 +190,7 @@ def find_truth(pictures: list[Picture], index: coco_utils.CocoIndex) -> None:
             picture.image_id = unlisted
             continue
         if row in owners:
-            raise UsageError(
+            raise UserError(
                 f"--show-truth: {index.annotation_file} lists {index.file_name(row)} once (id "
                 f"{index.image_ids[row]}), but it may be {owners[row]} or {picture.path}: leave "
                 "one out"
@@ -198,17 +199,17 @@ def find_truth(pictures: list[Picture], index: coco_utils.CocoIndex) -> None:
         picture.true_row, picture.stated_size = row, tuple(index.sizes[row].tolist())
         picture.file_name, picture.image_id = index.file_name(row), int(index.image_ids[row])
     if not owners:
-        raise UsageError(f"--show-truth: {index.annotation_file} lists none of the pictures")
+        raise UserError(f"--show-truth: {index.annotation_file} lists none of the pictures")
 
 
-def read(picture: Picture) -> torch.Tensor | coco_utils.DataError:
+def read(picture: Picture) -> torch.Tensor | DataError:
     """The picture, uint8 `[3, H, W]`, as it is shown or as its annotations see it."""
     try:
         if picture.stated_size:
             image = coco_utils.read_image(picture.path, *picture.stated_size)
         else:
             image = coco_utils.read_upright(picture.path)
-    except coco_utils.DataError as error:
+    except DataError as error:
         return error
     picture.size = (image.shape[2], image.shape[1])
     return image
@@ -241,10 +242,8 @@ class Detector:
     def __call__(self, batch: list[tuple]) -> list[tuple[Picture, torch.Tensor, np.ndarray]]:
         """For pairs of picture and image also the rows of `coco_eval.detection_rows`, the highest
         score first."""
-        nothing = {"boxes": np.empty((0, 4), np.float32), "labels": np.empty(0, np.int64)}
-        pixels, targets = coco_utils.collate([(image, nothing) for _, image in batch])
-        images, _ = engine.to_device(pixels, targets, self.device)
-        with engine.autocast(self.device, self.amp_dtype):
+        images = coco_utils.PackedImages([image for _, image in batch]).to(self.device)
+        with autocast(self.device, self.amp_dtype):
             outputs = self.model(images)
         category_ids, found = self.categories.ids_of_labels(), []
         for (picture, image), output in zip(batch, outputs, strict=True):
@@ -257,13 +256,13 @@ def load_detector(args: argparse.Namespace) -> tuple[nn.Module, coco_utils.Categ
     """The model of a checkpoint, or torchvision's own, and its categories."""
     path = Path(args.checkpoint)
     if args.model and path.exists():
-        raise UsageError(f"--model is for torchvision's weights: {path} knows its own model")
+        raise UserError(f"--model is for torchvision's weights: {path} knows its own model")
     if args.model:
         model, rows = models.pretrained(args.model, args.checkpoint)
     elif path.is_dir():
-        raise UsageError(f"{path} is a folder: give a checkpoint in it, {path / checkpoint.BEST}")
+        raise UserError(f"{path} is a folder: give a checkpoint in it, {path / checkpoint.BEST}")
     elif not path.exists():
-        raise UsageError(f"{path}: no such file. For torchvision's own weights say --model, too")
+        raise UserError(f"{path}: no such file. For torchvision's own weights say --model, too")
     else:
         saved = checkpoint.load(path)
         model, rows = models.from_checkpoint(saved), saved["categories"]
@@ -484,9 +483,9 @@ def prepare_output(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         used = any(folder.iterdir())
     except OSError as error:
-        raise UsageError(f"--output-dir {folder}: {error.strerror}") from None
+        raise UserError(f"--output-dir {folder}: {error.strerror}") from None
     if used:
-        raise UsageError(
+        raise UserError(
             f"--output-dir {folder} is not empty, and nothing is written over: name a new folder"
         )
 
@@ -506,7 +505,7 @@ def main(argv: list[str] | None = None) -> None:
     if index:
         find_truth(pictures, index)
     prepare_output(args.output_dir)
-    amp_dtype, precision = engine.precision(device, args.amp, None)
+    amp_dtype, precision = resolve_precision(device, args.amp)
     utils.log(f"{args.checkpoint}: {len(categories.ids)} categories; on {device}, {precision}")
 
     detector = Detector(model.to(device), categories, device, amp_dtype, args.score_threshold)
@@ -533,13 +532,7 @@ def run_and_exit() -> None:
     """Run `main`; say in one message why it failed."""
     try:
         main()
-    except (
-        UsageError,
-        BadPictures,
-        coco_utils.DataError,
-        models.WeightsError,
-        checkpoint.CheckpointError,
-    ) as error:
+    except (UserError, BadPictures, DataError) as error:
         give_up(str(error), 2)
     except Interrupted as error:
         give_up(str(error), 1)

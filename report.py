@@ -23,12 +23,11 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 import coco_eval
-import coco_utils
-import drawing
 import utils
-from report_data import (
+from internals.errors import UserError
+from reporting import drawing
+from reporting.analysis import (
     Record,
-    ReportError,
     Results,
     arguments,
     column,
@@ -42,7 +41,7 @@ from report_data import (
     short,
 )
 
-TEMPLATE = Path(__file__).resolve().parent / "report_template.html"
+TEMPLATE = Path(__file__).resolve().parent / "reporting/template.html"
 MANY = 20  # of more categories than these the matrix shows the most confused ones
 GALLERIES = {"best": 4, "worst": 6, "random": 4}
 LONGEST_SIDE = 640  # pixels of the pictures on the page: 28 of them take two or three megabytes
@@ -143,7 +142,7 @@ def card(results: Results, i: int) -> dict:
     }
     try:
         image, factor = shrunk(read_picture(index, i))
-    except coco_utils.DataError as error:
+    except UserError as error:
         return {**result, "problem": str(error)}
     for label, boxes in (("truth", true), ("found", found)):
         result["pictures"].append({"label": label, **jpeg(image, factor, boxes)})
@@ -442,21 +441,23 @@ def page(title: str, record: Record, results: Results | None, drawn: dict) -> st
 def write(output_dir: Path) -> Path:
     """Write `report.html` in a training's output folder and return its path.
 
-    What is missing for parts of it is said in it, and logged. Raises ReportError where there can be
+    What is missing for parts of it is said in it, and logged. Raises UserError where there can be
     none: without matplotlib, without a `metrics.jsonl` that is whole, in a folder that cannot be
     written.
     """
     try:
-        import report_figures  # only here, so that nothing else needs matplotlib or waits for it
+        from reporting import (
+            figures,  # only here, so that nothing else needs matplotlib or waits for it
+        )
     except ImportError as error:
-        raise ReportError("report.html needs matplotlib: pip install matplotlib") from error
+        raise UserError("report.html needs matplotlib: pip install matplotlib") from error
     record = read_record(output_dir / "metrics.jsonl")
     results = None
     try:
         results = read_results(output_dir, record)
-    except (ReportError, coco_utils.DataError, coco_eval.ResultsError) as error:
+    except UserError as error:
         record.notes.append(f"No boxes can be compared with the truth: {error}")
-    drawn = report_figures.draw_all(record, results)
+    drawn = figures.draw_all(record, results)
     html = page(output_dir.resolve().name, record, results, drawn)
     path = output_dir / "report.html"
     unfinished = output_dir / "report.html.partial"
@@ -464,7 +465,7 @@ def write(output_dir: Path) -> Path:
         unfinished.write_text(html, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        raise ReportError(f"{path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     for note in record.notes:
         utils.log(f"report: {note}")
     return path
@@ -475,7 +476,7 @@ def write(output_dir: Path) -> Path:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ReportError(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help)")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -495,6 +496,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ReportError as error:
+    except UserError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-
-class PlanError(ValueError):
-    """A data set too small for the batch; the message says by how much."""
+from internals.errors import UserError
 
 
 def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, factor: int) -> np.ndarray:
@@ -22,9 +20,9 @@ def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, factor: int) ->
 
 
 def check_enough(images: int, batch_size: int, world_size: int) -> None:
-    """Raise PlanError if so many images do not fill one step of all processes."""
+    """Raise UserError if so many images do not fill one step of all processes."""
     if images < batch_size * world_size:
-        raise PlanError(
+        raise UserError(
             f"the training set has {images} usable images, fewer than one global batch of "
             f"{batch_size * world_size} ({batch_size} images on each of {world_size} processes): "
             "lower --batch-size or the number of processes"

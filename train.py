@@ -11,13 +11,11 @@ Your own pictures on one GPU, from COCO weights:
 """
 
 import argparse
-import contextlib
 import inspect
 import os
 import platform
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-import batch_size
-import board
 import checkpoint
-import coco_check
 import coco_eval
 import coco_utils
 import engine
@@ -45,7 +40,6 @@ import samplers
 import transforms
 import utils
 from arguments import (
-    UsageError,
     base_rate,
     choose_device,
     default_workers,
@@ -53,6 +47,10 @@ from arguments import (
     refuse_what_cannot_apply,
     settle,
 )
+from internals import batch_size, data_checks, failures, preemption
+from internals.errors import CheckpointError, DataError, StopRequested, UserError
+from internals.mixed_precision import resolve_precision
+from reporting import tensorboard as board
 
 # --------------------------------------------------------------------------------------- data
 
@@ -76,7 +74,7 @@ def load_data(args: argparse.Namespace, indexes: dict, pinned: bool, saved: dict
         collate_fn=coco_utils.collate,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
-        worker_init_fn=utils.let_parent_stop,
+        worker_init_fn=preemption.ignore_signals_in_worker,
         pin_memory=pinned,
     )
     if args.test_only:
@@ -86,7 +84,7 @@ def load_data(args: argparse.Namespace, indexes: dict, pinned: bool, saved: dict
         index = indexes["train"]
         categories = index.categories
         if known and known != categories:
-            raise UsageError(
+            raise UserError(
                 f"{index.annotation_file} has other categories than {args.resume} was trained on: "
                 "to start from its weights use --weights instead of --resume"
             )
@@ -113,7 +111,7 @@ def training_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np
     """
     images = np.arange(len(index)) if args.keep_empty else index.images_with_boxes()
     if not len(images):
-        raise coco_utils.DataError(
+        raise DataError(
             f"{index.annotation_file} has no box that can be trained on (crowds and boxes without "
             "a size cannot): export it again, with its annotations"
         )
@@ -133,9 +131,9 @@ def read_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
         index = indexes[part] = read_index(args, part)
         if args.overfit:
             indexes["train"] = indexes["val"] = index = index.first_with_boxes(args.overfit)
-        found = coco_check.faults(index, missing=not args.max_bad_images)
-        coco_check.refuse(index, found)
-        utils.log(f"{part}: {index.annotation_file}: {coco_check.summary(index)}")
+        found = data_checks.faults(index, missing=not args.max_bad_images)
+        data_checks.refuse(index, found)
+        utils.log(f"{part}: {index.annotation_file}: {data_checks.summary(index)}")
         for fault in found:
             utils.log(f"{part}: {fault}")
         if part == "train":
@@ -156,13 +154,13 @@ def drop_bad_images(
     """
     if not args.max_bad_images:
         return indexes, []
-    bad = {part: coco_check.unreadable_images(x, args.workers) for part, x in indexes.items()}
+    bad = {part: data_checks.unreadable_images(x, args.workers) for part, x in indexes.items()}
     total = sum(map(len, bad.values()))
     if total > args.max_bad_images:
         found = "; ".join(
-            str(f) for images in bad.values() for f in coco_check.image_faults(images)
+            str(f) for images in bad.values() for f in data_checks.image_faults(images)
         )
-        raise coco_utils.DataError(f"--max-bad-images {args.max_bad_images}, but {found}")
+        raise DataError(f"--max-bad-images {args.max_bad_images}, but {found}")
     for part, images in bad.items():
         for _, _, message in images:
             utils.log(f"{part}: left out: {message}")
@@ -181,16 +179,16 @@ def check_data(args: argparse.Namespace) -> None:
     indexes = {part: read_index(args, part) for part in parts}
     wrong, bad = [], []
     for part, index in indexes.items():
-        faults, images = coco_check.examine(index, part, workers)
+        faults, images = data_checks.examine(index, part, workers)
         wrong, bad = wrong + faults, bad + images
     known, val = indexes[parts[0]].categories, indexes["val"]
     known.check_contains(val.categories, val.annotation_file)
     if len(bad) > args.max_bad_images:
-        wrong += coco_check.image_faults(bad)
+        wrong += data_checks.image_faults(bad)
     elif bad:
         utils.log(f"a training with --max-bad-images {args.max_bad_images} leaves out {len(bad)}")
     if wrong:
-        raise coco_utils.DataError(f"kinds of faults to mend, listed above: {len(wrong)}")
+        raise DataError(f"kinds of faults to mend, listed above: {len(wrong)}")
     if not args.test_only:
         training_images(args, indexes["train"])
     utils.log("nothing here stands in the way of a training")
@@ -229,7 +227,7 @@ def build_model(
             load_weights(model, args, categories)
     if args.sync_bn and not args.test_only:
         if not models.has_trainable_norms(model):
-            raise UsageError("--sync-bn has nothing to share: the norms of this model are frozen")
+            raise UserError("--sync-bn has nothing to share: the norms of this model are frozen")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
@@ -245,7 +243,7 @@ def load_weights(
     else:
         state, same = models.detector_weights(args.model, args.weights), categories.is_coco
     if not same and args.test_only:
-        raise UsageError(
+        raise UserError(
             f"--weights {args.weights} was trained on other categories than these: fine-tune it "
             "first, without --test-only"
         )
@@ -317,7 +315,7 @@ class Run:
         self.writer = checkpoint.Writer(self.args.output_dir, self.args.keep_checkpoints)
         self.average = self.average_weights() if self.args.ema else None
         every, minutes = self.args.checkpoint_every, self.args.checkpoint_minutes
-        self.keeper = utils.Keeper(every, minutes, self.save_within_epoch)
+        self.keeper = preemption.CheckpointTimer(every, minutes, self.save_within_epoch)
 
     def average_weights(self) -> AveragedModel:
         """The moving average of weights and of norms' statistics, kept up after every step."""
@@ -340,7 +338,7 @@ class Run:
             return epoch, epoch * steps
         changed = changes(saved["args"], {**plain(self.args), **self.facts})
         if changed and not self.args.resume_anyway:
-            raise UsageError(
+            raise UserError(
                 f"{self.args.resume} was trained with {describe(changed)}. Use what it was trained "
                 "with, say --resume-anyway to go on regardless, or choose another --output-dir for "
                 "a new training"
@@ -368,14 +366,14 @@ class Run:
     def save(self, epoch: int, step: int) -> None:
         """Write a checkpoint: `step` steps are done, a resumed run goes on in `epoch`.
 
-        Raises checkpoint.NotSavedError in every process.
+        Raises RunError in every process.
         """
         self.begin_save(epoch, step)
         self.finish()
 
     def begin_save(self, epoch: int, step: int) -> None:
         """The same beside what changes no weights, until `finish` is called."""
-        utils.from_rank_0(lambda: self.writer.begin(self._state(epoch, step)))
+        utils.run_on_rank_0(lambda: self.writer.begin(self._state(epoch, step)))
         self.saved_step = step
         self.keeper.note_save()
 
@@ -387,7 +385,7 @@ class Run:
         self.begin_save(epoch, step)
         try:
             result = evaluation()
-        except utils.StopRequested:  # in every process
+        except StopRequested:  # in every process
             self.finish()
             raise
         self.finish()
@@ -427,12 +425,12 @@ class Run:
             self.writer.amend({"epoch": epoch, **{n: getattr(self, n) for n in names}}, best)
 
     def finish(self) -> None:
-        """Wait until all is on the disk; raises checkpoint.NotSavedError in every process."""
-        utils.from_rank_0(self.writer.finish)
+        """Wait until all is on the disk; raises RunError in every process."""
+        utils.run_on_rank_0(self.writer.finish)
 
     def is_over(self) -> bool:
         """Whether AP has not risen for --early-stop-patience evaluations, on every process."""
-        waited = utils.from_rank_0(lambda: self.evaluations_since_best)
+        waited = utils.run_on_rank_0(lambda: self.evaluations_since_best)
         patience = self.args.early_stop_patience
         if not patience or waited < patience:
             return False
@@ -469,13 +467,13 @@ def read_resumed(args: argparse.Namespace) -> dict | None:
 
     Rank 0 alone reads it, so that nodes without its file, and nodes that see it late, agree.
     """
-    args.resume, saved = utils.from_rank_0(partial(find_resumed, args))
+    args.resume, saved = utils.run_on_rank_0(partial(find_resumed, args))
     return saved
 
 
 def find_resumed(args: argparse.Namespace) -> tuple[str | None, dict | None]:
     if args.resume_anyway and not args.resume:
-        raise UsageError("--resume-anyway needs --resume FILE or --resume auto")
+        raise UserError("--resume-anyway needs --resume FILE or --resume auto")
     if args.find_batch_size:
         return None, None
     present = checkpoint.present(args.output_dir)
@@ -483,7 +481,7 @@ def find_resumed(args: argparse.Namespace) -> tuple[str | None, dict | None]:
     if args.resume == "auto" or (restarted and present and not args.test_only):
         found = checkpoint.newest(args.output_dir)
         if found is None and args.test_only:
-            raise UsageError(f"--resume auto: no checkpoint in {args.output_dir} to evaluate")
+            raise UserError(f"--resume auto: no checkpoint in {args.output_dir} to evaluate")
         if found is None:
             utils.log(f"--resume auto: no checkpoint in {args.output_dir} yet, a new training")
             return None, None
@@ -493,24 +491,24 @@ def find_resumed(args: argparse.Namespace) -> tuple[str | None, dict | None]:
         return str(path), saved
     own = args.resume and Path(args.resume).resolve().parent == args.output_dir.resolve()
     if present and args.test_only and not own:
-        raise UsageError(
+        raise UserError(
             f"{present[0]} is there from another training, whose detections and report this "
             "evaluation would write over: choose another --output-dir"
         )
     if args.resume:
         try:
             saved = checkpoint.load(Path(args.resume))
-        except checkpoint.CheckpointError as error:
-            raise checkpoint.CheckpointError(f"--resume {error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"--resume {error}") from None
         later = [p for p in checkpoint.numbered(args.output_dir) if later_than(p, saved)]
         if later and not args.test_only:
-            raise UsageError(
+            raise UserError(
                 f"{args.resume} has {saved['step']} steps, but {later[0]} has more, which going on "
                 "from here would push out: use --resume auto, or choose another --output-dir"
             )
         return args.resume, saved
     if present and not args.test_only:
-        raise UsageError(
+        raise UserError(
             f"{present[0]} is there from another training, which this one would write over: go on "
             "with --resume auto, or choose another --output-dir"
         )
@@ -528,7 +526,7 @@ def prepare_output(folder: Path) -> None:
         (folder / ".writable").touch()
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"--output-dir {folder} cannot be written: {error.strerror}") from error
+        raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from error
 
 
 def facts(device: torch.device, precision: str, data: Data) -> dict:
@@ -672,7 +670,7 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     prepare_output(args.output_dir)
     indexes = read_indexes(args)
-    utils.start_processes(device, args.dist_url or "env://", args.timeout_minutes)
+    utils.init_distributed(device, args.dist_url or "env://", args.timeout_minutes)
     saved = read_resumed(args)
     settle(args, saved and saved["args"], device)
     refuse_what_cannot_apply(args, device)
@@ -707,14 +705,14 @@ def main(argv: list[str] | None = None) -> None:
         share = f"{saving / seconds:.1%} of the time went into checkpoints"
         utils.log(f"done: {best}results in {args.output_dir}; {share}")
     if not args.no_report:
-        utils.from_rank_0(partial(write_report, args.output_dir))
+        utils.run_on_rank_0(partial(write_report, args.output_dir))
 
 
 def choose_precision(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[torch.dtype | None, str]:
     """The type of autocast and its description; says what the run computes on and with."""
-    amp_dtype, precision = engine.precision(device, args.amp, args.amp_dtype)
+    amp_dtype, precision = resolve_precision(device, args.amp, args.amp_dtype)
     no_gpu = "" if torch.cuda.is_available() or args.device else ": no CUDA device was found"
     utils.log(f"device: {device.type}{no_gpu}, precision: {precision}")
     if args.use_deterministic_algorithms:
@@ -728,8 +726,8 @@ def open_tensorboard(args: argparse.Namespace, saved: dict | None) -> board.Boar
         return None
     try:
         return board.Board(args.output_dir / "tensorboard", saved["step"] if saved else 0)
-    except board.MissingPackage as error:
-        raise UsageError(str(error)) from None
+    except UserError as error:
+        raise UserError(str(error)) from None
 
 
 def write_report(output_dir: Path) -> None:
@@ -737,13 +735,13 @@ def write_report(output_dir: Path) -> None:
     try:
         utils.log(f"report: {report.write(output_dir)}")
     except Exception as error:  # whatever it is, the training is done and saved
-        kind = "" if isinstance(error, report.ReportError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         utils.log(f"no report was written: {kind}{error}")
 
 
 def find_batch_size(run: Run, device: torch.device, amp_dtype: torch.dtype | None) -> None:
     """Say how many of the hardest images fit into memory in a training step."""
-    utils.die_of_signals()  # there is nothing to save
+    preemption.restore_signal_handlers()  # there is nothing to save
     args, dataset = run.args, run.data.train_loader.dataset
     step = partial(
         engine.peak_of_a_step,
@@ -754,7 +752,7 @@ def find_batch_size(run: Run, device: torch.device, amp_dtype: torch.dtype | Non
     sizes = (args.min_size, args.max_size)
     fit, how = batch_size.find(dataset, run.data.plan.groups, sizes, squares, step, device)
     if not fit:
-        raise UsageError("not even one image fits: lower --min-size, or choose a smaller --model")
+        raise UserError("not even one image fits: lower --min-size, or choose a smaller --model")
     utils.log(f"--batch-size {fit} is the largest that fits, {how}")
 
 
@@ -780,93 +778,17 @@ def start_run(
     return Run(args, data, model, build_optimizer(args, model), scaler, kept)
 
 
-# ---------------------------------------------------------------------------------- ways to end
-
-STOPPED = 75  # BSD's EX_TEMPFAIL: nothing is wrong, try again
-
-
 @record
 def run_and_exit() -> None:
-    """Run `main`; say in one message, and once, why it ended before its time."""
-    end_if_told_before()
-    utils.listen_for_stop()
-    utils.fork_for_loading()
+    """Run `main` as the one process that it is, or as one of many."""
+    failures.exit_if_already_finished()
+    preemption.install_signal_handlers()
+    preemption.use_forked_workers()
     try:
-        main()
-    except utils.StopRequested:
-        utils.log("stopped as asked; everything is saved, go on with --resume auto")
-        leave(STOPPED)
-    except (
-        UsageError,
-        coco_utils.DataError,
-        samplers.PlanError,
-        models.WeightsError,
-        checkpoint.CheckpointError,
-    ) as error:
-        give_up(str(error), 2)
-    except (engine.TrainingError, checkpoint.NotSavedError) as error:
-        give_up(str(error), 1)
-    except Exception as error:
-        if remedy := remedy_for(error):
-            give_up(f"{error}. {remedy}", 1)
-        if utils.lost_contact(error):
-            give_up(f"ended because of {utils.who_failed()}\n({error})", 1)
-        give_up(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+        failures.run_command(main)
     finally:
-        utils.end_loading()
-        utils.stop_processes()
-
-
-def remedy_for(error: Exception) -> str | None:
-    """What to do about errors of the system that people meet in long runs."""
-    text = str(error)
-    if "DataLoader worker" in text:
-        return (
-            "A loading process was killed, most often because memory or shared memory (/dev/shm) "
-            "ran out: lower --workers or --batch-size, or start a container with --ipc=host or a "
-            "larger --shm-size. Go on with --resume auto"
-        )
-    if "Too many open files" in text:
-        return "Raise the limit with ulimit -n 65536, or lower --workers; then --resume auto"
-    return None
-
-
-def give_up(message: str, exit_code: int, details: str = "") -> None:
-    """End this process with the one message of all processes, unless another one has given it."""
-    utils.die_of_signals()
-    together = torch.distributed.is_initialized()
-    if utils.tell_failure(message) and (together or utils.rank() == 0):
-        where = f" of rank {utils.rank()}" if details and together else ""
-        print(f"{details}train.py: error{where}: {message}", file=sys.stderr, flush=True)
-    if together:
-        time.sleep(1)  # torchrun ends all when one ends, so the message has to be out before
-    elif utils.rank() != 0:
-        time.sleep(20)  # before they have met, rank 0 most likely has the same to say
-    leave(exit_code)
-
-
-def leave(exit_code: int) -> None:
-    """End with an exit code that the launcher hands on, though torchrun would make it 1."""
-    told = utils.launch_file("exit")
-    if told:
-        with contextlib.suppress(FileExistsError), told.open("x") as file:
-            file.write(str(exit_code))
-        if exit_code == STOPPED:
-            sys.exit(0)  # which torchrun does not take for a reason to start again
-    sys.exit(exit_code)
-
-
-def end_if_told_before() -> None:
-    """When torchrun starts again what had ended for good, end at once."""
-    told = utils.launch_file("exit")
-    try:
-        exit_code = int(told.read_text() or 1) if told else None
-    except FileNotFoundError:  # never written, or taken away by the first process just now
-        return
-    if exit_code not in (None, 1):
-        sys.exit(exit_code)
-    if told and utils.local_rank() == 0:
-        told.unlink(missing_ok=True)
+        preemption.kill_workers()
+        utils.cleanup_distributed()
 
 
 if __name__ == "__main__":

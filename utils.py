@@ -5,7 +5,6 @@ the run is distributed.
 """
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -47,7 +46,7 @@ def local_rank() -> int:
 _store = None  # where processes leave messages for each other, even when collectives fail
 
 
-def start_processes(
+def init_distributed(
     device: torch.device, init_method: str = "env://", timeout_minutes: float = 10
 ) -> None:
     """Join the other processes, if there are any: NCCL for CUDA tensors, Gloo for the others."""
@@ -67,10 +66,15 @@ def start_processes(
     )
 
 
-def stop_processes() -> None:
+def cleanup_distributed() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_distributed() -> bool:
+    """Whether this process has joined others."""
+    return dist.is_initialized()
 
 
 def barrier() -> None:
@@ -104,7 +108,7 @@ def gather_objects(value: object) -> list:
     return values
 
 
-def from_rank_0(function: Callable[[], object]) -> object:
+def run_on_rank_0(function: Callable[[], object]) -> object:
     """What `function` returns in rank 0, in every process; what it raises is raised in all."""
     result = error = None
     if rank() == 0:
@@ -136,161 +140,18 @@ def gather_rows(rows: np.ndarray) -> np.ndarray | None:
     return np.concatenate([part[:n].numpy() for part, n in zip(gathered, lengths, strict=True)])
 
 
-def sharing_gradients(model: torch.nn.Module, now: bool):
+def ddp_sync(model: torch.nn.Module, now: bool):
     """A context in which DDP averages gradients over the processes only if `now`; else they add up
     in each, for a later backward pass to share.
     """
     return nullcontext() if now or world_size() == 1 else model.no_sync()
 
 
-def share_buffers(model: torch.nn.Module) -> None:
+def broadcast_buffers(model: torch.nn.Module) -> None:
     """Give every process rank 0's buffers: BatchNorm's running statistics differ by process."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-# --------------------------------------------------------------------------- being asked to stop
-
-# A signal is only noted; between two steps all processes agree to save and to stop. The launcher
-# hands on what it is sent as a file in this folder, because torchrun would allow 30 seconds.
-LAUNCH_FOLDER = "FASTER_RCNN_LAUNCH"
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is Slurm's usual warning
-
-
-class StopRequested(Exception):
-    """Asked to stop, on every process, after everything was saved."""
-
-
-class _Asked:
-    """What is known in this process of a request to stop."""
-
-    by: str | None = None
-    grace = 60  # seconds until a process that torchrun ends gives up waiting for a step to end
-
-
-def listen_for_stop() -> None:
-    """From now on note signals instead of dying of them."""
-    for name in STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _note_signal)
-
-
-def _note_signal(number: int, frame: object) -> None:
-    if _Asked.by is None:
-        _Asked.by = signal.Signals(number).name
-        if rank() == 0:  # not by print, which may be what the signal interrupted
-            os.write(2, f"\n{_Asked.by}: stopping after this step\n".encode())
-    elif number == signal.SIGINT:
-        die_of_signals()
-        signal.raise_signal(number)
-    # Under torchrun a SIGTERM may also mean that another process has failed. Where no step ends, as
-    # in one that hangs, nothing else would end this process before torchrun kills it.
-    if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ and os.name == "posix":
-        signal.alarm(_Asked.grace)
-
-
-def die_of_signals() -> None:
-    """Undo `listen_for_stop`: there is nothing left to save."""
-    for name in STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-
-
-def let_parent_stop(worker: int) -> None:
-    """For a loading process: outlive signals sent to a whole group, for as long as a save takes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.name == "posix":
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
-
-
-def fork_for_loading() -> None:
-    """Let loading processes be copies of this one, on Linux.
-
-    Copies share the memory of its data set, and end when it is killed. Without this, Python 3.14
-    and later start them from a server of their own, where they do neither.
-    """
-    if sys.platform == "linux":
-        multiprocessing.set_start_method("fork", force=True)
-
-
-def end_loading() -> None:
-    """End the loading processes that are left: they hold nothing, and outlive a polite request."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch would report them as killed
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
-def launch_file(name: str) -> Path | None:
-    """A file by which the launcher and its processes tell each other something."""
-    folder = os.environ.get(LAUNCH_FOLDER)
-    return Path(folder) / name if folder else None
-
-
-def stop_asked() -> bool:
-    """Whether this process knows of a request to stop; others may not know yet.
-
-    Those of one launcher do: what one was asked, it leaves for the others, which may be far from
-    the end of an evaluation.
-    """
-    if _Asked.by is None:
-        for told in (launch_file("stop"), launch_file("asked")):
-            if told and told.exists():
-                _Asked.by = told.read_text()
-                log(f"{_Asked.by}: stopping after this step")
-                break
-    elif (told := launch_file("asked")) and not told.exists():
-        told.write_text(_Asked.by)
-    return _Asked.by is not None
-
-
-def stop_if_asked() -> None:
-    """Raise StopRequested in every process if one was asked to stop; all have to call it."""
-    if all_reduce(torch.tensor(int(stop_asked())), "max"):
-        raise StopRequested
-
-
-class Keeper:
-    """Decides between steps, for all processes alike, when to save and when to stop.
-
-    `save(step)` is called every `every` steps, and when `minutes` have gone by since the last save,
-    which has to be told by `note_save`.
-    """
-
-    SAVE, STOP = 1, 2
-
-    def __init__(self, every: int | None, minutes: float, save: Callable[[int], None]):
-        self.every, self.seconds, self.save = every, 60 * minutes, save
-        self.saved = self.last_step = time.monotonic()
-        self._launcher = os.getppid()
-
-    def after_step(self, step: int, check: Callable[[], None]) -> None:
-        """Save if it is time to and `check` finds nothing; then raise StopRequested if asked."""
-        now = time.monotonic()
-        _Asked.grace = 3 + 3 * round(now - self.last_step)
-        due = now - self.saved >= self.seconds or (bool(self.every) and step % self.every == 0)
-        wish = self._agree(due)
-        if wish:
-            if os.name == "posix":
-                signal.alarm(0)  # a save takes the time that it takes
-            check()
-            self.save(step)
-        if wish == self.STOP:
-            raise StopRequested
-        if wish:
-            stop_if_asked()  # meanwhile: what was saved need not be saved again
-        self.last_step = time.monotonic()
-
-    def note_save(self) -> None:
-        self.saved = time.monotonic()
-
-    def _agree(self, due: bool) -> int:
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._launcher:
-            raise RuntimeError("the launcher of this process is gone")
-        wish = self.STOP if stop_asked() else self.SAVE * (due and rank() == 0)
-        return int(all_reduce(torch.tensor(wish), "max"))
 
 
 # ----------------------------------------------------------------------------- failing together
@@ -299,7 +160,7 @@ class Keeper:
 LOST = ("gloo", "connection closed by peer", "connection reset", "pair closure", "timed out")
 
 
-def lost_contact(error: BaseException) -> bool:
+def lost_connection(error: BaseException) -> bool:
     """Whether the error only says that another process is gone or does not answer."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (
@@ -307,7 +168,7 @@ def lost_contact(error: BaseException) -> bool:
     )
 
 
-def tell_failure(message: str) -> bool:
+def report_failure(message: str) -> bool:
     """Leave for the other processes why this one ends; False if another one was first."""
     message = f"rank {rank()}: {message}"
     try:
@@ -316,7 +177,7 @@ def tell_failure(message: str) -> bool:
         return True
 
 
-def who_failed(timeout_seconds: float = 2) -> str:
+def first_failed_rank(timeout_seconds: float = 2) -> str:
     """After contact was lost: what the first process to fail has left, or which ones are silent."""
     try:
         _store.set(f"waiting/{rank()}", "")

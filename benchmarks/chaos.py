@@ -28,6 +28,7 @@ import synthetic
 import torch
 
 import checkpoint
+from internals.errors import CheckpointError
 
 EVERY, EPOCH = 3, 8  # steps between two checkpoints, and in an epoch
 LAUNCHERS = {
@@ -213,7 +214,7 @@ def saved_step(out: Path) -> int:
     for path in checkpoint.numbered(out):
         try:
             return checkpoint.load(path)["step"]
-        except checkpoint.CheckpointError:
+        except CheckpointError:
             continue
     return 0
 

@@ -53,12 +53,12 @@ def load(arm: str, split) -> object:
         return wrap_dataset_for_transforms_v2(
             CocoDetection(split.images, split.annotations, transforms=v2.ToImage())
         )
-    import coco_check
     import coco_utils
     import transforms
+    from internals import data_checks
 
     index = coco_utils.CocoIndex(split)
-    coco_check.refuse(index, coco_check.faults(index))
+    data_checks.refuse(index, data_checks.faults(index))
     images = index.images_with_boxes()
     flip = transforms.training_preset("hflip", 800)
     return coco_utils.CocoDetection(index, index.categories, images, flip)
@@ -69,9 +69,10 @@ def loader_of(arm: str, dataset, batch_size: int = 2):
 
     import coco_utils
     import samplers
-    import utils
+    from internals import preemption
 
-    utils.fork_for_loading()  # as train.py does; `without_pictures` would not reach others either
+    # As train.py does; `without_pictures` would not reach others either.
+    preemption.use_forked_workers()
     if arm == "plain":
         order = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
         order["collate_fn"] = lists
@@ -93,8 +94,8 @@ def measure_loading(arm: str, work: Path) -> dict:
     import torchvision.datasets  # noqa: F401
     from pycocotools.coco import COCO  # noqa: F401
 
-    import coco_check  # noqa: F401
     import coco_utils
+    from internals import data_checks  # noqa: F401
 
     if arm == WITHOUT:
         coco_utils.msgspec = None

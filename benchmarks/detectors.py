@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import coco_utils
 import engine
-import fast
+import internals.fast
 import models
 import train
 import utils
+from internals import preemption
+from internals.mixed_precision import resolve_precision
 
 NAME = "fasterrcnn_resnet50_fpn"
 # What `ours` can be measured without, to see what each brings.
@@ -28,9 +30,9 @@ PARTS = ("folded norms", "box pool", "channels_last", "fused optimizer", "memory
 def without(part: str | None) -> None:
     """Switch a part of what makes this project fast off, in this process."""
     if part == "folded norms":
-        fast.fold_frozen_norms = lambda module: None
+        internals.fast.fold_frozen_norms = lambda module: None
     elif part == "box pool":
-        fast.BoxPool.forward = fast.MultiScaleRoIAlign.forward
+        internals.fast.CpuRoIAlign.forward = internals.fast.MultiScaleRoIAlign.forward
     elif part == "channels_last":
         nn.Module.to = _ignoring_layout(nn.Module.to)
 
@@ -111,7 +113,7 @@ def run_ours(model, batches, optimizer, device, amp_dtype, seed=0, factor=None, 
             accumulate_steps=1,
             print_freq=1 if factor else 20,
             metrics=Metrics(),
-            keeper=utils.Keeper(None, math.inf, save=None),  # nothing to save
+            keeper=preemption.CheckpointTimer(None, math.inf, save=None),  # nothing to save
         )
     finally:
         utils.log = log
@@ -250,7 +252,7 @@ def picture_batch(rng: np.random.Generator, count: int, shape: tuple, classes: i
 
 def device_and_type(precision: str) -> tuple[torch.device, torch.dtype | None]:
     device = train.choose_device(None)
-    return device, engine.precision(device, precision == "amp", None)[0]
+    return device, resolve_precision(device, precision == "amp", None)[0]
 
 
 def say(figures: dict) -> None:

@@ -115,7 +115,7 @@ def score_ours(index, outputs: list[dict], evaluator: str) -> list[float] | None
     import coco_eval
     import utils
 
-    utils.start_processes(torch.device("cpu"))
+    utils.init_distributed(torch.device("cpu"))
     category_ids = index.categories.ids_of_labels()
     share = range(utils.rank(), len(index), utils.world_size())
     utils.barrier()
@@ -127,10 +127,10 @@ def score_ours(index, outputs: list[dict], evaluator: str) -> list[float] | None
     numbers = None
     if detections is not None:
         detections = detections[np.argsort(detections[:, 0], kind="stable")]
-        scored = coco_eval.score(index, detections, evaluator)
+        scored = coco_eval.evaluate_detections(index, detections, evaluator)
         numbers = [-1.0 if scored[name] is None else scored[name] for name in coco_eval.METRICS]
     yield numbers
-    utils.stop_processes()
+    utils.cleanup_distributed()
 
 
 def measure(way: str, file: Path) -> dict:

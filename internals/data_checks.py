@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import utils
-from coco_utils import MAX_PIXELS, CocoIndex, DataError, Fault, read_image
+from coco_utils import MAX_PIXELS, CocoIndex, Fault, read_image
+from internals.errors import DataError
 
 EXAMPLES = 20
 MISSING = "image files that are missing"

@@ -10,12 +10,9 @@ import torch
 
 import coco_eval
 import coco_utils
+from internals.errors import UserError
 
 LEAST_SCORE, LEAST_IOU = 0.5, 0.5  # from which on boxes are shown, and belong together
-
-
-class ReportError(ValueError):
-    """There can be no report; the message says why and what to do."""
 
 
 # -------------------------------------------------------------------------- what the run wrote
@@ -59,17 +56,17 @@ def column(lines: list[dict], key: str) -> np.ndarray:
 
 
 def read_lines(file: Path, notes: list[str]) -> list[dict]:
-    """The lines of `metrics.jsonl`; ReportError names the first that cannot be what it should."""
+    """The lines of `metrics.jsonl`; UserError names the first that cannot be what it should."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ReportError(
+        raise UserError(
             f"{file} is missing: give the folder that train.py had as --output-dir"
         ) from None
     except OSError as error:
-        raise ReportError(f"{file} cannot be read: {error.strerror}") from None
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ReportError(f"{file} is not UTF-8 (byte {error.start})") from None
+        raise UserError(f"{file} is not UTF-8 (byte {error.start})") from None
     rows, lines = text.split("\n"), []
     for n, row in enumerate(rows, start=1):
         if not row.strip():
@@ -80,21 +77,19 @@ def read_lines(file: Path, notes: list[str]) -> list[dict]:
             if n == len(rows):
                 notes.append(f"{file}: the last line was cut by a crash and is left out")
                 continue
-            raise ReportError(
-                f"{file}:{n} is not JSON ({error}): mend or remove the line"
-            ) from None
+            raise UserError(f"{file}:{n} is not JSON ({error}): mend or remove the line") from None
         if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-            raise ReportError(f"{file}:{n} is no object with a 'kind': mend or remove the line")
+            raise UserError(f"{file}:{n} is no object with a 'kind': mend or remove the line")
         lines.append(line)
     if not lines:
-        raise ReportError(f"{file} is empty: there is nothing to report yet")
+        raise UserError(f"{file} is empty: there is nothing to report yet")
     return lines
 
 
 def read_record(file: Path) -> Record:
     """Sort the lines; of steps that a crash undid, what was done again counts.
 
-    Raises ReportError. Lines of other kinds than train.py writes are passed over.
+    Raises UserError. Lines of other kinds than train.py writes are passed over.
     """
     record, start, train, evals = Record(), {}, {}, {}
     for line in read_lines(file, record.notes):
@@ -144,7 +139,7 @@ class Results:
     `detections` are rows of `coco_eval.detection_rows`, `sure` those with a score of 0.5 or more;
     `truth_of` and `found_by` say which of these has which true box, whatever their categories;
     `found_at` `[M]` is the score at which a true box was found by its own category, NaN if never.
-    `numbers` and `curves` are as of `coco_eval.score_with_curves`.
+    `numbers` and `curves` are as of `coco_eval.evaluate_with_curves`.
     """
 
     index: coco_utils.CocoIndex
@@ -185,19 +180,21 @@ class Results:
 
 
 def read_results(output_dir: Path, record: Record) -> Results:
-    """Raises ReportError, DataError or ResultsError, which say what is not there to compare."""
+    """Raises UserError, DataError or ResultsError, which say what is not there to compare."""
     if record.last is None:
-        raise ReportError("there was no evaluation yet; train.py evaluates after each epoch")
+        raise UserError("there was no evaluation yet; train.py evaluates after each epoch")
     file = output_dir / "detections.json"
     if not file.exists():
-        raise ReportError(
+        raise UserError(
             f"{file} is missing: train.py --test-only --resume {output_dir / 'model_best.pth'} "
             "writes it again"
         )
     detections = coco_eval.read_results(file)
     index = scored_index(record)
     detections = known_only(index, detections, record.notes)
-    numbers, curves = coco_eval.score_with_curves(index, detections, coco_eval.default_evaluator())
+    numbers, curves = coco_eval.evaluate_with_curves(
+        index, detections, coco_eval.default_evaluator()
+    )
     said, here = number(record.last, "AP"), numbers["AP"]
     if abs((said or 0) - (here or 0)) > 1e-6:
         record.notes.append(
@@ -219,7 +216,7 @@ def scored_index(record: Record) -> coco_utils.CocoIndex:
         split = coco_utils.find_split(home, part, *paths)
     except coco_utils.DataError:
         where = f"{paths[0]} and {paths[1]}" if all(paths) else home
-        raise ReportError(
+        raise UserError(
             f"the validation data are not where the run found them, {where}: put them back"
         ) from None
     index = coco_utils.CocoIndex(split)

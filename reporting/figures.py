@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from report_data import Record, Results, column, recall_by_size, short
+from reporting.analysis import Record, Results, column, recall_by_size, short
 
 FEW = 12  # categories that still have curves of their own
 

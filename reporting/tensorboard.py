@@ -5,15 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import drawing
 from coco_utils import CocoIndex, read_image
+from internals.errors import UserError
+from reporting import drawing
 
 PICTURES = 4
 LEAST_SCORE = 0.5
-
-
-class MissingPackage(ImportError):
-    """TensorBoard's writer is not installed; the message says how to get it."""
 
 
 class Board:
@@ -24,9 +21,7 @@ class Board:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingPackage(
-                "--tensorboard needs a package: pip install tensorboard"
-            ) from error
+            raise UserError("--tensorboard needs a package: pip install tensorboard") from error
         self.writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
         self.step = step
 

@@ -24,7 +24,7 @@ from torch.distributed.run import main as torchrun
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import utils  # noqa: E402
+from internals import preemption  # noqa: E402
 
 
 def listen(folder: Path) -> None:
@@ -36,7 +36,7 @@ def listen(folder: Path) -> None:
             raise SignalException(f"{name} again", signal.SIGTERM)
         told.write_text(name)
 
-    for name in utils.STOP_SIGNALS:
+    for name in preemption.STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), note)
     # torchrun would set handlers of its own for these signals: leave it the other ones.
@@ -70,7 +70,7 @@ def run(folder: Path) -> int:
         print(f"no CUDA device was found: {processes} processes share the CPU", flush=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ[utils.LAUNCH_FOLDER] = str(folder)
+    os.environ[preemption.LAUNCH_FOLDER] = str(folder)
     flags = [
         *(*meeting_point(os.environ), f"--nproc-per-node={processes}"),
         f"--max-restarts={os.environ.get('MAX_RESTARTS') or 0}",

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, run
+from helpers import ROOT, run
 
 
 def quick(name: str, tmp_path) -> tuple[str, dict]:

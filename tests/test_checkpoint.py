@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import checkpoint
-from checkpoint import CheckpointError, NotSavedError
+from internals.errors import CheckpointError, RunError
 
 STATE = {
     "model": {"w": torch.arange(4.0)},
@@ -94,7 +94,7 @@ def test_what_could_not_be_added_is_told_by_the_next_save(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "replace", full)
     writer.amend({"best_AP": 0.5}, best=True)
-    with pytest.raises(NotSavedError, match="No space left"):
+    with pytest.raises(RunError, match="No space left"):
         writer.begin({**STATE, "step": 13})
     monkeypatch.undo()
     assert checkpoint.newest(tmp_path)[1]["best_AP"] == 0.25
@@ -115,7 +115,7 @@ DIES = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
-import torch, checkpoint, test_checkpoint, utils
+import torch, checkpoint, utils
 folder, point = Path(sys.argv[1]), sys.argv[2]
 if point == "writing":
     def half(state, file):
@@ -225,7 +225,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 state = {{**test_checkpoint.STATE, "model": {{"w": torch.ones(10000)}}, "step": 2}}
 try:
     checkpoint.save(Path(sys.argv[1]), state)
-except checkpoint.NotSavedError as error:
+except RunError as error:
     print(error)
 """
     done = subprocess.run(
@@ -237,7 +237,7 @@ except checkpoint.NotSavedError as error:
 
 
 def test_a_folder_that_is_gone_is_said(tmp_path):
-    with pytest.raises(NotSavedError, match="No such file or directory"):
+    with pytest.raises(RunError, match="No such file or directory"):
         save(tmp_path / "gone", 1)
 
 

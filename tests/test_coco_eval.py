@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import rewrite, split_of
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_coco_utils import rewrite, split_of
 
 import coco_eval
 from coco_utils import CocoIndex, Split
+from internals.errors import UserError
 
 
 def direct(annotations, results: list[dict]) -> np.ndarray:
@@ -66,7 +67,7 @@ def test_the_numbers_are_those_of_pycocotools_on_the_files(tiny, seed, evaluator
     coco_eval.write_results(detections, tmp_path / "detections.json")
     results = json.loads((tmp_path / "detections.json").read_text())
     expected = direct(index.annotation_file, results)
-    numbers = coco_eval.score(index, detections, evaluator)
+    numbers = coco_eval.evaluate_detections(index, detections, evaluator)
     assert expected[0] > 0
     for name, value in zip(coco_eval.METRICS, expected, strict=True):
         assert numbers[name] == (None if value < 0 else value)
@@ -78,7 +79,7 @@ def test_the_numbers_are_those_of_pycocotools_on_the_files(tiny, seed, evaluator
 @pytest.mark.parametrize("evaluator", coco_eval.EVALUATORS)
 def test_no_detections_score_zero_and_absent_sizes_are_none(tiny, evaluator):
     pytest.importorskip(evaluator.replace("-", "_"))
-    numbers = coco_eval.score(CocoIndex(split_of(tiny)), np.empty((0, 7)), evaluator)
+    numbers = coco_eval.evaluate_detections(CocoIndex(split_of(tiny)), np.empty((0, 7)), evaluator)
     assert numbers["AP"] == 0
     assert numbers["APl"] is None
     assert json.dumps(numbers, allow_nan=False)
@@ -123,11 +124,11 @@ def test_both_evaluators_give_the_same_bits(tmp_path, seed, monkeypatch):
             category_id = 2 if one_category else rng.integers(1, 6)
             rows.append([image_id, *box, round(rng.random(), 1), category_id])
     detections = np.array(rows, dtype=np.float64)
-    expected = coco_eval.score(index, detections, "pycocotools")
+    expected = coco_eval.evaluate_detections(index, detections, "pycocotools")
     assert 0 < expected["AP"] < 1
-    assert coco_eval.score(index, detections, "faster-coco-eval") == expected
+    assert coco_eval.evaluate_detections(index, detections, "faster-coco-eval") == expected
     monkeypatch.setattr(coco_eval, "WORTH_PROCESSES", 1)
-    assert coco_eval.score(index, detections, "faster-coco-eval") == expected
+    assert coco_eval.evaluate_detections(index, detections, "faster-coco-eval") == expected
     results = coco_eval.coco_results(detections)
     plain = direct(index.annotation_file, results)
     assert [expected[name] for name in coco_eval.METRICS] == [None if x < 0 else x for x in plain]
@@ -157,7 +158,9 @@ def test_the_curves_are_those_whose_mean_is_ap(tiny, evaluator):
     pytest.importorskip(evaluator.replace("-", "_"))
     rng = np.random.default_rng(0)
     index = random_truth(tiny, rng)
-    numbers, curves = coco_eval.score_with_curves(index, random_detections(index, rng), evaluator)
+    numbers, curves = coco_eval.evaluate_with_curves(
+        index, random_detections(index, rng), evaluator
+    )
     assert numbers["AP"] > 0
     assert curves.shape == (10, 101, 3)
     assert np.isnan(curves[:, :, 2]).all()  # the category "unseen"
@@ -195,12 +198,12 @@ GOOD = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
 def test_what_are_no_results_is_said(tmp_path, content, said):
     file = tmp_path / "detections.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(coco_eval.ResultsError, match=rf"detections\.json.*({said})"):
+    with pytest.raises(UserError, match=rf"detections\.json.*({said})"):
         coco_eval.read_results(file)
 
 
 def test_a_missing_file_of_results_is_said(tmp_path):
-    with pytest.raises(coco_eval.ResultsError, match="cannot be read: No such file"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         coco_eval.read_results(tmp_path / "detections.json")
 
 

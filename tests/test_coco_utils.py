@@ -8,21 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import rewrite, split_of
 from PIL import Image
 
 import coco_utils
-import utils
-from coco_utils import Categories, CocoDetection, CocoIndex, DataError, Split
-
-
-def split_of(root, part="train") -> Split:
-    return Split(root / f"annotations/instances_{part}2017.json", root / f"{part}2017")
-
-
-def rewrite(split: Split, change) -> None:
-    data = json.loads(split.annotations.read_text())
-    change(data)
-    split.annotations.write_text(json.dumps(data))
+from coco_utils import Categories, CocoDetection, CocoIndex, Split
+from internals import preemption
+from internals.errors import DataError
 
 
 def dataset_of(root, part="train") -> CocoDetection:
@@ -577,7 +569,7 @@ def test_an_error_of_a_loading_process_keeps_only_its_own_words(tiny):
         said = ""
     except DataError as error:
         said = str(error)
-    utils.end_loading()  # under xdist a loading process takes long to end by itself
+    preemption.kill_workers()  # under xdist a loading process takes long to end by itself
     gc.collect()
     assert said.startswith(str(tiny / "train2017/0.png"))
     assert "Traceback" not in said

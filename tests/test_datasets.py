@@ -11,13 +11,12 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
-from conftest import ROOT, run, write_part
+from helpers import ROOT, rewrite, run, split_of, write_part
 from PIL import Image
-from test_coco_utils import rewrite, split_of
 
-import coco_check
 import coco_utils
 from coco_utils import CocoIndex
+from internals import data_checks
 
 sys.path.append(str(ROOT / "datasets"))
 coco_layout, voc_to_coco, yolo_to_coco, split = map(
@@ -76,8 +75,8 @@ def assert_trains(root: Path, *parts: str) -> None:
     """What training reads it and has nothing against it, and no picture leads out."""
     for part in parts:
         index = CocoIndex(coco_utils.find_split(root, part, None, None))
-        assert [fault for fault in coco_check.faults(index) if fault.fatal] == []
-        assert coco_check.unreadable_images(index, 0) == []
+        assert [fault for fault in data_checks.faults(index) if fault.fatal] == []
+        assert data_checks.unreadable_images(index, 0) == []
 
 
 # ------------------------------------------------------------------- the other formats, written

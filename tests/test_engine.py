@@ -6,6 +6,9 @@ import torch
 
 import coco_utils
 import engine
+from internals import mixed_precision
+from internals.errors import RunError
+from internals.mixed_precision import resolve_precision
 
 RATE = partial(
     engine.learning_rate_factor,
@@ -51,7 +54,7 @@ def test_a_bad_loss_is_reported_with_its_own_step_and_images(bad):
     watch = engine.FiniteWatch(torch.device("cpu"))
     for step, loss in ((7, 1.0), (8, bad), (9, bad)):
         watch.note(step, torch.tensor(loss), [100 + step, 200 + step])
-    with pytest.raises(engine.TrainingError, match=r"step 8 .*images \[108, 208\] on rank 0"):
+    with pytest.raises(RunError, match=r"step 8 .*images \[108, 208\] on rank 0"):
         watch.check()
 
 
@@ -81,7 +84,6 @@ def test_a_batch_arrives_on_the_device_as_it_was_loaded():
         {"boxes": torch.rand(n, 4), "labels": torch.arange(n), "image_id": n} for n in (2, 0)
     ]
     batch = coco_utils.collate(list(zip(images, targets, strict=True)))
-    assert sum(isinstance(part, torch.Tensor) for part in batch) == 1
     assert not any(isinstance(v, torch.Tensor) for t in batch[1] for v in t.values())
     assert [target["image_id"] for target in batch[1]] == [2, 0]
     floats, arrived = engine.to_device(*batch, torch.device("cpu"))
@@ -94,13 +96,13 @@ def test_a_batch_arrives_on_the_device_as_it_was_loaded():
 
 def test_the_type_of_autocast_follows_the_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert engine.precision(cpu, False, None)[0] is None
-    assert engine.precision(cuda, True, None)[0] is torch.float16
-    assert engine.precision(cuda, True, "bfloat16")[0] is torch.bfloat16
-    monkeypatch.setattr(engine, "_cpu_has_bfloat16", lambda: True)
-    assert engine.precision(cpu, True, None)[0] is torch.bfloat16
-    monkeypatch.setattr(engine, "_cpu_has_bfloat16", lambda: False)
-    dtype, why = engine.precision(cpu, True, None)
+    assert resolve_precision(cpu, False, None)[0] is None
+    assert resolve_precision(cuda, True, None)[0] is torch.float16
+    assert resolve_precision(cuda, True, "bfloat16")[0] is torch.bfloat16
+    monkeypatch.setattr(mixed_precision, "_cpu_has_bfloat16", lambda: True)
+    assert resolve_precision(cpu, True, None)[0] is torch.bfloat16
+    monkeypatch.setattr(mixed_precision, "_cpu_has_bfloat16", lambda: False)
+    dtype, why = resolve_precision(cpu, True, None)
     assert dtype is None
     assert "no bfloat16 instructions" in why
 
@@ -129,5 +131,5 @@ def test_skipped_steps_are_counted_until_there_are_too_many(optimizer_class):
     assert skipped.check(6) == 3
     assert skipped.check(6) == 0
     assert scaled_steps([inf] * 9 + [1.0] + [inf] * 9, optimizer_class).check(19) == 18
-    with pytest.raises(engine.TrainingError, match="10 steps in a row, up to step 12"):
+    with pytest.raises(RunError, match="10 steps in a row, up to step 12"):
         scaled_steps([1.0, *[inf] * 10, 1.0], optimizer_class).check(12)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, run, write_part
+from helpers import ROOT, run, write_part
 from PIL import Image
 
 import checkpoint

@@ -11,10 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, processes_of, run, start, train, wait_for, write_part
-from test_coco_utils import rewrite, split_of
-from test_launchers import ALL, ONE, SCRIPTS, launch
-from test_train import weights_hash
+from helpers import (
+    ALL,
+    ONE,
+    ROOT,
+    SCRIPTS,
+    SMALL,
+    launch,
+    processes_of,
+    rewrite,
+    run,
+    split_of,
+    start,
+    train,
+    wait_for,
+    weights_hash,
+    write_part,
+)
 
 import checkpoint
 

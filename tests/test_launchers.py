@@ -12,22 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, losses, run, train
-from test_coco_utils import rewrite, split_of
-from test_train import evaluations, weights_hash
+from helpers import (
+    ALL,
+    ONE,
+    ROOT,
+    SCRIPTS,
+    evaluations,
+    launch,
+    losses,
+    rewrite,
+    run,
+    split_of,
+    train,
+    weights_hash,
+)
 
 import coco_utils
 import samplers
 
-SCRIPTS = ROOT / "start_scripts"
-ONE = SCRIPTS / "train_fasterrcnn_resnet50_amp_torch.sh"
-ALL = SCRIPTS / "train_fasterrcnn_resnet50_amp_dist_torch.sh"
 LAUNCHERS = sorted(SCRIPTS.glob("train_*.sh"))
-
-
-def launch(script: Path, *flags, **kwargs) -> subprocess.CompletedProcess:
-    """Run a launcher in the environment that the tests run in."""
-    return run("bash", script, *SMALL, *flags, VIRTUAL_ENV=sys.prefix, **kwargs)
 
 
 def environment_of(tmp_path: Path) -> tuple[Path, dict]:

@@ -8,7 +8,9 @@ from torchvision.models import get_model
 from torchvision.ops import FrozenBatchNorm2d
 
 import models
-from fast import FoldedConv2d
+from internals import mixed_precision
+from internals.errors import UserError
+from internals.fast.frozen_norms import FoldedConv2d
 
 SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"
 RESNET = "fasterrcnn_resnet50_fpn"
@@ -163,7 +165,7 @@ def test_pretrained_structure_is_torchvisions(name, layers, monkeypatch):
 def test_a_frozen_backbone_neither_trains_nor_keeps_statistics(name):
     """Not even the norms that torchvision leaves trainable in a pretrained model."""
     if models.RECIPES[name].thin_tail:
-        with pytest.raises(models.WeightsError, match="cannot be frozen"):
+        with pytest.raises(UserError, match="cannot be frozen"):
             models.build_model(name, 4, pretrained="detector", freeze_backbone=True)
     model = models.build_model(
         name, 4, pretrained="backbone", freeze_backbone=True, min_sizes=(128,), max_size=200
@@ -186,13 +188,13 @@ def test_a_frozen_backbone_neither_trains_nor_keeps_statistics(name):
 
 @pytest.mark.parametrize(("name", "most"), [(RESNET, 5), (SMALL, 6), ("ssd300_vgg16", 5)])
 def test_more_layers_than_there_are_are_refused(name, most):
-    with pytest.raises(models.WeightsError, match=rf"range \[0,{most}\]"):
+    with pytest.raises(UserError, match=rf"range \[0,{most}\]"):
         models.build_model(name, 3, pretrained="backbone", trainable_backbone_layers=most + 1)
 
 
 def test_a_backbone_that_does_not_fit_is_refused():
     state = get_model("resnet18", weights=None).state_dict()
-    with pytest.raises(models.WeightsError, match="--weights-backbone does not fit this model"):
+    with pytest.raises(UserError, match="--weights-backbone does not fit this model"):
         models.build_model(RESNET, 3, pretrained="backbone", backbone_state=state)
 
 
@@ -209,7 +211,7 @@ def test_boxes_stay_float32_under_bfloat16(name):
     seen = {}
     generator, head = (
         next(module for module in ours.modules() if isinstance(module, kinds))
-        for kinds in (models.ANCHORS, models.HEADS)
+        for kinds in (mixed_precision.ANCHOR_GENERATORS, mixed_precision.HEADS)
     )
     hooks = [
         generator.register_forward_hook(lambda m, a, out: seen.update(anchors=out)),
@@ -243,13 +245,13 @@ def test_weights_that_cannot_be_downloaded_say_where_to_place_them(monkeypatch, 
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(models.WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         models.backbone_weights(RESNET, "IMAGENET1K_V1")
     message = str(caught.value)
     assert str(tmp_path / "checkpoints" / "resnet50-0676ba61.pth") in message
     assert "--weights-backbone none" in message
     assert "https://" in message
-    with pytest.raises(models.WeightsError, match="or use --weights-backbone none instead"):
+    with pytest.raises(UserError, match="or use --weights-backbone none instead"):
         models.detector_weights(RESNET, "COCO_V1")
 
 
@@ -263,7 +265,7 @@ def test_placed_weights_are_found(monkeypatch, tmp_path):
 
 
 def test_unknown_weights_are_refused_with_the_choices():
-    with pytest.raises(models.WeightsError, match=r"'IMAGENET9'.*IMAGENET1K_V1, IMAGENET1K_V2"):
+    with pytest.raises(UserError, match=r"'IMAGENET9'.*IMAGENET1K_V1, IMAGENET1K_V2"):
         models.backbone_weights(RESNET, "IMAGENET9")
 
 
@@ -278,7 +280,7 @@ def test_a_new_head_leaves_the_rest_as_loaded(name):
     for key, value in model.state_dict().items():
         assert torch.equal(value, own[key] if key in own else given[key])
     assert models.same_classes(model, model.state_dict())
-    with pytest.raises(models.WeightsError, match="test does not fit this model: size mismatch"):
+    with pytest.raises(UserError, match="test does not fit this model: size mismatch"):
         models.load_detector(model, donor.state_dict(), True, "test")
 
 

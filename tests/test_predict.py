@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, train, write_part
+from helpers import ROOT, run, train, write_part
 from PIL import Image
 from pycocotools.coco import COCO
 
-import drawing
 import models
 import predict
+from internals import mixed_precision
+from internals.errors import UserError
+from reporting import drawing
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +170,10 @@ def test_a_picture_without_boxes_has_an_empty_file(model, tmp_path, capsys):
 
 
 def test_amp_runs_in_the_precision_that_it_names(trained, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predict.engine, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(mixed_precision, "_cpu_has_bfloat16", lambda: True)
     seen = []
-    autocast = predict.engine.autocast
-    monkeypatch.setattr(predict.engine, "autocast", lambda *a: seen.append(a[1]) or autocast(*a))
+    autocast = predict.autocast
+    monkeypatch.setattr(predict, "autocast", lambda *a: seen.append(a[1]) or autocast(*a))
     detect(model, trained / "data/val2017/0.png", "--output-dir", tmp_path / "x", "--amp")
     assert seen == [torch.bfloat16]
     assert "mixed, bfloat16" in capsys.readouterr().out
@@ -344,10 +346,10 @@ def test_truth_is_found_by_the_end_of_the_path(trained, tmp_path):
         "day1/0.png": 100, "0.png": 101, "sub/2.png": 102,
     }  # fmt: skip
     picture(tmp_path / "in/day3/0.png")
-    with pytest.raises(predict.UsageError, match=r"lists 0.png once \(id 101\)"):
+    with pytest.raises(UserError, match=r"lists 0.png once \(id 101\)"):
         predict.find_truth(predict.find_pictures([str(tmp_path / "in")]), index)
     others = predict.find_pictures([str(picture(tmp_path / "else.png"))])
-    with pytest.raises(predict.UsageError, match="lists none of the pictures"):
+    with pytest.raises(UserError, match="lists none of the pictures"):
         predict.find_truth(others, index)
 
 

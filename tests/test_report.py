@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
-from test_coco_utils import rewrite, split_of
+from helpers import ROOT, rewrite, run, split_of
 
 import coco_eval
 import report
-import report_data
 from coco_utils import CocoIndex
+from internals.errors import UserError
+from reporting import analysis
 
 pytest.importorskip("matplotlib")
 
@@ -55,7 +55,7 @@ def train_line(step: int, **values) -> dict:
 def eval_line(tiny: Path, after: int, detections=DETECTIONS, **values) -> dict:
     """The evaluation after the epoch `after`, as train.py writes it."""
     index = CocoIndex(split_of(tiny, "val"))
-    numbers = coco_eval.score(index, rows_of(detections), "pycocotools")
+    numbers = coco_eval.evaluate_detections(index, rows_of(detections), "pycocotools")
     return {"kind": "eval", "epoch": after, "step": 4 * (after + 1), **numbers, **values}
 
 
@@ -100,8 +100,8 @@ def figures_in(html: str) -> set[str]:
     return set(re.findall(r'<svg role="img" aria-labelledby="(\w+)-title"', html))
 
 
-def results_of(folder: Path) -> report_data.Results:
-    return report_data.read_results(folder, report_data.read_record(folder / "metrics.jsonl"))
+def results_of(folder: Path) -> analysis.Results:
+    return analysis.read_results(folder, analysis.read_record(folder / "metrics.jsonl"))
 
 
 # ------------------------------------------------------------------------------- what is counted
@@ -110,7 +110,7 @@ def results_of(folder: Path) -> report_data.Results:
 def test_the_confusion_matrix_is_that_counted_by_hand(output):
     results = results_of(output)
     # rows: cat, dog, nothing there; columns: cat, dog, missed
-    assert report_data.confusion(results).tolist() == [[1, 1, 1], [0, 1, 0], [2, 0, 0]]
+    assert analysis.confusion(results).tolist() == [[1, 1, 1], [0, 1, 0], [2, 0, 0]]
     counts = results.counts()
     assert counts["true"] == 4
     assert counts["found"] == 5
@@ -127,7 +127,7 @@ def test_recall_by_size_is_that_counted_by_hand(output):
     assert results.found_at.tolist()[:2] == [0.3, 0.8]
     assert np.isnan(results.found_at[2])
     sides = np.sqrt(results.index.boxes[:, 2:].prod(axis=1))  # three of 24.5 and one of 13.9
-    edges, total, sure, found = report_data.recall_by_size(sides, results.found_at)
+    edges, total, sure, found = analysis.recall_by_size(sides, results.found_at)
     assert edges == pytest.approx([2**3.5, 16, 2**4.5, 32])
     assert total.tolist() == [1, 0, 3]
     assert sure.tolist() == [0, 0, 2]
@@ -135,7 +135,7 @@ def test_recall_by_size_is_that_counted_by_hand(output):
 
 
 def test_a_side_of_32_counts_as_medium():
-    edges, total, *_ = report_data.recall_by_size(np.array([31.9, 32.0]), np.full(2, np.nan))
+    edges, total, *_ = analysis.recall_by_size(np.array([31.9, 32.0]), np.full(2, np.nan))
     assert dict(zip(edges.tolist(), total.tolist(), strict=False))[32.0] == 1
 
 
@@ -146,14 +146,14 @@ def test_what_is_in_a_crowd_counts_neither_way(tiny, output):
     rewrite(split_of(tiny, "val"), change)
     put(output, usual_lines(tiny), (*DETECTIONS, (100, 2, [6, 6, 9, 9], 0.99)))
     results = results_of(output)
-    assert report_data.confusion(results).tolist() == [[1, 0, 1], [0, 1, 0], [2, 1, 0]]
+    assert analysis.confusion(results).tolist() == [[1, 0, 1], [0, 1, 0], [2, 1, 0]]
     assert results.counts()["crowds"] == 1
     assert results.counts()["found"] == 5
 
 
 def test_the_most_confused_categories():
     matrix = np.array([[9, 0, 0, 50], [0, 9, 2, 0], [1, 0, 9, 0], [70, 0, 0, 0]])
-    assert report_data.most_confused(matrix, 2).tolist() == [1, 2]
+    assert analysis.most_confused(matrix, 2).tolist() == [1, 2]
     pairs = report.mixed_up_pairs(matrix, ("a", "b", "c"))
     assert pairs == [
         {"true": "b", "found": "c", "count": 2},
@@ -292,7 +292,7 @@ def test_long_runs_make_small_figures(tiny, output):
 
 
 def test_thinning_keeps_what_stands_out():
-    from report_figures import smoothed, thinned
+    from reporting.figures import smoothed, thinned
 
     y = np.sin(np.arange(100_000) / 1000)
     y[12_345], y[23_456] = 9, np.nan
@@ -306,8 +306,8 @@ def test_thinning_keeps_what_stands_out():
 # -------------------------------------------------------------------------- what the lines mean
 
 
-def record_of(folder: Path, lines: list[dict]) -> report_data.Record:
-    return report_data.read_record(put(folder, lines, None) / "metrics.jsonl")
+def record_of(folder: Path, lines: list[dict]) -> analysis.Record:
+    return analysis.read_record(put(folder, lines, None) / "metrics.jsonl")
 
 
 def test_of_steps_that_were_done_again_the_last_counts(tiny, tmp_path):
@@ -512,7 +512,7 @@ def test_the_command_writes_the_page_and_says_where(output):
 def test_what_is_no_record_of_a_run_is_refused(tmp_path, content, said):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(report.ReportError, match=re.escape(said)) as raised:
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
         report.main([str(tmp_path)])
     assert str(raised.value).startswith(f"{tmp_path}/metrics.jsonl")
 
@@ -535,12 +535,12 @@ def test_without_matplotlib_there_is_one_clear_message(output, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused(output):
     (output / "report.html").mkdir()
-    with pytest.raises(report.ReportError, match=r"report\.html cannot be written"):
+    with pytest.raises(UserError, match=r"report\.html cannot be written"):
         report.write(output)
 
 
 def test_a_wrong_command_line_is_refused():
-    with pytest.raises(report.ReportError, match="--help"):
+    with pytest.raises(UserError, match="--help"):
         report.main([])
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import samplers
+from internals.errors import UserError
 from samplers import TrainingPlan
 
 
@@ -73,7 +74,7 @@ def test_augmentation_seeds_differ_by_image_epoch_and_seed():
 
 
 def test_too_few_images_are_refused_with_the_arithmetic():
-    with pytest.raises(samplers.PlanError, match=r"7 usable images.*8 .4 images on each of 2"):
+    with pytest.raises(UserError, match=r"7 usable images.*8 .4 images on each of 2"):
         TrainingPlan(groups_of(7), 4, 2)
 
 

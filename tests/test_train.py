@@ -1,7 +1,6 @@
 """Whole runs of train.py on small data, as processes."""
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -11,29 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL, losses, run, run_train, train, write_part
-from test_coco_utils import rewrite, split_of
+from helpers import (
+    ROOT,
+    SMALL,
+    evaluations,
+    losses,
+    rewrite,
+    run,
+    run_train,
+    split_of,
+    train,
+    weights_hash,
+    write_part,
+)
 
 import checkpoint
 import coco_eval
 import coco_utils
 import models
 import train as train_module
+from internals.errors import UserError
 
 BCCD = ROOT.parent / "shared/data/bccd"
-
-
-def weights_hash(file: Path) -> str:
-    model = torch.load(file, weights_only=True)["model"]
-    digest = hashlib.sha256()
-    for name, value in model.items():
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def evaluations(output_dir: Path) -> list[dict]:
-    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == "eval"]
 
 
 def test_a_run_leaves_what_the_readme_says(tiny, tmp_path):
@@ -223,7 +221,7 @@ def test_coco_weights_keep_their_head_for_coco_alone(monkeypatch):
     body = "backbone.body.0.0.weight"
     assert torch.equal(new[body], donor[body])
     args.test_only = True
-    with pytest.raises(train_module.UsageError, match="trained on other categories"):
+    with pytest.raises(UserError, match="trained on other categories"):
         train_module.build_model(args, own, None)
 
 
@@ -580,7 +578,7 @@ def settled(*flags) -> argparse.Namespace:
     ],
 )
 def test_flags_that_cannot_apply_are_refused_with_a_reason(flags, message):
-    with pytest.raises(train_module.UsageError, match=message):
+    with pytest.raises(UserError, match=message):
         settled(*flags.split())
 
 
@@ -600,9 +598,9 @@ def test_an_evaluation_writes_over_no_other_training(tmp_path):
     elsewhere = ("--resume", tmp_path / "b/checkpoint.pth")
     assert find(*elsewhere, "--output-dir", tmp_path / "c") == str(elsewhere[1])
     for flags in (elsewhere, ("--weights", "COCO_V1")):
-        with pytest.raises(train_module.UsageError, match=r"a/checkpoint_00000003.pth is there"):
+        with pytest.raises(UserError, match=r"a/checkpoint_00000003.pth is there"):
             find(*flags)
-    with pytest.raises(train_module.UsageError, match=r"no checkpoint in .*c to evaluate"):
+    with pytest.raises(UserError, match=r"no checkpoint in .*c to evaluate"):
         find("--resume", "auto", "--output-dir", tmp_path / "c")
 
 
@@ -611,7 +609,7 @@ def test_an_evaluator_that_is_not_installed_is_refused(monkeypatch):
     assert settled().eval_batch_size == 1
     monkeypatch.delitem(coco_eval.LIBRARIES, "faster-coco-eval", raising=False)
     assert settled().evaluator == "pycocotools"
-    with pytest.raises(train_module.UsageError, match="pip install faster-coco-eval"):
+    with pytest.raises(UserError, match="pip install faster-coco-eval"):
         settled("--evaluator", "faster-coco-eval")
 
 

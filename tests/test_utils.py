@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import utils
+from internals import preemption
 
 
 def test_without_torchrun_the_helpers_answer_for_one_process():
@@ -25,7 +26,7 @@ def test_loading_processes_are_forked_whatever_python_would_do():
     before = multiprocessing.get_start_method()
     try:
         multiprocessing.set_start_method("forkserver", force=True)
-        utils.fork_for_loading()
+        preemption.use_forked_workers()
         assert multiprocessing.get_start_method() == "fork"
     finally:
         multiprocessing.set_start_method(before, force=True)
@@ -96,6 +97,6 @@ def test_errors_that_only_say_that_another_process_is_gone():
         "Application timeout caused pair closure",
         "Timed out waiting 6000ms for send operation to complete",
     ):
-        assert utils.lost_contact(RuntimeError(text))
-    assert not utils.lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not utils.lost_contact(ValueError("timed out"))
+        assert utils.lost_connection(RuntimeError(text))
+    assert not utils.lost_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not utils.lost_connection(ValueError("timed out"))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-import batch_size
+from internals import batch_size
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 9, 100, 1000])

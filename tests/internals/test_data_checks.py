@@ -4,16 +4,16 @@ import re
 
 import numpy as np
 import pytest
-from conftest import write_part
+from helpers import rewrite, split_of, write_part
 from PIL import Image
-from test_coco_utils import rewrite, split_of
 
-import coco_check
-from coco_utils import CocoIndex, DataError, Split
+from coco_utils import CocoIndex, Split
+from internals import data_checks
+from internals.errors import DataError
 
 
 def kinds_of(index: CocoIndex) -> dict[str, list[str]]:
-    return {fault.kind: fault.found for fault in coco_check.faults(index)}
+    return {fault.kind: fault.found for fault in data_checks.faults(index)}
 
 
 def change_annotation(**values):
@@ -52,16 +52,16 @@ def test_what_cannot_be_repaired_is_refused_with_file_and_id(tiny, change, kind,
     split = split_of(tiny)
     rewrite(split, change)
     index = CocoIndex(split)
-    faults = coco_check.faults(index)
+    faults = data_checks.faults(index)
     assert any(f.fatal and kind in f.kind and found in f.found for f in faults), faults
     with pytest.raises(DataError) as caught:
-        coco_check.refuse(index, faults)
+        data_checks.refuse(index, faults)
     for part in (str(split.annotations), kind, found):
         assert part in str(caught.value)
 
 
 def test_good_data_has_no_faults(tiny):
-    assert coco_check.faults(CocoIndex(split_of(tiny))) == []
+    assert data_checks.faults(CocoIndex(split_of(tiny))) == []
 
 
 def test_all_faults_are_named_at_once(tiny):
@@ -70,7 +70,7 @@ def test_all_faults_are_named_at_once(tiny):
     rewrite(split, change_image(file_name="gone.png"))
     index = CocoIndex(split)
     with pytest.raises(DataError, match=r"(?s)gone\.png.*\n.*1001 of image 101"):
-        coco_check.refuse(index, coco_check.faults(index))
+        data_checks.refuse(index, data_checks.faults(index))
 
 
 def test_boxes_that_are_dropped_or_cut_are_counted_by_kind(tiny):
@@ -86,16 +86,16 @@ def test_boxes_that_are_dropped_or_cut_are_counted_by_kind(tiny):
 
     rewrite(split, change)
     index = CocoIndex(split)
-    faults = coco_check.faults(index)
+    faults = data_checks.faults(index)
     assert not any(fault.fatal for fault in faults)
-    coco_check.refuse(index, faults)
+    data_checks.refuse(index, faults)
     assert kinds_of(index) == {
         "boxes of zero width or height": ["0 of image 100"],
         "boxes of negative width or height": ["1000 of image 101"],
         "boxes partly outside their image": ["1001 of image 101"],
     }
     assert index.usable[:4].tolist() == [False, False, True, True]
-    assert "boxes without a size: 2" in coco_check.summary(index)
+    assert "boxes without a size: 2" in data_checks.summary(index)
 
 
 def test_two_images_of_one_file_are_noted(tiny):
@@ -110,7 +110,7 @@ def test_more_than_twenty_are_counted(tmp_path):
     split = Split(write_part(tmp_path, "train", [(20, 20)] * 30, boxes), tmp_path / "train2017")
     rewrite(split, lambda data: [a.update(category_id=9) for a in data["annotations"]])
     index = CocoIndex(split)
-    (fault,) = coco_check.faults(index)
+    (fault,) = data_checks.faults(index)
     assert fault.count == 30
     assert len(fault.found) == 20
     assert re.search(r"^annotations .* \(30\): .* and 10 more\.", str(fault))
@@ -132,7 +132,7 @@ def test_links_may_stay_inside_the_folder_but_not_lead_out(tiny, tmp_path):
     elsewhere = tmp_path / "linked"
     elsewhere.symlink_to(tiny)
     rewrite(split_of(tiny), change_image(file_name="a.png"))
-    assert coco_check.faults(CocoIndex(split_of(elsewhere))) == []
+    assert data_checks.faults(CocoIndex(split_of(elsewhere))) == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -145,9 +145,9 @@ def test_every_image_is_opened_and_the_bad_ones_are_named_by_kind(tiny, workers)
     Image.new("1", (10_000, 10_000)).save(split.images / "4.png")
     os.remove(split.images / "5.png")
     index = CocoIndex(split)
-    bad = coco_check.unreadable_images(index, workers)
+    bad = data_checks.unreadable_images(index, workers)
     assert [i for i, *_ in bad] == [0, 1, 2, 4, 5]
-    faults = {fault.kind: fault for fault in coco_check.image_faults(bad)}
+    faults = {fault.kind: fault for fault in data_checks.image_faults(bad)}
     assert {kind: fault.count for kind, fault in faults.items()} == {
         "image files that cannot be read": 3,
         "image files of another size than their annotation file says": 1,
@@ -161,7 +161,7 @@ def test_every_image_is_opened_and_the_bad_ones_are_named_by_kind(tiny, workers)
 def test_files_outside_are_not_opened(tiny, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
     rewrite(split_of(tiny), change_image(file_name="../../x.png"))
-    assert coco_check.unreadable_images(CocoIndex(split_of(tiny)), 0) == []
+    assert data_checks.unreadable_images(CocoIndex(split_of(tiny)), 0) == []
 
 
 def test_the_report_counts_what_is_there(tiny):
@@ -173,7 +173,7 @@ def test_the_report_counts_what_is_there(tiny):
         data["categories"].append({"id": 9, "name": "unseen"})
 
     rewrite(split, change)
-    report = coco_check.report(CocoIndex(split))
+    report = data_checks.report(CocoIndex(split))
     for line in (
         "8 images, 12 boxes in 3 categories, images without a usable box: 1, crowd boxes: 1",
         "image sizes: 48 x 64 (4), 64 x 48 (4)",
@@ -188,7 +188,7 @@ def test_the_report_counts_what_is_there(tiny):
 
 def test_only_a_few_of_many_image_sizes_are_listed():
     sizes = np.array([(10 + n, 20) for n in range(8) for _ in range(n + 1)], dtype=np.int32)
-    line = coco_check._image_sizes(sizes)
+    line = data_checks._image_sizes(sizes)
     assert line.startswith("17 x 20 (8), 16 x 20 (7)")
     assert line.endswith("and 3 other sizes from 10 to 17 wide and 20 to 20 high")
 
@@ -203,9 +203,9 @@ def test_annotations_of_every_kind_that_needs_no_repair_pass(tiny):
         data["annotations"] = data["annotations"][:6]
 
     rewrite(split, change)
-    assert coco_check.faults(CocoIndex(split)) == []
+    assert data_checks.faults(CocoIndex(split)) == []
     rewrite(split, lambda data: data.update(annotations=[]))
     index = CocoIndex(split)
-    assert coco_check.faults(index) == []
-    assert "0 boxes" in coco_check.report(index)
+    assert data_checks.faults(index) == []
+    assert "0 boxes" in data_checks.report(index)
     assert json.loads(split.annotations.read_text())["annotations"] == []

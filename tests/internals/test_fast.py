@@ -1,4 +1,4 @@
-"""Each class of `fast.py` against what it replaces."""
+"""Each class of `internals/fast` against what it replaces."""
 
 import copy
 
@@ -9,7 +9,10 @@ from torchvision.models.detection._utils import Matcher, overwrite_eps
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou
 
-import fast
+from internals.fast.frozen_norms import FoldedConv2d, FoldedNorm, fold_frozen_norms
+from internals.fast.roi_align import CpuRoIAlign
+from internals.fast.sampling import FastMatcher
+from internals.fast.transform import FastTransform
 
 # ------------------------------------------------------------------------------ frozen norms
 
@@ -22,8 +25,8 @@ def conv_and_norm(trains: bool) -> tuple[nn.Sequential, nn.Sequential]:
         buffer.uniform_(0.5, 2)
     stock.requires_grad_(trains)
     ours = copy.deepcopy(stock)
-    fast.fold_frozen_norms(ours)
-    assert [type(module) for module in ours] == [fast.FoldedConv2d, fast.FoldedNorm, nn.ReLU]
+    fold_frozen_norms(ours)
+    assert [type(module) for module in ours] == [FoldedConv2d, FoldedNorm, nn.ReLU]
     return stock, ours
 
 
@@ -92,7 +95,7 @@ def test_a_folded_norm_compiles_to_one_graph():
 def test_norms_that_train_are_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 5, 1), nn.ReLU())
     before = [type(module) for module in model]
-    fast.fold_frozen_norms(model)
+    fold_frozen_norms(model)
     assert [type(module) for module in model] == before
 
 
@@ -110,7 +113,7 @@ def test_images_and_boxes_are_resized_to_the_same_bits(training, fixed):
         for n in (3, 0, 1)
     ]
     results = []
-    for kind in (GeneralizedRCNNTransform, fast.Transform):
+    for kind in (GeneralizedRCNNTransform, FastTransform):
         mean_std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         transform = kind([60, 80, 100], 140, *mean_std, fixed_size=fixed).train(training)
         torch.manual_seed(3)
@@ -141,7 +144,7 @@ def test_anchors_are_matched_as_torchvision_matches_them(seed, low_quality):
     expected = Matcher(*arguments)(quality)
     assert (expected >= 0).any()
     assert (expected < 0).any()
-    assert torch.equal(fast.BoxMatcher(*arguments)(quality.clone()), expected)
+    assert torch.equal(FastMatcher(*arguments)(quality.clone()), expected)
 
 
 # ---------------------------------------------------------------------------------- RoIAlign
@@ -168,7 +171,7 @@ def test_box_pool_equals_torchvisions(counts):
     if counts[0]:
         boxes[0][:3] = torch.tensor([[-20.0, -30, 300, 200], [5, 5, 5, 5], [191, 127, 192, 128]])
     results = []
-    for pool in (MultiScaleRoIAlign, fast.BoxPool):
+    for pool in (MultiScaleRoIAlign, CpuRoIAlign):
         features = pyramid()
         output = pool(["0", "1", "2", "3"], 7, 2)(features, boxes, [(128, 192)] * 2)
         (output * torch.arange(output.numel()).view_as(output).cos()).sum().backward()
@@ -182,7 +185,7 @@ def test_box_pool_equals_torchvisions(counts):
 
 
 def test_box_pool_keeps_the_type_of_the_features():
-    pool = fast.BoxPool(["0", "1", "2", "3"], 7, 2)
+    pool = CpuRoIAlign(["0", "1", "2", "3"], 7, 2)
     features = pyramid(torch.bfloat16)
     output = pool(features, [random_boxes(4), random_boxes(3)], [(128, 192)] * 2)
     output.sum().backward()

@@ -1,0 +1,1 @@
+"""What the recipe calls and a first reading skips."""

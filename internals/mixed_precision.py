@@ -1,0 +1,82 @@
+"""Which type autocast uses, and what stays float32 under it."""
+
+import platform
+
+import torch
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.ssd import SSDHead
+from torchvision.models.detection.ssdlite import SSDLiteHead
+
+ANCHOR_GENERATORS = (AnchorGenerator, DefaultBoxGenerator)
+HEADS = (RPNHead, FastRCNNPredictor, RetinaNetHead, FCOSHead, SSDHead, SSDLiteHead)
+
+
+def resolve_precision(
+    device: torch.device, amp: bool, dtype_name: str | None = None
+) -> tuple[torch.dtype | None, str]:
+    """The type of autocast, None for plain float32, and a text for the log that says why.
+
+    Args:
+        device: where the model runs.
+        amp: whether mixed precision is wanted at all.
+        dtype_name: "float16" or "bfloat16" to overrule the choice, which is float16 on CUDA,
+            bfloat16 on a CPU that has instructions for it, float32 on any other.
+    """
+    if not amp:
+        return None, "float32"
+    if dtype_name is not None:
+        return getattr(torch, dtype_name), f"mixed, {dtype_name} (as asked)"
+    if device.type == "cuda":
+        return torch.float16, "mixed, float16 with loss scaling"
+    if _cpu_has_bfloat16():
+        return torch.bfloat16, "mixed, bfloat16"
+    return None, "float32: this CPU has no bfloat16 instructions, so --amp would only slow it down"
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """The context in which a detector runs with what `resolve_precision` has chosen."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def _cpu_has_bfloat16() -> bool:
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_boxes_float32(model: nn.Module) -> None:
+    """Keep anchors, box decoding, NMS and losses in float32 under autocast.
+
+    torchvision gives its anchors the type of the feature maps and decodes boxes in the type of the
+    predicted offsets. bfloat16 counts in steps of 4 pixels above 512, so boxes would be wrong by as
+    much. Features and heads stay in the fast type; only the output of the heads is widened.
+    """
+    for module in model.modules():
+        if isinstance(module, ANCHOR_GENERATORS):
+            module.register_forward_pre_hook(_float32_feature_maps)
+        elif isinstance(module, HEADS):
+            module.register_forward_hook(_float32_output)
+
+
+def _float32_feature_maps(module: nn.Module, args: tuple) -> tuple:
+    image_list, feature_maps = args
+    # The generator reads only shape, type and device: one number, expanded, has all three.
+    stand_ins = [_widen(f.new_zeros(())).expand(f.shape) for f in feature_maps]
+    return image_list, stand_ins
+
+
+def _float32_output(module: nn.Module, args: tuple, output):
+    if isinstance(output, dict):
+        return {name: _widen(tensor) for name, tensor in output.items()}
+    if isinstance(output, tuple | list):
+        return type(output)(_float32_output(module, args, part) for part in output)
+    return _widen(output)
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.itemsize < 4 else tensor

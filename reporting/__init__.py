@@ -1,0 +1,1 @@
+"""What a training has come to: analysis, figures, drawings, TensorBoard."""

@@ -1,0 +1,187 @@
+"""What the tests share: small data, and ways to run the recipe as a user does."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from coco_utils import Split
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "start_scripts"
+ONE = SCRIPTS / "train_fasterrcnn_resnet50_amp_torch.sh"
+ALL = SCRIPTS / "train_fasterrcnn_resnet50_amp_dist_torch.sh"
+
+# One thread, so that sums have one order whatever the machine; also in processes to come.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def write_part(
+    root: Path, part: str, sizes: list[tuple[int, int]], boxes: list[list[list]]
+) -> Path:
+    """COCO 2017's layout: noise pictures of `sizes` with `boxes` (category_id, x, y, w, h)."""
+    folder = root / f"{part}2017"
+    folder.mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    rng = np.random.default_rng(len(part))
+    images, annotations = [], []
+    for n, ((width, height), rows) in enumerate(zip(sizes, boxes, strict=True)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+        images.append({"id": 100 + n, "file_name": f"{n}.png", "width": width, "height": height})
+        annotations += [
+            {
+                "id": 1000 * n + k,
+                "image_id": 100 + n,
+                "category_id": category_id,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+            for k, (category_id, *box) in enumerate(rows)
+        ]
+    categories = [{"id": 2, "name": "cat"}, {"id": 5, "name": "dog"}]
+    file = root / "annotations" / f"instances_{part}2017.json"
+    file.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return file
+
+
+# A small model, small pictures and few threads: a training of seconds.
+SMALL = (
+    *("--model", "fasterrcnn_mobilenet_v3_large_320_fpn", "--weights-backbone", "none"),
+    *("--min-size", "64", "--print-freq", "1", "-j", "0", "--epochs", "1", "--no-report"),
+)
+
+
+def run(*command, timeout: float = 300, cwd=None, **environment) -> subprocess.CompletedProcess:
+    """Run a command as a user does, without a GPU and with one thread for each process."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    env.pop("RANK", None)
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
+        cwd=cwd,
+    )
+
+
+def train(*flags, **kwargs) -> subprocess.CompletedProcess:
+    """Train as a user does, but small."""
+    return run_train(*SMALL, *flags, **kwargs)
+
+
+def run_train(*flags, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+    """Run train.py with these flags alone.
+
+    Where it can, in a process forked from one that has imported it, as the imports take three
+    seconds and there are many runs.
+    """
+    argv = [str(ROOT / "train.py"), *map(str, flags)]
+    if os.name != "posix":
+        return run(sys.executable, *argv, timeout=timeout, **environment)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "reporting.figures"])
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=_be_train, args=(argv, environment, folder))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(argv, timeout)
+        out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess(argv, process.exitcode, out, err)
+
+
+def _be_train(argv: list[str], environment: dict, folder: str) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        opened = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(opened, number)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+    sys.argv = argv
+    os.environ.pop("RANK", None)
+    os.environ.update(CUDA_VISIBLE_DEVICES="", **environment)
+    import train
+
+    train.run_and_exit()
+
+
+def losses(output_dir: Path) -> list[float]:
+    """The loss of every step that `metrics.jsonl` has."""
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def start(*command, **environment) -> subprocess.Popen:
+    """The same without waiting for its end; to be read while it runs."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={key: str(value) for key, value in env.items()},
+    )
+
+
+def wait_for(process: subprocess.Popen, text: str) -> list[str]:
+    """Read what a process says until a line with this text; returns the lines."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"no {text!r} in\n{''.join(lines)}")
+
+
+def processes_of(mark: object) -> list[int]:
+    """The processes whose command line has `mark` in it (Linux)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if str(mark).encode() in command and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def split_of(root, part="train") -> Split:
+    return Split(root / f"annotations/instances_{part}2017.json", root / f"{part}2017")
+
+
+def rewrite(split: Split, change) -> None:
+    data = json.loads(split.annotations.read_text())
+    change(data)
+    split.annotations.write_text(json.dumps(data))
+
+
+def weights_hash(file: Path) -> str:
+    model = torch.load(file, weights_only=True)["model"]
+    digest = hashlib.sha256()
+    for name, value in model.items():
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def evaluations(output_dir: Path) -> list[dict]:
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "eval"]
+
+
+def launch(script: Path, *flags, **kwargs) -> subprocess.CompletedProcess:
+    """Run a launcher in the environment that the tests run in."""
+    return run("bash", script, *SMALL, *flags, VIRTUAL_ENV=sys.prefix, **kwargs)
