@@ -1,4 +1,4 @@
-"""The command line of train.py: its flags, what stands for those left out, what is refused."""
+"""The command line of train.py: its flags, defaults that depend on others, what is refused."""
 
 import argparse
 import os
@@ -171,8 +171,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="images of one size evaluated together; changes nothing but speed and memory "
         "(default: 8 on CUDA, 1 on a CPU)")
     add("--val-loss", action="store_true", help="compute the losses on the validation set, too")
-    add("--evaluator", choices=coco_eval.EVALUATORS,
-        help="what computes COCO's numbers; both give the same (default: the first if installed)")
+    add("--evaluator", choices=coco_eval.EVALUATORS, default=coco_eval.EVALUATORS[0],
+        help="what computes COCO's numbers; both: with hotcoco and pycocotools, and fail if a "
+        "number differs (default: %(default)s)")
 
 
 # fmt: on
@@ -189,13 +190,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(parser)
     add_optimization_flags(parser)
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.resume_anyway and not args.resume:
+        parser.error("--resume-anyway needs --resume FILE or --resume auto")
+    return args
 
 
 # The flags that shape the model: left out, they are taken from the checkpoint of --resume.
-SHAPE = (
-    *("model", "weights", "weights_backbone", "trainable_backbone_layers"),
-    *("data_augmentation", "min_size", "max_size", "fixed_size", "rpn_score_thresh"),
+MODEL_ARGS = (
+    "model",
+    "weights",
+    "weights_backbone",
+    "trainable_backbone_layers",
+    "data_augmentation",
+    "min_size",
+    "max_size",
+    "fixed_size",
+    "rpn_score_thresh",
 )
 
 
@@ -204,17 +215,21 @@ def default_workers() -> int:
     return max(1, min(4, (os.cpu_count() or 1) // processes))
 
 
-def settle(args: argparse.Namespace, saved: dict | None, device: torch.device) -> None:
-    """Fill in what was left out, by a checkpoint's arguments or by default; refuse what clashes."""
-    for name in SHAPE if saved else ():
+def resolve_defaults(args: argparse.Namespace, saved: dict | None, device: torch.device) -> None:
+    """Fill in the flags left out, in place: from a checkpoint's arguments `saved`, or by default.
+
+    Raises:
+        UserError: a flag that shapes the model contradicts the checkpoint.
+    """
+    for name in MODEL_ARGS if saved else ():
         given, before = getattr(args, name), saved.get(name)
         if given is None:
             setattr(args, name, before)
         elif given != before and not args.test_only and not args.resume_anyway:
             raise UserError(
                 f"--{name.replace('_', '-')} {given} differs from {before}, with which "
-                f"{args.resume} was trained: leave it out, say --resume-anyway, or start anew in "
-                "another --output-dir"
+                f"{args.resume} was trained: leave it out, say --resume-anyway, or start a new "
+                "training in another --output-dir"
             )
     args.model = args.model or models.MODELS[0]
     recipe = models.RECIPES[args.model]
@@ -229,133 +244,107 @@ def settle(args: argparse.Namespace, saved: dict | None, device: torch.device) -
     if args.opt == "sgd" and args.momentum is None:
         args.momentum = 0.9
     if args.lr is None:
-        args.lr = base_rate(args) * images_in_step(args) / 16
+        images_in_step = args.batch_size * args.accumulate_steps * utils.world_size()
+        args.lr = base_learning_rate(args) * images_in_step / 16
     if args.lr_scheduler == "multisteplr":
         args.lr_steps = args.lr_steps or [round(args.epochs * e / 26) for e in (16, 22)]
         args.lr_gamma = 0.1 if args.lr_gamma is None else args.lr_gamma
     if args.workers is None:
         args.workers = default_workers()
     args.eval_batch_size = args.eval_batch_size or (8 if device.type == "cuda" else 1)
-    args.evaluator = args.evaluator or coco_eval.default_evaluator()
 
 
-def base_rate(args: argparse.Namespace) -> float:
+def base_learning_rate(args: argparse.Namespace) -> float:
     """The learning rate for 16 images in a step."""
     return models.RECIPES[args.model].lr if args.opt == "sgd" else 1e-4
 
 
-def images_in_step(args: argparse.Namespace) -> int:
-    return args.batch_size * args.accumulate_steps * utils.world_size()
-
-
-def refuse_what_cannot_apply(args: argparse.Namespace, device: torch.device) -> None:
+def validate_args(args: argparse.Namespace, device: torch.device) -> None:
     """Raise UserError for a flag that would have no effect, or not the one it promises."""
-    for wrong, reason in (*_about_training(args), *_about_model(args), *_about_run(args, device)):
-        if wrong:
-            raise UserError(reason)
+    _validate_training_args(args)
+    _validate_model_args(args)
+    _validate_size_args(args)
+    _validate_process_args(args, device)
 
 
-def _from_scratch(args: argparse.Namespace) -> bool:
-    return args.weights is None and args.weights_backbone in (None, "none")
+def _validate_training_args(args: argparse.Namespace) -> None:
+    if args.opt != "sgd" and args.momentum is not None:
+        raise UserError("--momentum is for --opt sgd")
+    if args.lr_scheduler != "multisteplr" and (args.lr_steps or args.lr_gamma is not None):
+        raise UserError("--lr-steps and --lr-gamma are for --lr-scheduler multisteplr")
+    if args.amp_dtype and not args.amp:
+        raise UserError("--amp-dtype needs --amp")
+    if args.start_epoch and args.resume:
+        raise UserError("--resume knows its epoch: leave out --start-epoch")
+    if args.start_epoch is not None and args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch} leaves nothing of {args.epochs} epochs")
+    if args.test_only and not args.resume and not args.weights:
+        raise UserError("--test-only needs a model to test: --resume FILE or --weights NAME|FILE")
+    if args.overfit and (args.val_annotations or args.val_images or args.max_bad_images):
+        raise UserError("--overfit evaluates on training images, of which it needs every one")
 
 
-def _about_training(args: argparse.Namespace) -> tuple:
-    return (
-        (args.opt != "sgd" and args.momentum is not None, "--momentum is for --opt sgd"),
-        (
-            args.lr_scheduler != "multisteplr" and (args.lr_steps or args.lr_gamma is not None),
-            "--lr-steps and --lr-gamma are for --lr-scheduler multisteplr",
-        ),
-        (args.amp_dtype and not args.amp, "--amp-dtype needs --amp"),
-        (args.start_epoch and args.resume, "--resume knows its epoch: leave out --start-epoch"),
-        (
-            args.start_epoch is not None and args.start_epoch >= args.epochs,
-            f"--start-epoch {args.start_epoch} leaves nothing of {args.epochs} epochs",
-        ),
-        (
-            args.test_only and not args.resume and not args.weights,
-            "--test-only needs a model to test: --resume FILE or --weights NAME|FILE",
-        ),
-        (
-            args.overfit and (args.val_annotations or args.val_images or args.max_bad_images),
-            "--overfit evaluates on training images, of which it needs every one",
-        ),
-        (
-            args.evaluator not in coco_eval.LIBRARIES,
-            f"--evaluator {args.evaluator} is not installed: pip install {args.evaluator}",
-        ),
-    )
+def _validate_model_args(args: argparse.Namespace) -> None:
+    from_scratch = args.weights is None and args.weights_backbone in (None, "none")
+    if args.weights and args.weights_backbone:
+        raise UserError("--weights brings its own backbone: leave out --weights-backbone")
+    if from_scratch and args.trainable_backbone_layers is not None:
+        raise UserError(
+            "--trainable-backbone-layers needs pretrained weights: all layers of random ones train"
+        )
+    if from_scratch and args.freeze_backbone:
+        raise UserError(
+            "--freeze-backbone needs pretrained weights: random ones would find nothing"
+        )
+    if args.freeze_backbone and args.trainable_backbone_layers is not None:
+        raise UserError("--freeze-backbone leaves nothing of --trainable-backbone-layers")
+    if args.rpn_score_thresh is not None and not args.model.startswith("fasterrcnn"):
+        raise UserError(f"--rpn-score-thresh: {args.model} has no proposals")
 
 
-def _about_model(args: argparse.Namespace) -> tuple:
+def _validate_size_args(args: argparse.Namespace) -> None:
     recipe, augmentation = models.RECIPES[args.model], args.data_augmentation
     own_sizes = (args.min_size, args.max_size) == recipe.sizes
-    return (
-        (
-            args.weights and args.weights_backbone,
-            "--weights brings its own backbone: leave out --weights-backbone",
-        ),
-        (
-            _from_scratch(args) and args.trainable_backbone_layers is not None,
-            "--trainable-backbone-layers needs pretrained weights: all layers of random ones train",
-        ),
-        (
-            args.freeze_backbone and _from_scratch(args),
-            "--freeze-backbone needs pretrained weights: random ones would find nothing",
-        ),
-        (
-            args.freeze_backbone and args.trainable_backbone_layers is not None,
-            "--freeze-backbone leaves nothing of --trainable-backbone-layers",
-        ),
-        (
-            args.max_size < args.min_size,
-            f"--max-size {args.max_size} is below the shortest side, --min-size {args.min_size}",
-        ),
-        (
-            not recipe.resizable and (args.fixed_size or not own_sizes),
-            f"{args.model} resizes to {recipe.sizes[0]} pixels square: leave out the sizes",
-        ),
-        (
-            not recipe.resizable and augmentation == "multiscale",
-            f"{args.model} has one size, which leaves nothing of --data-augmentation multiscale",
-        ),
-        (
-            args.rpn_score_thresh is not None and not args.model.startswith("fasterrcnn"),
-            f"--rpn-score-thresh: {args.model} has no proposals",
-        ),
-        (
-            args.fixed_size and augmentation in ("multiscale", "lsj"),
-            f"--fixed-size leaves nothing of --data-augmentation {augmentation}",
-        ),
-        (
-            args.fixed_size and not own_sizes,
-            "--fixed-size takes the place of --min-size and --max-size: leave them out",
-        ),
-        (
-            augmentation == "lsj" and args.max_size != args.min_size,
-            "lsj makes squares: leave out --max-size",
-        ),
-    )
+    if args.max_size < args.min_size:
+        raise UserError(
+            f"--max-size {args.max_size} is below the shortest side, --min-size {args.min_size}"
+        )
+    if not recipe.resizable and (args.fixed_size or not own_sizes):
+        raise UserError(
+            f"{args.model} resizes to {recipe.sizes[0]} pixels square: leave out the sizes"
+        )
+    if not recipe.resizable and augmentation == "multiscale":
+        raise UserError(
+            f"{args.model} has one size, which leaves nothing of --data-augmentation multiscale"
+        )
+    if args.fixed_size and augmentation in ("multiscale", "lsj"):
+        raise UserError(f"--fixed-size leaves nothing of --data-augmentation {augmentation}")
+    if args.fixed_size and not own_sizes:
+        raise UserError("--fixed-size takes the place of --min-size and --max-size: leave them out")
+    if augmentation == "lsj" and args.max_size != args.min_size:
+        raise UserError("lsj makes squares: leave out --max-size")
 
 
-def _about_run(args: argparse.Namespace, device: torch.device) -> tuple:
+def _validate_process_args(args: argparse.Namespace, device: torch.device) -> None:
     processes = utils.world_size()
-    return (
-        (
-            args.sync_bn and not args.test_only and (device.type != "cuda" or processes == 1),
-            "--sync-bn needs torchrun with several CUDA devices",
-        ),
-        (
-            args.world_size not in (None, processes),
+    if args.sync_bn and not args.test_only and (device.type != "cuda" or processes == 1):
+        raise UserError("--sync-bn needs torchrun with several CUDA devices")
+    if args.world_size not in (None, processes):
+        raise UserError(
             f"--world-size {args.world_size}, but {processes} were started: use torchrun "
-            "--nproc-per-node N, or start_scripts/train_fasterrcnn_resnet50_amp_dist_torch.sh",
-        ),
-        (args.dist_url and "RANK" not in os.environ, "--dist-url needs torchrun"),
-        (
-            args.find_batch_size and (processes > 1 or args.test_only),
-            "--find-batch-size is for one training process: leave out torchrun and --test-only",
-        ),
-    )
+            "--nproc-per-node N, or start_scripts/train_fasterrcnn_resnet50_amp_dist_torch.sh"
+        )
+    if args.dist_url and "RANK" not in os.environ:
+        raise UserError("--dist-url needs torchrun")
+    if args.find_batch_size and (processes > 1 or args.test_only):
+        raise UserError(
+            "--find-batch-size is for one training process: leave out torchrun and --test-only"
+        )
+
+
+def to_plain_dict(args: argparse.Namespace) -> dict:
+    """The arguments as plain types, for a checkpoint or JSON; paths so that they hold anywhere."""
+    return {key: str(v.absolute()) if isinstance(v, Path) else v for key, v in vars(args).items()}
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -1,56 +1,93 @@
 """What survives a crash: checkpoints of plain types, written whole or not at all.
 
 `checkpoint_00001200.pth` holds the state after 1,200 steps. `checkpoint.pth` is a second name of
-the newest and `model_best.pth` of the best one, which no number of later ones pushes out. A file of
+the newest and `model_best.pth` of the best one, which no number of later ones prunes. A file of
 torch.save is a zip archive with a CRC-32 of each tensor; `torch.load` does not look at them, `load`
 does.
 """
 
 import os
-import pickle
 import re
 import shutil
-import time
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 import utils
-from internals.errors import CheckpointError, RunError
+from coco_utils import CocoIndex
+from engine import TrainState
+from internals.errors import CheckpointError, RunError, UserError
+from internals.weights import load_weights_file
+from samplers import TrainingPlan
 
 FORMAT = 1
 NEWEST, BEST = "checkpoint.pth", "model_best.pth"
+
+# What has to be as it was for a resumed run to end as an undisturbed one: arguments, and facts that
+# train.py adds to them.
+RESUME_INVARIANTS = (
+    "seed",
+    "global_batch",
+    "keep_empty",
+    "aspect_ratio_group_factor",
+    "precision",
+    "opt",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "norm_weight_decay",
+    "clip_grad_norm",
+    "sync_bn",
+    "epochs",
+    "lr_scheduler",
+    "lr_steps",
+    "lr_gamma",
+    "warmup_steps",
+    "ema",
+    "freeze_backbone",
+    "train_data",
+    "val_data",
+)
+# Those of them that decide which images an epoch has, and in which order.
+SAMPLER_INVARIANTS = {
+    "seed",
+    "global_batch",
+    "keep_empty",
+    "aspect_ratio_group_factor",
+    "train_data",
+}
 
 
 # ------------------------------------------------------------------------------------ writing
 
 
-def file_name(step: int) -> str:
-    return f"checkpoint_{step:08}.pth"
-
-
-def save(folder: Path, state: dict, keep: int = 2) -> Path:
+def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
     """Write `state` (plain types and tensors) as the newest checkpoint of `folder`.
 
-    The keys are `model, optimizer, scaler, epoch, step, best_AP, categories, args`; `format` is
-    added here. When this returns, the file has reached the disk, and of the numbered ones only the
-    newest `keep` are left; whenever it is interrupted, those before are untouched. Raises
-    RunError.
+    When this returns, the file has reached the disk, and of the numbered ones only the newest
+    `keep` are left; whenever it is interrupted, those before are untouched.
+
+    Args:
+        folder: where to.
+        state: with the keys `model, optimizer, scaler, epoch, step, best_AP, categories, args`;
+            `format` is added here.
+        keep: how many numbered checkpoints to keep.
+        best: whether to give it the name of the best one, too.
+
+    Raises:
+        RunError: the disk is full, for example.
     """
-    path = folder / file_name(state["step"])
+    path = folder / f"checkpoint_{state['step']:08}.pth"
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        utils.fault("flushed")
         os.replace(partial, path)
         _flush_folder(folder)
-        utils.fault("renamed")
-        _name_too(path, NEWEST)
+        for name in (NEWEST, BEST) if best else (NEWEST,):
+            _hard_link(path, name)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         while error.__context__:  # torch.save turns what hinders it into a RuntimeError
@@ -61,63 +98,16 @@ def save(folder: Path, state: dict, keep: int = 2) -> Path:
             f"checkpoint not saved: {path}: {error.strerror}. The ones before are intact: make "
             "room, then go on with --resume auto"
         ) from error
-    # One with more steps is of a plan that was given up (--resume-anyway): it would push out
-    # the new ones and be taken for the newest.
-    paths = numbered(folder)
+    # One with more steps is of a plan that was given up (--resume-anyway): it would prune the new
+    # ones and be taken for the newest.
+    paths = list_numbered(folder)
     kept = paths[paths.index(path) :][:keep]
     for old in [*(set(paths) - set(kept)), *folder.glob("checkpoint_*.partial")]:
         old.unlink(missing_ok=True)
     return path
 
 
-class Writer:
-    """Writes the checkpoints of a training to `folder`, of which the newest `keep` stay.
-
-    What is written beside the training has reached the disk when `finish` returns. `waited` is how
-    long the training has waited for all this, in seconds.
-    """
-
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep, self.waited = folder, keep, 0.0
-        self._path, self._thread, self._pending = None, ThreadPoolExecutor(1), None
-
-    def begin(self, state: dict) -> None:
-        """`save` in another thread, while nothing changes the tensors of `state`."""
-        self._submit(save, self.folder, state, self.keep)
-        self._path = self.folder / file_name(state["step"])
-
-    def amend(self, changes: dict, best: bool) -> None:
-        """Write the last checkpoint again with some entries changed, as the best one too if so.
-
-        In another thread, from the file, so that the weights may change meanwhile.
-        """
-        self._submit(_amend, self._path, changes, self.keep, best)
-
-    def finish(self) -> None:
-        """Wait until all has reached the disk. Raises RunError."""
-        begin, pending, self._pending = time.perf_counter(), self._pending, None
-        if pending:
-            pending.result()
-        self.waited += time.perf_counter() - begin
-
-    def _submit(self, *work) -> None:
-        self.finish()
-        self._pending = self._thread.submit(*work)
-
-
-def _amend(path: Path, changes: dict, keep: int, best: bool) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    save(path.parent, {**state, **changes}, keep)
-    if best:
-        save_best(path)
-
-
-def save_best(path: Path) -> None:
-    """Make the checkpoint at `path` the best one too, without writing its bytes again."""
-    _name_too(path, BEST)
-
-
-def _name_too(path: Path, name: str) -> None:
+def _hard_link(path: Path, name: str) -> None:
     """Give the file at `path` a second name in its folder, in place of what has that name."""
     partial = path.with_name(name + ".partial")
     partial.unlink(missing_ok=True)
@@ -141,21 +131,21 @@ def _flush_folder(folder: Path) -> None:
 # ------------------------------------------------------------------------------------ reading
 
 
-def numbered(folder: Path) -> list[Path]:
+def list_numbered(folder: Path) -> list[Path]:
     """The numbered checkpoints of a folder, the one with the most steps first."""
     found = [(re.fullmatch(r"checkpoint_(\d+)\.pth", p.name), p) for p in folder.glob("*.pth")]
     return [path for _, path in sorted([(int(m[1]), p) for m, p in found if m], reverse=True)]
 
 
-def present(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Every checkpoint that a run may go on from, the best to try first."""
-    paths, newest = numbered(folder), folder / NEWEST
+    paths, newest = list_numbered(folder), folder / NEWEST
     if newest.is_file() and not any(newest.samefile(path) for path in paths):
         paths.append(newest)
     return paths
 
 
-def newest(folder: Path) -> tuple[Path, dict, list[str]] | None:
+def load_newest(folder: Path) -> tuple[Path, dict, list[str]] | None:
     """The newest checkpoint of `folder` that is whole: its path, its state, and what is said of
     newer ones that are not; None where there is none at all.
 
@@ -163,7 +153,7 @@ def newest(folder: Path) -> tuple[Path, dict, list[str]] | None:
     there are checkpoints but not one is whole, which is never the same as having none.
     """
     passed_over = []
-    for path in present(folder):
+    for path in list_checkpoints(folder):
         try:
             state = load(path)
         except CheckpointError as error:
@@ -176,7 +166,7 @@ def newest(folder: Path) -> tuple[Path, dict, list[str]] | None:
         tried = "\n".join(f"  {message}" for _, message in passed_over)
         raise CheckpointError(
             f"none of the checkpoints in {folder} can be read; tried\n{tried}\nGo on from a copy "
-            "of one with --resume FILE, or start anew in another --output-dir"
+            "of one with --resume FILE, or start a new training in another --output-dir"
         )
     return None
 
@@ -198,35 +188,122 @@ def load(path: Path) -> dict:
     return state
 
 
-def load_weights_file(path: Path) -> dict:
-    """Read any file of `torch.save` that holds a dict of plain types; raises CheckpointError.
+# ----------------------------------------------------------------------------------- resuming
 
-    Nothing in the file is executed: it is read with `weights_only=True`.
+
+def resolve_resume(
+    output_dir: Path, resume: str | None, test_only: bool
+) -> tuple[str | None, dict | None]:
+    """Decide which checkpoint a run goes on from; refuse to overwrite another run's.
+
+    Args:
+        output_dir: where the run writes.
+        resume: --resume: None, "auto" or a path.
+        test_only: whether the run only evaluates.
+
+    Returns:
+        The path and the content of the checkpoint, or None and None for a new training.
+
+    Raises:
+        UserError: `output_dir` holds a run that this one would overwrite, or there is nothing to
+            evaluate.
+        CheckpointError: no checkpoint can be read.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    existing = list_checkpoints(output_dir)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, by itself
+    if resume == "auto" or (restarted and existing and not test_only):
+        return _resume_newest(output_dir, test_only)
+    own = resume and Path(resume).resolve().parent == output_dir.resolve()
+    if existing and test_only and not own:
+        raise UserError(
+            f"{existing[0]} is there from another training, whose detections and report this "
+            "evaluation would overwrite: choose another --output-dir"
+        )
+    if existing and not test_only and not resume:
+        raise UserError(
+            f"{existing[0]} is there from another training, which this one would overwrite: go on "
+            "with --resume auto, or choose another --output-dir"
+        )
+    if not resume:
+        return None, None
     try:
-        _verify(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # whose text advises to execute the file
-        raise CheckpointError(
-            f"{path} cannot be read: it is not a file of torch.save, or it holds more than tensors "
-            "and plain types, which is refused because loading it could run code"
-        ) from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # damage can make a zip archive fail in any way
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read, it is damaged: {reason}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of weights")
-    return state
+        saved = load(Path(resume))
+    except CheckpointError as error:
+        raise CheckpointError(f"--resume {error}") from None
+    later = [p for p in list_numbered(output_dir) if int(p.stem.split("_")[1]) > saved["step"]]
+    if later and not test_only:
+        raise UserError(
+            f"{resume} has {saved['step']} steps, but {later[0]} has more, which going on "
+            "from here would prune: use --resume auto, or choose another --output-dir"
+        )
+    return resume, saved
 
 
-def _verify(path: Path) -> None:
-    """Compare every part of a zip archive with its checksum; older formats of torch have none."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match")
+def _resume_newest(output_dir: Path, test_only: bool) -> tuple[str | None, dict | None]:
+    found = load_newest(output_dir)
+    if found is None and test_only:
+        raise UserError(f"--resume auto: no checkpoint in {output_dir} to evaluate")
+    if found is None:
+        utils.log(f"--resume auto: no checkpoint in {output_dir} yet, a new training")
+        return None, None
+    path, saved, skipped = found
+    for message in skipped:
+        utils.log(f"passed over: {message}")
+    return str(path), saved
+
+
+def add_resume_facts(
+    args: dict, plan: TrainingPlan, amp_dtype: torch.dtype | None, indexes: dict[str, CocoIndex]
+) -> dict:
+    """The arguments (plain types), and what else is compared when a run is resumed."""
+    return {
+        **args,
+        "steps_per_epoch": len(plan),
+        "global_batch": plan.global_batch,
+        "world_size": utils.world_size(),
+        "precision": str(amp_dtype or torch.float32).removeprefix("torch."),
+        **{f"{split}_data": index.fingerprint() for split, index in indexes.items()},
+    }
+
+
+def restore(state: TrainState, saved: dict, run_args: dict, path: str, resume_anyway: bool) -> None:
+    """Go on from a checkpoint: bring `state` to where `saved` left off.
+
+    Args:
+        state: of a training before its first step, whose model has the weights already.
+        saved: the content of the checkpoint.
+        run_args: from `add_resume_facts`, for this run.
+        path: of the checkpoint, for messages.
+        resume_anyway: whether to go on although something else than before is asked for.
+
+    Raises:
+        UserError: a resume invariant has changed.
+    """
+    before = saved["args"]
+    changed = [k for k in RESUME_INVARIANTS if k in before and before[k] != run_args[k]]
+    described = ", ".join(_describe_change(k, before[k], run_args[k]) for k in changed)
+    if changed and not resume_anyway:
+        raise UserError(
+            f"{path} was trained with {described}. Use what it was trained with, say "
+            "--resume-anyway to go on regardless, or choose another --output-dir for a new training"
+        )
+    if changed:
+        utils.log(f"--resume-anyway: trained with {described}")
+    state.load_state_dict(saved)
+    if SAMPLER_INVARIANTS & set(changed):
+        utils.log(f"epoch {state.epoch} restarts, because its plan is another one")
+        state.step = state.epoch * run_args["steps_per_epoch"]
+    elif before["world_size"] != utils.world_size():
+        utils.log(
+            f"{utils.world_size()} processes instead of {before['world_size']}: every planned "
+            "image is seen once, as before, but the weights are not bitwise the same"
+        )
+
+
+def _describe_change(name: str, before: object, now: object) -> str:
+    """A changed invariant in words: "--lr 0.1 (now 0.2)", "other training data"."""
+    if name in ("train_data", "val_data"):
+        return "other training data" if name == "train_data" else "other validation data"
+    if name in ("global_batch", "precision"):
+        return f"{name.replace('_', ' ')} {before} (now {now})"
+    return f"--{name.replace('_', '-')} {before} (now {now})"

@@ -5,12 +5,8 @@ torchvision's builder of that name, which decides what is frozen, but needs no d
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
-from urllib.parse import urlparse
 
 import torch
 import torchvision
@@ -23,9 +19,13 @@ from torchvision.models import (
 )
 from torchvision.ops import FrozenBatchNorm2d
 
+import utils
+from coco_utils import Categories
 from internals.errors import UserError
 from internals.fast import use_fast_modules
 from internals.mixed_precision import keep_boxes_float32
+from internals.torchvision_builders import without_download
+from internals.weights import download, find_weights, is_file, load_weights_file
 
 
 class Recipe(NamedTuple):
@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
     sizes: tuple[int, int] = (800, 1333)  # shortest side, bound of the longest, in pixels
     resizable: bool = True  # or every image is stretched to a square
     lr: float = 0.02  # of SGD for 16 images in a step, as in torchvision's references
-    thin_tail: bool = False  # without a backbone's weights the last stage has half the channels
+    reduced_tail: bool = False  # without a backbone's weights the last stage has half the channels
 
 
 RESNET, MOBILENET = ResNet50_Weights.IMAGENET1K_V1, MobileNet_V3_Large_Weights.IMAGENET1K_V1
@@ -54,7 +54,7 @@ MODELS = tuple(RECIPES)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.GroupNorm)
 # The layers of a detector whose shape depends on the number of classes, or that belong to them.
-OF_CLASSES = re.compile(
+CLASS_HEAD_PATTERN = re.compile(
     r"roi_heads\.box_predictor\.|head\.classification_head\.(cls_logits|module_list)\."
 )
 
@@ -86,7 +86,7 @@ def build_model(
     for a number of layers that the backbone lacks.
     """
     recipe = RECIPES[name]
-    frozen = pretrained == "backbone" or (pretrained == "detector" and not recipe.thin_tail)
+    frozen = pretrained == "backbone" or (pretrained == "detector" and not recipe.reduced_tail)
     if freeze_backbone:
         trainable_backbone_layers = 0
     if not frozen and trainable_backbone_layers is not None:
@@ -94,20 +94,21 @@ def build_model(
     options = {"min_size": min_sizes, "max_size": max_size} if recipe.resizable else {}
     options["rpn_score_thresh"] = rpn_score_thresh
     options["fixed_size"] = fixed_size and (fixed_size[1], fixed_size[0])
-    with _without_downloads(backbone_state):
-        try:
+    options["trainable_backbone_layers"] = trainable_backbone_layers
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        with without_download(recipe.backbone, backbone_state):
             model = torchvision.models.get_model(
                 name,
                 weights=None,
                 weights_backbone=recipe.backbone if frozen else None,
                 num_classes=num_classes,
-                trainable_backbone_layers=trainable_backbone_layers,
-                **{key: value for key, value in options.items() if value is not None},
+                **options,
             )
-        except ValueError as error:  # this number is all that it checks
-            raise UserError(f"--trainable-backbone-layers: {str(error).strip()}") from error
-        except RuntimeError as error:
-            raise UserError(_misfit("--weights-backbone", error)) from error
+    except ValueError as error:  # this number is all that it checks
+        raise UserError(f"--trainable-backbone-layers: {str(error).strip()}") from error
+    except RuntimeError as error:
+        raise UserError(_misfit("--weights-backbone", error)) from error
     if freeze_backbone:
         freeze_norms(model.backbone)
     if stock:
@@ -116,16 +117,6 @@ def build_model(
     use_fast_modules(model)
     # In this layout convolutions run faster on a CPU and on tensor cores; the numbers stay.
     return model.to(memory_format=torch.channels_last)
-
-
-@contextmanager
-def _without_downloads(state: dict[str, torch.Tensor] | None) -> Iterator[None]:
-    """torchvision's builders load `state` as a backbone's weights, or leave them random."""
-    with ExitStack() as patches:
-        patches.enter_context(patch.object(WeightsEnum, "get_state_dict", lambda *_, **__: state))
-        if state is None:
-            patches.enter_context(patch.object(nn.Module, "load_state_dict"))
-        yield
 
 
 def from_checkpoint(saved: dict, stock: bool = False) -> nn.Module:
@@ -137,7 +128,7 @@ def from_checkpoint(saved: dict, stock: bool = False) -> nn.Module:
     model = build_model(
         args["model"],
         1 + max(row["label"] for row in saved["categories"]),
-        pretrained=start_of(args["weights"], args["weights_backbone"]),
+        pretrained=pretrained_kind(args["weights"], args["weights_backbone"]),
         freeze_backbone=args.get("freeze_backbone", False),
         min_sizes=(args["min_size"],),
         max_size=args["max_size"],
@@ -149,21 +140,22 @@ def from_checkpoint(saved: dict, stock: bool = False) -> nn.Module:
     return model.eval()
 
 
-def start_of(weights: str | None, weights_backbone: str | None) -> str | None:
+def pretrained_kind(weights: str | None, weights_backbone: str | None) -> str | None:
     """`pretrained` of `build_model` for the flags --weights and --weights-backbone."""
     return "detector" if weights else None if weights_backbone == "none" else "backbone"
 
 
-def pretrained(name: str, weights: str) -> tuple[nn.Module, list[dict]]:
+def torchvision_detector(name: str, weights: str) -> tuple[nn.Module, Categories]:
     """torchvision's detector of that name with its own weights, such as COCO_V1, ready to detect,
-    and its categories as rows of `id, name, label`. Raises UserError.
+    and its categories. Raises UserError.
     """
-    state = detector_weights(name, weights, "or use a checkpoint of your own, without --model")
-    names = _member(torchvision.models.get_model_weights(name), weights).meta["categories"]
+    member = find_weights(torchvision.models.get_model_weights(name), weights)
+    names = member.meta["categories"]
     model = build_model(name, len(names), pretrained="detector")
+    state = download(member, "or use a checkpoint of your own, without --model")
     load_detector(model, state, True, weights)
-    real = [(i, text) for i, text in enumerate(names) if text not in ("__background__", "N/A")]
-    return model.eval(), [{"id": i, "name": text, "label": i} for i, text in real]
+    real = {i: text for i, text in enumerate(names) if text not in ("__background__", "N/A")}
+    return model.eval(), Categories(tuple(real), tuple(real.values()), tuple(real))
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -198,69 +190,41 @@ def parameter_groups(
 # ----------------------------------------------------------------------------------- weights
 
 
-def is_file(weights: str) -> bool:
-    """Whether a value of --weights or --weights-backbone is a path rather than a name."""
-    return Path(weights).suffix in (".pth", ".pt") or Path(weights).exists()
-
-
 def backbone_weights(model_name: str, weights: str) -> dict[str, torch.Tensor]:
-    """The state_dict of the classifier that torchvision has as backbone weights of that name."""
+    """The state_dict of a classifier, from a file or from torchvision's weights of that name."""
+    if is_file(weights):
+        return load_weights_file(Path(weights))
     hint = "or start from random weights with --weights-backbone none"
-    return _download(_member(type(RECIPES[model_name].backbone), weights), hint)
+    return download(find_weights(type(RECIPES[model_name].backbone), weights), hint)
 
 
-def detector_weights(
-    model_name: str,
-    weights: str,
-    otherwise: str = "or use --weights-backbone none instead",
-) -> dict[str, torch.Tensor]:
-    """The state_dict of torchvision's whole detector of that name, with COCO's 91 outputs."""
-    choices = torchvision.models.get_model_weights(model_name)
-    member = _member(choices, weights)
-    state = _download(member, otherwise)
-    if member in TRAINED_WITH_EPSILON_0:
-        _absorb_epsilon(state)
-    return state
+def load_pretrained_detector(
+    model: nn.Module, name: str, weights: str, categories: Categories, head_required: bool
+) -> None:
+    """Load --weights: a file, or torchvision's weights of that name for the detector `name`.
 
+    The head that predicts classes is loaded where the weights are for the same categories.
 
-TRAINED_WITH_EPSILON_0 = (
-    torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
-    torchvision.models.detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
-)
-
-
-def _member(choices: type, name: str) -> torchvision.models.WeightsEnum:
-    try:
-        return choices[name.removeprefix(f"{choices.__name__}.")]
-    except KeyError:
-        raise UserError(
-            f"unknown weights {name!r}: choose from {', '.join(choices.__members__)}, "
-            "or give the path of a .pth file"
-        ) from None
-
-
-def _download(weights: torchvision.models.WeightsEnum, hint: str) -> dict[str, torch.Tensor]:
-    """From torchvision's cache, or over TLS with the hash in the file's name checked."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{weights} cannot be loaded: {error}\n"
-            f"Without network, place the file {weights.url}\nat {file}, {hint}"
-        ) from error
-
-
-def _absorb_epsilon(state: dict[str, torch.Tensor]) -> None:
-    """Write frozen norms for an epsilon of 1e-5, the one that a stock model divides with.
-
-    Some of COCO's weights were trained with an epsilon of 0, which torchvision's builder sets again
-    after loading. Absorbed in the (frozen) scales, they and all that is trained from them give the
-    same detections in any stock model, with no need to know where they came from.
+    Raises:
+        UserError: the weights cannot be had or do not fit, or `head_required` and the categories
+            are others.
     """
-    for key in [key for key in state if key.endswith("running_var")]:
-        scale, variance = key.replace("running_var", "weight"), state[key].double()
-        state[scale] = (state[scale] * ((variance + 1e-5) / variance).sqrt()).to(state[scale].dtype)
+    if is_file(weights):
+        state = load_weights_file(Path(weights))
+        rows, state = state.get("categories"), state.get("model", state)
+        same = rows == categories.to_list() if rows else same_classes(model, state)
+    else:
+        choices = torchvision.models.get_model_weights(name)
+        hint = "or use --weights-backbone none instead"
+        state, same = download(find_weights(choices, weights), hint), categories.is_coco
+    if head_required and not same:
+        raise UserError(
+            f"--weights {weights} was trained on other categories than these: fine-tune it "
+            "first, without --test-only"
+        )
+    load_detector(model, state, same, f"--weights {weights}")
+    head = "its head included" if same else f"with a new head for {len(categories.ids)} categories"
+    utils.log(f"weights: {weights}, {head}")
 
 
 def same_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
@@ -268,7 +232,7 @@ def same_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
     return all(
         name in state and state[name].shape == tensor.shape
         for name, tensor in model.state_dict().items()
-        if OF_CLASSES.match(name)
+        if CLASS_HEAD_PATTERN.match(name)
     )
 
 
@@ -277,8 +241,10 @@ def load_detector(
 ) -> None:
     """Load a detector's state_dict; without `keep_head` what predicts classes stays as it is."""
     if not keep_head:
-        ours = {key: value for key, value in model.state_dict().items() if OF_CLASSES.match(key)}
-        state = {**{k: v for k, v in state.items() if not OF_CLASSES.match(k)}, **ours}
+        ours = {
+            key: value for key, value in model.state_dict().items() if CLASS_HEAD_PATTERN.match(key)
+        }
+        state = {**{k: v for k, v in state.items() if not CLASS_HEAD_PATTERN.match(k)}, **ours}
     _load(model, state, source)
 
 

@@ -4,10 +4,9 @@ Without torchrun every helper gives the answer of a single process, so callers n
 the run is distributed.
 """
 
+import inspect
 import json
 import os
-import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 try:
@@ -140,11 +140,30 @@ def gather_rows(rows: np.ndarray) -> np.ndarray | None:
     return np.concatenate([part[:n].numpy() for part, n in zip(gathered, lengths, strict=True)])
 
 
-def ddp_sync(model: torch.nn.Module, now: bool):
-    """A context in which DDP averages gradients over the processes only if `now`; else they add up
-    in each, for a later backward pass to share.
+def wrap_ddp(model: torch.nn.Module, sync_buffers: bool) -> torch.nn.Module | None:
+    """The model wrapped for DDP, None where there is only one process.
+
+    `sync_buffers` sends rank 0's buffers to the others in every step, which norms need that train.
     """
-    return nullcontext() if now or world_size() == 1 else model.no_sync()
+    if world_size() == 1:
+        return None
+    device = next(model.parameters()).device
+    # The option has another name since torch 2.13.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{name: sync_buffers},
+    )
+
+
+def ddp_sync(model: torch.nn.Module, enabled: bool):
+    """A context in which DDP averages gradients over the processes only if `enabled`; else they add
+    up in each, for a later backward pass to share.
+    """
+    return nullcontext() if enabled or world_size() == 1 else model.no_sync()
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
@@ -189,35 +208,6 @@ def first_failed_rank(timeout_seconds: float = 2) -> str:
         silent = []
     names = ", ".join(map(str, silent)) or "0 or its machine"
     return f"rank {names}: gone, or did not answer in time (--timeout-minutes)"
-
-
-# ------------------------------------------------------------------------------ failing on purpose
-
-
-def fault(point: str, step: int | None = None) -> str | None:
-    """For tests alone: fail here if the environment says so, as FAULT=kind@point:rank:step.
-
-    Kinds: kill, term (signals to this process), late (killed after 3 seconds), hang, raise, memory;
-    any other is returned for the caller to carry out. The step may be `all`. A process that
-    torchrun has restarted fails no more.
-    """
-    spec = os.environ.get("FAULT")
-    if not spec or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        return None
-    kind, at, where, when = re.split("[@:]", spec)
-    if at != point or int(where) != rank() or (step is not None and when not in (str(step), "all")):
-        return None
-    if kind == "raise":
-        raise OverflowError("a fault on purpose")
-    if kind == "memory":
-        raise torch.OutOfMemoryError("a fault on purpose")
-    if kind == "hang":
-        time.sleep(1e6)
-    if kind == "late":
-        time.sleep(3)
-    if kind in ("kill", "late", "term"):
-        os.kill(os.getpid(), signal.SIGTERM if kind == "term" else signal.SIGKILL)
-    return kind
 
 
 # ------------------------------------------------------------------------------------ seeding
@@ -284,8 +274,8 @@ class MetricsFile:
 class Progress:
     """Iterates over `batches`, with a progress bar on a terminal; keeps the time.
 
-    `total` is the number of steps, `done` how many of them lie behind; `seconds` is the time since
-    the beginning, `waited` how much of it went into waiting for the next batch.
+    `total` is the number of steps, `done` how many of them lie behind; `batch` is the current one;
+    `seconds` is the time since the beginning, `waited` how much of it went into waiting for data.
     """
 
     def __init__(self, batches: Iterable, total: int, done: int, label: str):
@@ -306,6 +296,11 @@ class Progress:
     def seconds(self) -> float:
         return time.perf_counter() - self.begin
 
+    @property
+    def steps(self) -> int:
+        """Those taken here, without those that were done before."""
+        return self.done - self.first
+
     def lap(self) -> tuple[int, float, float]:
         """Steps, seconds, and seconds of waiting since the last lap."""
         now = (time.perf_counter(), self.done, self.waited)
@@ -318,12 +313,12 @@ class Progress:
         try:
             while True:
                 asked = time.perf_counter()
-                batch = next(iterator, None)
-                if batch is None:
+                self.batch = next(iterator, None)
+                if self.batch is None:
                     return
                 self.waited += time.perf_counter() - asked
                 self.done += 1
-                yield batch
+                yield self.batch
                 self.bar.update()
         finally:
             self.bar.close()
@@ -333,7 +328,7 @@ class Progress:
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
             return
-        left = self.seconds / (self.done - self.first) * (self.total - self.done)
+        left = self.seconds / self.steps * (self.total - self.done)
         width = len(str(self.total))
         position = f"[{self.done:{width}}/{self.total}]"
         eta = timedelta(seconds=round(left))

@@ -1,5 +1,6 @@
 """How many images fit into memory at once: the largest batch, found by trying."""
 
+import argparse
 import os
 import re
 import sys
@@ -10,45 +11,72 @@ import numpy as np
 import torch
 
 import utils
-from coco_utils import CocoDetection, collate
+from internals import preemption
+from internals.errors import UserError
+from internals.mixed_precision import autocast
 
 SHARE = 0.95  # of the memory may be used: allocators leave gaps
 
 
-def find(
-    dataset: CocoDetection,
-    groups: np.ndarray,
-    sizes: tuple[int, int],
-    squares: bool,
-    step: Callable[..., int | None],
-    device: torch.device,
-) -> tuple[int, str]:
-    """The largest batch of the hardest images that fits into memory, and how that is known.
+def find(state, loader, args: argparse.Namespace, to_device: Callable[..., tuple]) -> None:
+    """Log the largest batch of the hardest images that fits into memory in a training step.
 
-    `groups` `[I]` are those that batches are filled from, `sizes` the shortest side and bound of
-    the longest that images are resized to. `squares`: augmentation makes all images alike, else
-    none larger. `step(batch=...)` trains on a batch and returns the most memory so far, in MiB, or
-    None if it did not fit.
+    Args:
+        state: an `engine.TrainState`, whose weights are changed.
+        loader: of a `coco_utils.CocoDetection`, with a `samplers.TrainingPlan`.
+        args: of them `min_size, max_size, data_augmentation`.
+        to_device: `engine.to_device`.
+
+    Raises:
+        UserError: not even one image fits.
     """
+    preemption.restore_signal_handlers()  # there is nothing to save
+    dataset, squares = loader.dataset, args.data_augmentation == "lsj"
     stored = dataset.index.sizes[dataset.images]
-    pair = hardest_images(stored, groups, *sizes)
+    pair = hardest_images(stored, loader.batch_sampler.groups, args.min_size, args.max_size)
     boxes = int(np.bincount(dataset.index.image_of_rows()[dataset.index.usable]).max(initial=1))
     shapes = " and ".join(f"{w} x {h}" for w, h in {tuple(stored[i].tolist()) for i in pair})
     utils.log(f"trying images of {shapes} pixels, before resizing, with {boxes} boxes each")
 
     def peak(images: int) -> int | None:
+        # An augmentation that makes squares is applied, as it decides the size.
         keys = [(pair[n % 2], 0) if squares else pair[n % 2] for n in range(images)]
-        memory = step(batch=collate([hard_sample(*dataset[key], boxes) for key in keys]))
+        batch = loader.collate_fn([hard_sample(*dataset[key], boxes) for key in keys])
+        memory = measure_peak_memory(state, *to_device(*batch, state.device))
         utils.log(f"  batch of {images}: {'too many' if memory is None else f'{memory:,} MiB'}")
         return memory
 
-    if device.type == "cuda":
-        return largest(lambda images: peak(images) is not None, len(stored)), "by trying"
-    # Where memory runs out on a CPU the system kills somebody, so it is not tried.
-    peaks = [peak(n) for n in (1, 1, 2, 3)][1:]  # the first step makes the optimizer's state
-    limit = free_memory()
-    how = f"estimated for the {limit / 2**30:.1f} GiB that are free or its own now"
-    return extrapolated(peaks, limit >> 20, len(stored)), how
+    if state.device.type == "cuda":
+        fit, how = largest(lambda images: peak(images) is not None, len(stored)), "by trying"
+    else:  # where memory runs out on a CPU the system kills somebody, so it is not tried
+        peaks = [peak(n) for n in (1, 1, 2, 3)][1:]  # the first step makes the optimizer's state
+        limit = free_memory()
+        fit = extrapolated(peaks, limit >> 20, len(stored))
+        how = f"estimated for the {limit / 2**30:.1f} GiB that are free or its own now"
+    if not fit:
+        raise UserError("not even one image fits: lower --min-size, or choose a smaller --model")
+    utils.log(f"--batch-size {fit} is the largest that fits, {how}")
+
+
+def measure_peak_memory(state, images: list[torch.Tensor], targets: list[dict]) -> int | None:
+    """The most memory in MiB that training has taken, after a step with this batch.
+
+    None if the batch does not fit. Changes the weights.
+    """
+    state.model.train()
+    try:
+        with autocast(state.device, state.amp_dtype):
+            losses = state.model(images, targets)
+        state.scaler.scale(sum(losses.values())).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        return utils.peak_memory(state.device)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        state.optimizer.zero_grad()
+        if state.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def hard_sample(image: torch.Tensor, target: dict, boxes: int) -> tuple[torch.Tensor, dict]:

@@ -87,18 +87,28 @@ def raise_if_stop_requested() -> None:
 
 
 class CheckpointTimer:
-    """Decides between steps, for all processes alike, when to save and when to stop."""
+    """Decides between steps, for all processes alike, when to save and when to stop.
+
+    `seconds_saving` is how long the training has waited for its checkpoints.
+    """
 
     SAVE, STOP = 1, 2
 
-    def __init__(self, every_steps: int | None, minutes: float, save: Callable[[int], None]):
-        """Let `save(step)` be called every `every_steps` steps and every `minutes`.
-
-        Other saves are made known by `note_save`, from which the minutes count.
-        """
-        self.every_steps, self.seconds, self.save = every_steps, 60 * minutes, save
+    def __init__(self, every_steps: int | None, minutes: float, write: Callable[..., None]):
+        """Let `write()` be called every `every_steps` steps, and `minutes` after the last save."""
+        self.every_steps, self.interval, self.write = every_steps, 60 * minutes, write
         self.last_save = self.last_step = time.monotonic()
+        self.seconds_saving = 0.0
         self._launcher = os.getppid()
+
+    def save(self, **kwargs) -> None:
+        """Save now, in the time that it takes."""
+        if os.name == "posix":
+            signal.alarm(0)
+        begin = time.monotonic()
+        self.write(**kwargs)
+        self.last_save = time.monotonic()
+        self.seconds_saving += self.last_save - begin
 
     def after_step(self, step: int, check: Callable[[], None]) -> None:
         """Save if it is time to and `check()` raises nothing.
@@ -108,22 +118,17 @@ class CheckpointTimer:
         """
         now = time.monotonic()
         _StopRequest.grace_seconds = 3 + 3 * round(now - self.last_step)
-        due = now - self.last_save >= self.seconds
+        due = now - self.last_save >= self.interval
         due = due or (bool(self.every_steps) and step % self.every_steps == 0)
         action = self._sync_action(due)
         if action:
-            if os.name == "posix":
-                signal.alarm(0)  # a save takes the time that it takes
             check()
-            self.save(step)
+            self.save()
         if action == self.STOP:
             raise StopRequested
         if action:
             raise_if_stop_requested()  # meanwhile: what was saved need not be saved again
         self.last_step = time.monotonic()
-
-    def note_save(self) -> None:
-        self.last_save = time.monotonic()
 
     def _sync_action(self, due: bool) -> int:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._launcher:

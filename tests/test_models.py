@@ -164,7 +164,7 @@ def test_pretrained_structure_is_torchvisions(name, layers, monkeypatch):
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_frozen_backbone_neither_trains_nor_keeps_statistics(name):
     """Not even the norms that torchvision leaves trainable in a pretrained model."""
-    if models.RECIPES[name].thin_tail:
+    if models.RECIPES[name].reduced_tail:
         with pytest.raises(UserError, match="cannot be frozen"):
             models.build_model(name, 4, pretrained="detector", freeze_backbone=True)
     model = models.build_model(
@@ -180,7 +180,7 @@ def test_a_frozen_backbone_neither_trains_nor_keeps_statistics(name):
     changed = {k for k, value in model.state_dict().items() if not torch.equal(value, before[k])}
     fixed = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert len(fixed) > 20
-    assert any(models.OF_CLASSES.match(key) for key in changed)
+    assert any(models.CLASS_HEAD_PATTERN.match(key) for key in changed)
     assert not changed & fixed
     prefixes = {key.rpartition(".")[0] for key in fixed}
     assert not {k for k in changed if "running" in k and k.rpartition(".")[0] in prefixes}
@@ -274,7 +274,9 @@ def test_a_new_head_leaves_the_rest_as_loaded(name):
     donor, model = (models.build_model(name, n, pretrained="detector") for n in (91, 4))
     assert not models.same_classes(model, donor.state_dict())
     before, given = model.state_dict(), donor.state_dict()
-    own = {key: value.clone() for key, value in before.items() if models.OF_CLASSES.match(key)}
+    own = {
+        key: value.clone() for key, value in before.items() if models.CLASS_HEAD_PATTERN.match(key)
+    }
     models.load_detector(model, given, False, "test")
     assert any(value.shape != given[key].shape for key, value in own.items())
     for key, value in model.state_dict().items():
