@@ -1,38 +1,26 @@
-"""From detections to COCO's twelve numbers for boxes, and to what was found, box by box.
+"""Score detections by COCO's twelve numbers for boxes; write and read COCO results files.
 
-What the numbers mean: https://cocodataset.org/#detection-eval. They are computed by pycocotools, or
-by faster-coco-eval, in a fraction of the time and here to the same bits.
+What the numbers mean: https://cocodataset.org/#detection-eval. They are computed by hotcoco, which
+gives pycocotools' numbers to the last bit in a fraction of the time, or by pycocotools itself.
 """
 
 import contextlib
-import gc
 import io
 import json
 import math
-import multiprocessing
-import os
-import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import hotcoco
 import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_convert
 
-from internals.errors import UserError
+from coco_utils import NO_CATEGORY, CocoIndex
+from internals.errors import RunError, UserError
 
-try:
-    from faster_coco_eval import COCO as FasterCOCO
-    from faster_coco_eval import COCOeval_faster
-except ImportError:
-    FasterCOCO = None
-
-LIBRARIES = {"pycocotools": (COCO, COCOeval)}
-if FasterCOCO is not None:
-    LIBRARIES["faster-coco-eval"] = (FasterCOCO, COCOeval_faster)
-EVALUATORS = ("faster-coco-eval", "pycocotools")
-WORTH_PROCESSES = 50_000  # detections: with fewer, the copies of this process take longer
+EVALUATORS = ("hotcoco", "pycocotools", "both")
 
 METRICS = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -54,201 +42,180 @@ MEANING = {
 }
 
 
-def default_evaluator() -> str:
-    """The fastest one that is installed."""
-    return next(name for name in EVALUATORS if name in LIBRARIES)
-
-
 def detection_rows(
     outputs: list[dict], image_ids: list[int], category_ids: np.ndarray
 ) -> np.ndarray:
-    """A batch of a torchvision detector's outputs as float64 `[N, 7]`.
+    """Convert a batch of a torchvision detector's outputs to rows in the data set's own ids.
 
-    The columns are image_id, x, y, width, height, score, category_id. `category_ids` holds the
-    category id of each label, -1 for labels that the data set does not have: their rows are left
-    out.
+    Args:
+        outputs: `boxes` (x1, y1, x2, y2), `scores` and `labels` of each image.
+        image_ids: The id of each image.
+        category_ids: The category id of each label, as of `Categories.ids_of_labels`. Detections
+            of labels that the data set does not have are left out.
+
+    Returns:
+        float64 `[N, 7]`: image_id, x, y, width, height, score, category_id.
     """
-    found = torch.cat(
-        [
-            torch.cat([o["boxes"], o["scores"][:, None], o["labels"][:, None].float()], dim=1)
-            for o in outputs
-        ]
+    boxes = torch.cat([output["boxes"] for output in outputs])
+    scores = torch.cat([output["scores"] for output in outputs])
+    labels = torch.cat([output["labels"] for output in outputs])
+    # In float32, as everybody's results are, and then one copy from the device.
+    columns = [box_convert(boxes, "xyxy", "xywh"), scores[:, None], labels[:, None].float()]
+    found = torch.cat(columns, dim=1).double().cpu().numpy()
+    images = np.repeat(
+        np.array(image_ids, dtype=np.float64), [len(output["labels"]) for output in outputs]
     )
-    found[:, 2:4] -= found[:, :2]  # in float32, as everybody's results are
-    found = found.double().cpu().numpy()  # one copy from the device
-    images = np.repeat(np.array(image_ids, dtype=np.float64), [len(o["labels"]) for o in outputs])
     categories = category_ids[found[:, 5].astype(np.int64)]
     rows = np.column_stack([images, found[:, :5], categories])
-    return rows[categories >= 0]
+    return rows[categories != NO_CATEGORY]
 
 
-def evaluate_detections(index, detections: np.ndarray, evaluator: str) -> dict:
-    """The twelve numbers by name (see `METRICS`), and `per_category`: AP by category name.
+# --------------------------------------------------------------------------------------- scoring
 
-    `index` is the ground truth, a `coco_utils.CocoIndex`; `detections` are rows of
-    `detection_rows`, none or any number; `evaluator` is one of `LIBRARIES`. A number that nothing
-    was there to measure, such as APl where no box is large, is None.
+
+def evaluate_detections(index: CocoIndex, detections: np.ndarray, evaluator: str) -> dict:
+    """Compute COCO's numbers.
+
+    Args:
+        index: The ground truth.
+        detections: Rows of `detection_rows`, none or any number.
+        evaluator: One of `EVALUATORS`.
+
+    Returns:
+        The twelve numbers by name (see `METRICS`), and `per_category`: AP by category name. A
+        number that nothing was there to measure, such as APl where no box is large, is None.
+
+    Raises:
+        RunError: The evaluator is "both", and the two differ.
     """
     return evaluate_with_curves(index, detections, evaluator)[0]
 
 
-def evaluate_with_curves(index, detections: np.ndarray, evaluator: str) -> tuple[dict, np.ndarray]:
-    """What `score` gives, and the precisions whose mean is AP, float64 `[10, 101, K]`.
+def evaluate_with_curves(
+    index: CocoIndex, detections: np.ndarray, evaluator: str
+) -> tuple[dict, np.ndarray]:
+    """Compute what `evaluate_detections` returns, and the precisions whose mean is AP.
 
-    They are those at IoU 0.50, 0.55, ..., 0.95, at recalls 0, 0.01, ..., 1, and of each category in
-    the order of `index.categories`: NaN where a category has no true box.
+    These are float64 `[10, 101, K]`: at IoU 0.50, 0.55, ..., 0.95, at recall 0, 0.01, ..., 1, and
+    for each category in the order of `index.categories`; NaN for categories without ground truth.
     """
-    collecting = gc.isenabled()
-    gc.disable()  # which would look through a million new objects, none of them garbage
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth, found = _ground_truth(index), _found(index, detections)
-            if evaluator == "pycocotools":
-                evaluation = _evaluation(evaluator, index.categories.ids, truth, found)
-                evaluation.evaluate()
-                evaluation.accumulate()
-            else:
-                evaluation = _by_category(evaluator, index.categories.ids, truth, found)
-            evaluation.summarize()
-    finally:
-        if collecting:
-            gc.enable()
-    numbers = dict(zip(METRICS, map(_known, evaluation.stats[:12]), strict=True))
+    if evaluator == "both":
+        metrics, curves = evaluate_with_curves(index, detections, "hotcoco")
+        _check_equal(metrics, evaluate_detections(index, detections, "pycocotools"))
+        return metrics, curves
+    make_evaluation = {"hotcoco": _with_hotcoco, "pycocotools": _with_pycocotools}[evaluator]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = make_evaluation(
+            [{"id": number} for number in range(1, 1 + len(index))],
+            [{"id": k, "name": name} for k, name in enumerate(index.categories.names, start=1)],
+            _ground_truth_columns(index),
+            _detection_columns(index, detections),
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = [None if value < 0 else float(value) for value in evaluation.stats]
+    metrics = dict(zip(METRICS, values, strict=True))
     # precision: [IoU thresholds, recall thresholds, categories, area ranges, detection limits]
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_category = {}
+    metrics["per_category"] = {}
     for k, name in enumerate(index.categories.names):
         measured = precision[:, :, k][precision[:, :, k] > -1]
-        per_category[name] = float(measured.mean()) if measured.size else None
-    curves = np.where(precision > -1, precision, np.nan)
-    return {**numbers, "per_category": per_category}, curves
+        metrics["per_category"][name] = float(measured.mean()) if measured.size else None
+    return metrics, np.where(precision > -1, precision, np.nan)
 
 
-def _by_category(evaluator: str, category_ids: list[int], truth: dict, found: dict):
-    """An evaluation of all categories, done one after the other, large ones on several cores.
-
-    That they do not depend on each other is COCO's definition. Apart, they need the memory of one,
-    which stays in the processor's cache, and no look at images that have nothing of a category.
-    """
-    parts = zip(_split(truth, category_ids), _split(found, category_ids), strict=True)
-    work = [(evaluator, i, *part) for i, part in zip(category_ids, parts, strict=True)]
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    if min(cores, len(work)) > 1 and len(found["score"]) >= WORTH_PROCESSES:
-        fork = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(min(cores, 8), mp_context=fork) as pool:
-            results = list(pool.map(_score_category, work))
-    else:
-        results = list(map(_score_category, work))
-    evaluation = LIBRARIES[evaluator][1](iouType="bbox")
-    evaluation.eval = {
-        "precision": np.concatenate([precision for precision, _ in results], axis=2),
-        "recall": np.concatenate([recall for _, recall in results], axis=1),
-    }
-    return evaluation
-
-
-def _score_category(work: tuple) -> tuple[np.ndarray, np.ndarray]:
-    evaluator, category_id, truth, found = work
-    evaluation = _evaluation(evaluator, [category_id], truth, found)
-    _evaluate_to_the_same_bits(evaluation, truth)
-    return evaluation.eval["precision"], evaluation.eval["recall"]
-
-
-def _evaluate_to_the_same_bits(evaluation, truth: dict[str, np.ndarray]) -> None:
-    """Run faster-coco-eval on one category, then give its precisions the rounding of pycocotools.
-
-    pycocotools divides the hits by the number of detections + 2.2e-16. From two detections on that
-    rounds to the number itself, but a first hit has precision 0.9999999999999998 with it and 1
-    without. Such a 1 survives in the curves whose second hit has less, so their precision at the
-    recall of the second hit is asked for, too.
-    """
-    params, plain, areas = evaluation.params, evaluation.params.recThrs, truth["area"]
-    truths = np.array(
-        [
-            np.count_nonzero((areas >= low) & (areas <= high) & (truth["iscrowd"] == 0))
-            for low, high in params.areaRng
-        ]
+def _with_hotcoco(images: list, categories: list, truth: dict, found: dict) -> hotcoco.COCOeval:
+    ground_truth = hotcoco.COCO.from_arrays(
+        images,
+        categories,
+        truth["image_id"],
+        truth["category_id"],
+        truth["bbox"],
+        area=truth["area"],
+        iscrowd=truth["iscrowd"],
     )
-    between = 1.5 / truths.clip(min=1)  # more recall than one hit has, less than two
-    params.recThrs = np.unique(np.concatenate([plain, between]))
-    evaluation.evaluate()
-    evaluation.accumulate()
-    precision = evaluation.eval["precision"]  # [IoU, recall, 1, area ranges, limits]
-    at_second = np.searchsorted(params.recThrs, between)[None, None, None, :, None]
-    second = np.take_along_axis(precision, at_second, axis=1)
-    precision = precision[:, np.searchsorted(params.recThrs, plain)]
-    first_alone = (precision == 1) & (second < 1)
-    evaluation.eval["precision"] = np.where(first_alone, 1 / (1 + np.spacing(1)), precision)
-    params.recThrs = plain
+    columns = [found[name] for name in ("image_id", "bbox", "score", "category_id")]
+    results = ground_truth.load_res(np.column_stack(columns))
+    return hotcoco.COCOeval(ground_truth, results, "bbox")
 
 
-def _known(value: float) -> float | None:
-    return None if value < 0 else float(value)
-
-
-def _evaluation(evaluator: str, category_ids: list[int], truth: dict, found: dict):
-    """The library's own evaluation of arrays, without a file. Images with nothing are left out."""
-    numbers = np.union1d(truth["image_id"], found["image_id"]).tolist()
-    images = [{"id": number} for number in numbers or [0]]
-    make_coco, make_evaluation = LIBRARIES[evaluator]
+def _with_pycocotools(images: list, categories: list, truth: dict, found: dict):
     objects = []
     for columns in (truth, found):
-        names = (*columns, "id")
-        values = [column.tolist() for column in columns.values()]
-        # Numbered from 1: the libraries take id 0 for "not matched".
-        values.append(range(1, 1 + len(columns["image_id"])))
-        coco = make_coco()
-        coco.dataset = {
-            "images": images,
-            "categories": [{"id": category_id} for category_id in category_ids],
-            "annotations": [dict(zip(names, r, strict=True)) for r in zip(*values, strict=True)],
-        }
+        # Numbered from 1: pycocotools takes id 0 for "not matched".
+        columns = {"id": np.arange(1, 1 + len(columns["image_id"])), **columns}
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        annotations = [dict(zip(columns, row, strict=True)) for row in rows]
+        coco = pycocotools.coco.COCO()
+        coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
         coco.createIndex()
         objects.append(coco)
-    return make_evaluation(*objects, "bbox")
+    return pycocotools.cocoeval.COCOeval(*objects, "bbox")
 
 
-def _split(columns: dict[str, np.ndarray], category_ids: list[int]) -> list[dict[str, np.ndarray]]:
-    """The rows of each category, in the order that they had."""
-    order = np.argsort(columns["category_id"], kind="stable")
-    sorted_ids = columns["category_id"][order]
-    parts = [
-        order[np.searchsorted(sorted_ids, i) : np.searchsorted(sorted_ids, i, side="right")]
-        for i in category_ids
-    ]
-    return [{name: column[rows] for name, column in columns.items()} for rows in parts]
-
-
-def _number_of(index, image_ids: np.ndarray) -> np.ndarray:
-    """Images are numbered in the order of their ids, which decides between equal scores."""
-    return np.searchsorted(np.sort(index.image_ids), image_ids)
-
-
-def _ground_truth(index) -> dict[str, np.ndarray]:
-    """COCO's fields of the true boxes, as columns."""
-    return {
-        "image_id": _number_of(index, index.image_ids[index.image_of_rows()]),
+def _ground_truth_columns(index: CocoIndex) -> dict[str, np.ndarray]:
+    columns = {
+        "image_id": index.image_ids[index.image_of_rows()],
         "category_id": index.category_ids,
         "bbox": index.boxes,
         "area": index.areas,
         "iscrowd": index.iscrowd.astype(np.int64),
     }
+    return _renumber(index, columns)
 
 
-def _found(index, detections: np.ndarray) -> dict[str, np.ndarray]:
-    """COCO's fields of detections, as columns."""
-    return {
-        "image_id": _number_of(index, detections[:, 0].astype(np.int64)),
+def _detection_columns(index: CocoIndex, detections: np.ndarray) -> dict[str, np.ndarray]:
+    columns = {
+        "image_id": detections[:, 0].astype(np.int64),
         "category_id": detections[:, 6].astype(np.int64),
         "bbox": detections[:, 1:5],
         "area": detections[:, 3] * detections[:, 4],
         "score": detections[:, 5],
         "iscrowd": np.zeros(len(detections), dtype=np.int64),
     }
+    return _renumber(index, columns)
+
+
+def _renumber(index: CocoIndex, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Number images and categories from 1, and drop the rows of those that are not in the index.
+
+    hotcoco refuses negative ids. The order stays that of the ids: the images' decides between equal
+    scores, and the categories' is that of the index.
+    """
+    for name, ids in (("image_id", index.image_ids), ("category_id", index.categories.ids)):
+        ids = np.sort(ids)
+        numbers = np.searchsorted(ids, columns[name]).clip(max=len(ids) - 1)
+        known = ids[numbers] == columns[name]
+        columns = {**columns, name: numbers + 1}
+        columns = {key: column[known] for key, column in columns.items()}
+    return columns
+
+
+def _check_equal(ours: dict, reference: dict) -> None:
+    """Raise RunError unless the numbers of hotcoco and pycocotools are the same to the last bit."""
+    values, expected = (
+        {name: metrics[name] for name in METRICS}
+        | {f"AP of {name!r}": value for name, value in metrics["per_category"].items()}
+        for metrics in (ours, reference)
+    )
+    different = [
+        f"{name}: {values[name]!r} and {expected[name]!r}"
+        for name in values
+        if values[name] != expected[name]
+    ]
+    if different:
+        raise RunError(
+            f"hotcoco and pycocotools give different numbers: {'; '.join(different)}. Use "
+            "--evaluator pycocotools, and report this to the authors of hotcoco"
+        )
+
+
+# --------------------------------------------------------------------------------- results files
 
 
 def coco_results(detections: np.ndarray) -> list[dict]:
-    """Rows of `detection_rows` in COCO's results format."""
+    """Convert rows of `detection_rows` to COCO's results format."""
     return [
         {"image_id": int(i), "category_id": int(c), "bbox": box, "score": s}
         for i, *box, s, c in detections.tolist()
@@ -261,10 +228,11 @@ def write_results(detections: np.ndarray, file: Path) -> None:
 
 
 def read_results(file: Path) -> np.ndarray:
-    """Rows of `detection_rows` from COCO results JSON, float64 `[N, 7]`.
+    """Read COCO results JSON into rows of `detection_rows`, float64 `[N, 7]`.
 
-    Raises UserError for what is not a list of objects with `image_id`, `category_id`, `bbox` and
-    `score`, all of them finite numbers.
+    Raises:
+        UserError: The file is not a list of objects with `image_id`, `category_id`, `bbox` and
+            `score`, all of them finite numbers.
     """
     try:
         results = json.loads(file.read_bytes())
@@ -296,65 +264,18 @@ def _is_result(row: object) -> bool:
         return False
 
 
-def match(
-    index, detections: np.ndarray, least_iou: float, same_category: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which detection found which true box, where each may have one partner.
-
-    In the order of their scores, each detection takes the true box of its image with the highest
-    IoU from `least_iou` on that is left, of its category or, without `same_category`, of any.
-    Returns, for each detection, the row of its true box in the index, int64 `[N]`: -1 if there is
-    none, -2 if at least that share of it is in a crowd of its category, which says nothing for or
-    against it; and, for each row of the index, that of its detection, int64 `[M]`: -1 if it was
-    missed, -2 for what nothing can find: crowds, and boxes without a size.
-    """
-    truth_of = np.full(len(detections), -1)
-    found_by = np.where(index.usable, -1, -2)
-    by_score = np.argsort(-detections[:, 5], kind="stable")
-    images = index.positions_of(detections[by_score, 0].astype(np.int64))
-    order = np.argsort(images, kind="stable")  # by image, and by score within each
-    begins = np.searchsorted(images[order], np.arange(len(index) + 1))
-    pairs = [np.empty((3, 0))]
-    for i in np.flatnonzero((np.diff(begins) > 0) & (np.diff(index.offsets) > 0)).tolist():
-        ranks, true = order[begins[i] : begins[i + 1]], index.box_range(i)
-        rows = by_score[ranks]
-        overlap, inside = overlaps(detections[rows, 1:5], index.boxes[true])
-        same = detections[rows, 6][:, None] == index.category_ids[true]
-        in_crowd = (inside >= least_iou) & same & index.iscrowd[true]
-        truth_of[rows[in_crowd.any(axis=1)]] = -2
-        fits = (overlap >= least_iou) & index.usable[true] & (same | (not same_category))
-        d, t = np.nonzero(fits)
-        pairs.append(np.stack([ranks[d], -overlap[d, t], true.start + t]))
-    ranks, less, true = np.concatenate(pairs, axis=1)
-    best_first = np.lexsort((less, ranks))
-    rows = by_score[ranks[best_first].astype(np.int64)].tolist()
-    for row, t in zip(rows, true[best_first].astype(np.int64).tolist(), strict=True):
-        if truth_of[row] < 0 and found_by[t] == -1:
-            truth_of[row], found_by[t] = t, row
-    return truth_of, found_by
+def table(metrics: dict) -> str:
+    """Format the twelve numbers and the AP of each category as lines for the console."""
+    per_category = metrics["per_category"]
+    width = max(map(len, per_category))
+    return "\n".join(
+        [
+            *(f"  {name:<6} {MEANING[name]:<38} {_format(metrics[name])}" for name in METRICS),
+            "  AP of each category:",
+            *(f"    {name:<{width}}  {_format(ap)}" for name, ap in per_category.items()),
+        ]
+    )
 
 
-def overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """IoU `[N, M]` of boxes `[N, 4]` with others `[M, 4]`, both as x, y, width, height; and the
-    share of each box that is inside each of the others, `[N, M]`.
-    """
-    low = np.maximum(boxes[:, None, :2], others[:, :2])
-    high = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], others[:, :2] + others[:, 2:])
-    common = (high - low).clip(min=0).prod(axis=2)
-    area, other = boxes[:, 2:].prod(axis=1)[:, None], others[:, 2:].prod(axis=1)
-    tiny = np.finfo(np.float64).tiny  # two boxes without a size have nothing in common
-    return common / (area + other - common).clip(min=tiny), common / area.clip(min=tiny)
-
-
-def table(numbers: dict) -> str:
-    """The twelve numbers and the AP of each category as lines for the console."""
-    rows = [(key, MEANING[key], numbers[key]) for key in METRICS]
-    lines = [f"  {key:<6} {meaning:<38} {_digits(value)}" for key, meaning, value in rows]
-    width = max(map(len, numbers["per_category"]))
-    lines.append("  AP of each category:")
-    lines += [f"    {name:<{width}}  {_digits(ap)}" for name, ap in numbers["per_category"].items()]
-    return "\n".join(lines)
-
-
-def _digits(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "    -" if value is None else f"{value:.3f}"

@@ -1,13 +1,14 @@
 """What is in a COCO-format data set, and everything that is wrong with it, by kind.
 
-`faults` needs the annotation file and a listing of the image folder, so it runs before every
-training; `unreadable_images` opens every picture, which takes minutes for a large data set.
+`find_issues` needs the annotation file and a listing of the image folder, so it runs before every
+training; `unreadable_images` opens every image, which takes minutes for a large data set. `index`
+is a `coco_utils.CocoIndex` throughout.
 """
 
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -15,34 +16,40 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import utils
-from coco_utils import MAX_PIXELS, CocoIndex, Fault, read_image
+from internals.annotations import MAX_EXAMPLES, DataIssue
 from internals.errors import DataError
+from internals.images import MAX_PIXELS
 
-EXAMPLES = 20
 MISSING = "image files that are missing"
+# Less than this, in pixels, is rounding in the tool that wrote the file.
+BORDER_TOLERANCE = 0.01
 
 
-def refuse(index: CocoIndex, found: Iterable[Fault]) -> None:
-    """Raise one DataError that names every fatal fault, if there is any."""
-    fatal = [str(fault) for fault in found if fault.fatal]
+def raise_if_fatal(index, issues: Iterable[DataIssue]) -> None:
+    """Raise one DataError that names every fatal issue, if there is any."""
+    fatal = [str(issue) for issue in issues if issue.fatal]
     if fatal:
-        gap = "\n  " if len(fatal) > 1 else " "
-        raise DataError(f"{index.annotation_file}:{gap}{gap.join(fatal)}")
+        separator = "\n  " if len(fatal) > 1 else " "
+        raise DataError(f"{index.annotation_file}:{separator}{separator.join(fatal)}")
 
 
-# ------------------------------------------------------------------------------ the quick check
+# ------------------------------------------------------------------------------- the quick check
 
 
-def faults(index: CocoIndex, missing: bool = True) -> list[Fault]:
-    """Everything wrong that shows without opening an image; `missing`: missing images, too.
+def find_issues(index, missing: bool = True) -> list[DataIssue]:
+    """Find everything wrong that shows without opening an image.
 
     Fatal is what dropping a box cannot repair. The others say what training does about them.
+
+    Args:
+        index: The data set.
+        missing: Whether to report missing image files, too.
     """
-    found = [*index.faults, *_image_faults(index), *_file_faults(index), *_annotation_faults(index)]
-    return [fault for fault in found if fault.count and (missing or fault.kind != MISSING)]
+    issues = [*index.issues, *_image_issues(index), *_file_issues(index), *_box_issues(index)]
+    return [issue for issue in issues if issue.count and (missing or issue.kind != MISSING)]
 
 
-def _image_faults(index: CocoIndex) -> Iterable[Fault]:
+def _image_issues(index) -> Iterator[DataIssue]:
     yield _of_images(index, "images whose id another image has", _repeated(index.image_ids))
     sizes = index.sizes.astype(np.int64)
     yield _of_images(index, "images without a positive size", (sizes <= 0).any(axis=1))
@@ -54,17 +61,21 @@ def _image_faults(index: CocoIndex) -> Iterable[Fault]:
     )
 
 
-def _file_faults(index: CocoIndex) -> Iterable[Fault]:
-    missing, outside = _look_for(index)
+def _file_issues(index) -> Iterator[DataIssue]:
+    missing, outside = _check_files(index)
     folder = index.image_dir
     yield _of_images(
         index,
         f"file names that lead out of {folder}",
         outside,
-        remedy="Store the pictures in that folder (it may be a link itself)",
+        remedy="Store the images in that folder (it may be a link itself)",
     )
-    remedy = f"Put them into {folder}, take them out of the file, or go on by --max-bad-images N"
-    yield _of_images(index, MISSING, missing, remedy=remedy)
+    yield _of_images(
+        index,
+        MISSING,
+        missing,
+        remedy=f"Put them into {folder}, take them out of the file, or go on by --max-bad-images N",
+    )
     yield _of_images(
         index,
         "images whose file another image has",
@@ -74,213 +85,204 @@ def _file_faults(index: CocoIndex) -> Iterable[Fault]:
     )
 
 
-def _look_for(index: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
-    """Which files are missing, and which lead out of the image folder, also by links: bool `[I]`.
+def _check_files(index) -> tuple[np.ndarray, np.ndarray]:
+    """Which image files are missing, and which are outside the image folder: bool `[I]` each.
 
-    One listing of each folder costs less than asking for every file. Names and paths are bytes in
-    UTF-8 here, as the index has them.
+    A name that leads out, also by a link, could show any file of the machine to whoever sees the
+    report. Listing each folder once is much faster than asking for every file. Names and paths are
+    bytes in UTF-8, as in the index.
     """
     root = os.fsencode(os.path.realpath(index.image_dir))
     missing, outside = np.zeros((2, len(index)), dtype=bool)
-    names, listings = index.file_names.tolist(), {}
-    rest = set(names)
-    with contextlib.suppress(OSError), os.scandir(root) as entries:
-        rest.difference_update(entry.name for entry in entries if not entry.is_symlink())
-    for i, name in enumerate(names if rest else ()):
-        if name not in rest:
+    plain, links = _list_folder(root, root)
+    listings = {b"": (plain, links)}
+    for i, name in enumerate(index.file_names.tolist()):
+        if name in plain:  # nearly always
             continue
-        if _leads_out(name):
+        path = os.path.normpath(name)
+        if os.path.isabs(path) or path.split(os.fsencode(os.sep))[0] == b"..":
             outside[i] = True
             continue
         folder, _, base = name.rpartition(b"/")
         if folder not in listings:
-            listings[folder] = _listing(os.path.join(root, folder), root)
-        inside, suspect = listings[folder]
-        if base in suspect:
-            outside[i] = not _inside(os.path.join(root, name), root)
+            listings[folder] = _list_folder(os.path.join(root, folder), root)
+        inside, uncertain = listings[folder]
+        if base in uncertain:
+            outside[i] = not _is_inside(os.path.join(root, name), root)
         elif base not in inside:
             missing[i] = True
     return missing, outside
 
 
-def _leads_out(name: bytes) -> bool:
-    path = os.path.normpath(name)
-    return os.path.isabs(path) or path == b".." or path.startswith(b".." + os.fsencode(os.sep))
+def _list_folder(folder: bytes, root: bytes) -> tuple[set[bytes], set[bytes]]:
+    """The names in a folder: those that are certainly inside `root`, and the others."""
+    inside, uncertain = set(), set()
+    folder_is_inside = _is_inside(folder, root)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            certain = folder_is_inside and not entry.is_symlink()
+            (inside if certain else uncertain).add(entry.name)
+    return inside, uncertain
 
 
-def _listing(folder: bytes, root: bytes) -> tuple[set[bytes], set[bytes]]:
-    """The names in a folder: those that are surely inside `root`, and the others."""
-    inside, suspect = set(), set()
-    out = not _inside(folder, root)
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                (suspect if out or entry.is_symlink() else inside).add(entry.name)
-    except OSError:
-        pass
-    return inside, suspect
-
-
-def _inside(path: bytes, root: bytes) -> bool:
+def _is_inside(path: bytes, root: bytes) -> bool:
     path = os.path.realpath(path)
     return path == root or path.startswith(os.path.join(root, b""))
 
 
-def _annotation_faults(index: CocoIndex) -> Iterable[Fault]:
+def _box_issues(index) -> Iterator[DataIssue]:
     named = index.annotation_ids >= 0
     repeated = named & _repeated(np.where(named, index.annotation_ids, -1))
     unknown = ~np.isin(index.category_ids, index.categories.ids)
-    for kind, wrong in (
-        ("annotations whose id another annotation has", repeated),
-        ("annotations whose category_id the file does not define", unknown),
-    ):
-        yield _of_rows(index, kind, np.flatnonzero(wrong))
-    rows = _not_inside(index)
-    x, y, width, height = index.boxes[rows].T
-    broken = ~np.isfinite(index.boxes[rows]).all(axis=1)
-    yield _of_rows(index, "annotations with NaN or infinity in their bbox", rows[broken])
-    sides = index.sizes[_images_of(index, rows)].T
-    beyond = (x >= sides[0]) | (y >= sides[1]) | (x + width <= 0) | (y + height <= 0)
-    outside = beyond & index.usable[rows]
-    yield _of_rows(index, "boxes wholly outside their image", rows[outside & ~broken])
-    dropped = {"remedy": "They do not train", "fatal": False}
-    negative = ((width < 0) | (height < 0)) & ~broken
-    flat = ~negative & ((width == 0) | (height == 0)) & ~broken
-    yield _of_rows(index, "boxes of negative width or height", rows[negative], **dropped)
-    yield _of_rows(index, "boxes of zero width or height", rows[flat], **dropped)
-    # Less than this is rounding in the tool that wrote the file.
-    slack = 0.01
-    over = (np.minimum(x, y) < -slack) | (x + width > sides[0] + slack)
-    over |= y + height > sides[1] + slack
+    yield _of_rows(index, "annotations whose id another annotation has", np.flatnonzero(repeated))
     yield _of_rows(
         index,
-        "boxes partly outside their image",
-        rows[over & ~outside & ~broken & ~negative & ~flat],
-        remedy="They are cut off at its border",
-        fatal=False,
+        "annotations whose category_id the file does not define",
+        np.flatnonzero(unknown),
     )
+    rows = _rows_not_inside(index)
+    x, y, width, height = index.boxes[rows].T
+    image_width, image_height = index.sizes[_images_of(index, rows)].T
+    broken = ~np.isfinite(index.boxes[rows]).all(axis=1)
+    negative = ((width < 0) | (height < 0)) & ~broken
+    empty = ((width == 0) | (height == 0)) & ~broken & ~negative
+    beyond = (x >= image_width) | (y >= image_height) | (x + width <= 0) | (y + height <= 0)
+    outside = beyond & index.usable[rows] & ~broken
+    across = np.minimum(x, y) < -BORDER_TOLERANCE
+    across |= x + width > image_width + BORDER_TOLERANCE
+    across |= y + height > image_height + BORDER_TOLERANCE
+    across &= ~(broken | negative | empty | outside)
+    yield _of_rows(index, "annotations with NaN or infinity in their bbox", rows[broken])
+    yield _of_rows(index, "boxes wholly outside their image", rows[outside])
+    dropped = {"remedy": "They do not train", "fatal": False}
+    yield _of_rows(index, "boxes of negative width or height", rows[negative], **dropped)
+    yield _of_rows(index, "boxes of zero width or height", rows[empty], **dropped)
+    clipped = {"remedy": "They are cut off at its border", "fatal": False}
+    yield _of_rows(index, "boxes partly outside their image", rows[across], **clipped)
 
 
-def _not_inside(index: CocoIndex) -> np.ndarray:
-    """The rows whose box has no size or is not inside its image: the few to look at closer."""
+def _rows_not_inside(index) -> np.ndarray:
+    """The few rows to check in detail: their box has no size, or is not inside its image."""
     x, y, width, height = index.boxes.T
-    sides = np.repeat(index.sizes, np.diff(index.offsets), axis=0)
+    image_width, image_height = index.sizes[index.image_of_rows()].T
     inside = (x >= 0) & (y >= 0) & (width > 0) & (height > 0)
-    inside &= (x + width <= sides[:, 0]) & (y + height <= sides[:, 1])
+    inside &= (x + width <= image_width) & (y + height <= image_height)
     return np.flatnonzero(~inside)
 
 
 def _repeated(values: np.ndarray) -> np.ndarray:
-    """Which of the values, bool, stand there more than once."""
-    ordered = np.sort(values)
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    return np.isin(values, repeated) if len(repeated) else np.zeros(len(values), dtype=bool)
+    """Which of the values occur more than once, bool."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
 
 
-def _of_images(index: CocoIndex, kind: str, wrong: np.ndarray, **rest) -> Fault:
+def _of_images(index, kind: str, wrong: np.ndarray, **details) -> DataIssue:
     images = np.flatnonzero(wrong)
-    found = [f"{index.file_name(i)} (id {index.image_ids[i]})" for i in images[:EXAMPLES]]
-    return Fault(kind, found, len(images), **rest)
+    examples = [f"{index.file_name(i)} (id {index.image_ids[i]})" for i in images[:MAX_EXAMPLES]]
+    return DataIssue(kind, examples, len(images), **details)
 
 
-def _of_rows(index: CocoIndex, kind: str, rows: np.ndarray, **rest) -> Fault:
-    images = index.image_ids[_images_of(index, rows[:EXAMPLES])]
-    ids = index.annotation_ids[rows[:EXAMPLES]]
-    found = [f"{i} of image {image}" for i, image in zip(ids, images, strict=True)]
-    return Fault(kind, found, len(rows), **rest)
+def _of_rows(index, kind: str, rows: np.ndarray, **details) -> DataIssue:
+    image_ids = index.image_ids[_images_of(index, rows[:MAX_EXAMPLES])]
+    ids = index.annotation_ids[rows[:MAX_EXAMPLES]]
+    examples = [f"{i} of image {image_id}" for i, image_id in zip(ids, image_ids, strict=True)]
+    return DataIssue(kind, examples, len(rows), **details)
 
 
-def _images_of(index: CocoIndex, rows: np.ndarray) -> np.ndarray:
+def _images_of(index, rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(index.offsets, rows, side="right") - 1
 
 
-# ------------------------------------------------------------------------------ opening images
+# -------------------------------------------------------------------------------- opening images
 
 
-class _Opening(Dataset):
+class _ImageCheck(Dataset):
     """`dataset[i]` is None, or what is wrong with image i as (i, kind, message)."""
 
-    def __init__(self, index: CocoIndex):
+    def __init__(self, index):
         self.index = index
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[int, str, str] | None:
-        width, height = self.index.sizes[i].tolist()
         try:
-            read_image(self.index.image_dir / self.index.file_name(i), width, height)
+            self.index.read_image(i)
         except DataError as error:
             return i, error.kind, f"image {self.index.image_ids[i]}: {error}"
         return None
 
 
-def unreadable_images(index: CocoIndex, workers: int) -> list[tuple[int, str, str]]:
+def unreadable_images(index, workers: int) -> list[tuple[int, str, str]]:
     """Open every image of the index, each process a share, with a progress bar.
 
-    Returns (position, kind, message) of those that cannot be used, on every process the same list.
-    Files outside the image folder, which `faults` names, are not opened.
+    Files outside the image folder, which `find_issues` names, are not opened.
+
+    Returns:
+        (position, kind, message) of the images that cannot be used, the same on every process.
     """
-    _, outside = _look_for(index)
+    _, outside = _check_files(index)
     share = np.flatnonzero(~outside)[utils.rank() :: utils.world_size()].tolist()
     loader = DataLoader(
-        _Opening(index),
+        _ImageCheck(index),
         batch_size=16,
         sampler=share,
         num_workers=workers,
         collate_fn=list,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # a loader without one draws from the global generator
     )
     found = []
     for batch in utils.Progress(loader, len(loader), 0, "opening images"):
-        found += [wrong for wrong in batch if wrong is not None]
+        found += [result for result in batch if result is not None]
     return sorted(chain.from_iterable(utils.gather_objects(found)))
 
 
-def image_faults(unreadable: Sequence[tuple[int, str, str]]) -> list[Fault]:
-    """What `unreadable_images` returns, by kind."""
+def image_issues(unreadable: Sequence[tuple[int, str, str]]) -> list[DataIssue]:
+    """Group what `unreadable_images` returns by kind."""
     kinds = {}
     for _, kind, message in unreadable:
         kinds.setdefault(kind, []).append(message)
     remedy = "Mend them, or take them out of the file"
     return [
-        Fault(kind, messages[:EXAMPLES], len(messages), remedy) for kind, messages in kinds.items()
+        DataIssue(kind, messages[:MAX_EXAMPLES], len(messages), remedy)
+        for kind, messages in kinds.items()
     ]
 
 
 # ------------------------------------------------------------------------------------ the report
 
 
-def examine(index: CocoIndex, part: str, workers: int) -> tuple[list[Fault], list]:
-    """Log what is in a data set and everything wrong with it; return what is fatal, but for the
-    images that cannot be used, and these as from `unreadable_images`.
+def examine(index, split: str, workers: int) -> tuple[list[DataIssue], list[tuple[int, str, str]]]:
+    """Log what is in a split and everything that is wrong with it.
+
+    Returns:
+        The fatal issues of `find_issues`, without missing files, and `unreadable_images`.
     """
-    utils.log(f"{part}: {index.annotation_file}\n{report(index)}")
-    found, begin = faults(index, missing=False), time.perf_counter()
+    utils.log(f"{split}: {index.annotation_file}\n{report(index)}")
+    issues, start = find_issues(index, missing=False), time.perf_counter()
     unreadable = unreadable_images(index, workers)
-    utils.log(f"  opened {len(index):,} images in {time.perf_counter() - begin:.1f} s")
-    for fault in (*found, *image_faults(unreadable)):
-        utils.log(f"  {'wrong' if fault.fatal else 'note'}: {fault}")
-    return [fault for fault in found if fault.fatal], unreadable
+    utils.log(f"  opened {len(index):,} images in {time.perf_counter() - start:.1f} s")
+    for issue in (*issues, *image_issues(unreadable)):
+        utils.log(f"  {'wrong' if issue.fatal else 'note'}: {issue}")
+    return [issue for issue in issues if issue.fatal], unreadable
 
 
-def summary(index: CocoIndex) -> str:
-    """One line for the log: what there is, and what of it does not train."""
-    sizeless = ~index.usable & ~index.iscrowd
-    rest = {
+def summary(index) -> str:
+    """One line for the log: what is there, and what of it does not train."""
+    counts = {
         "images without a usable box": len(index) - len(index.images_with_boxes()),
         "crowd boxes": np.count_nonzero(index.iscrowd),
-        "boxes without a size": np.count_nonzero(sizeless),
+        "boxes without a size": np.count_nonzero(~index.usable & ~index.iscrowd),
     }
-    categories = f"{len(index.boxes):,} boxes in {len(index.categories.ids)} categories"
-    notable = [f"{name}: {count:,}" for name, count in rest.items() if count]
-    return ", ".join([f"{len(index):,} images", categories, *notable])
+    boxes = f"{len(index.boxes):,} boxes in {len(index.categories.ids)} categories"
+    notable = [f"{name}: {count:,}" for name, count in counts.items() if count]
+    return ", ".join([f"{len(index):,} images", boxes, *notable])
 
 
-def report(index: CocoIndex) -> str:
+def report(index) -> str:
     """What is in the data set, as lines for the console."""
     areas = index.areas[~index.iscrowd]
-    small, large = (np.count_nonzero(x) for x in (areas < 32**2, areas > 96**2))
+    small, large = np.count_nonzero(areas < 32**2), np.count_nonzero(areas > 96**2)
     lines = [
         f"  {summary(index)}",
         f"  image sizes: {_image_sizes(index.sizes)}",
@@ -288,25 +290,23 @@ def report(index: CocoIndex) -> str:
         f"medium, {large:,} large (over 96 x 96)",
         "  boxes that are no crowds, and images with them, by category:",
     ]
-    names, images = index.categories.names, index.image_of_rows()
-    width = max(map(len, names))
-    for category_id, name in zip(index.categories.ids, names, strict=True):
+    width, image_of_rows = max(map(len, index.categories.names)), index.image_of_rows()
+    for category_id, name in index.categories.id_to_name.items():
         rows = (index.category_ids == category_id) & ~index.iscrowd
-        boxes, with_them = np.count_nonzero(rows), len(np.unique(images[rows]))
-        lines.append(f"    {name:<{width}} {boxes:9,} {with_them:9,}")
+        boxes, images = np.count_nonzero(rows), len(np.unique(image_of_rows[rows]))
+        lines.append(f"    {name:<{width}} {boxes:9,} {images:9,}")
     return "\n".join(lines)
 
 
 def _image_sizes(sizes: np.ndarray) -> str:
-    """The most frequent sizes with their numbers, and how many others there are."""
+    """The most frequent image sizes with their counts, and how many others there are."""
     values, counts = np.unique(sizes, axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    shown = [f"{values[i, 0]} x {values[i, 1]} ({counts[i]:,})" for i in order[:5]]
+    shown = ", ".join(f"{values[i, 0]} x {values[i, 1]} ({counts[i]:,})" for i in order[:5])
+    if len(values) <= 5:
+        return shown
     (low_w, low_h), (high_w, high_h) = sizes.min(axis=0), sizes.max(axis=0)
-    more = (
-        f" and {len(values) - 5:,} other sizes from {low_w} to {high_w} wide and {low_h} to "
-        f"{high_h} high"
-        if len(values) > 5
-        else ""
+    return (
+        f"{shown} and {len(values) - 5:,} other sizes from {low_w} to {high_w} wide and {low_h} "
+        f"to {high_h} high"
     )
-    return ", ".join(shown) + more

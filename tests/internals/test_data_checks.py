@@ -13,7 +13,7 @@ from internals.errors import DataError
 
 
 def kinds_of(index: CocoIndex) -> dict[str, list[str]]:
-    return {fault.kind: fault.found for fault in data_checks.faults(index)}
+    return {issue.kind: issue.examples for issue in data_checks.find_issues(index)}
 
 
 def change_annotation(**values):
@@ -48,32 +48,32 @@ FATAL = [
 
 
 @pytest.mark.parametrize(("change", "kind", "found"), FATAL)
-def test_what_cannot_be_repaired_is_refused_with_file_and_id(tiny, change, kind, found):
+def test_fatal_issue_is_raised_with_file_and_id(tiny, change, kind, found):
     split = split_of(tiny)
     rewrite(split, change)
     index = CocoIndex(split)
-    faults = data_checks.faults(index)
-    assert any(f.fatal and kind in f.kind and found in f.found for f in faults), faults
+    issues = data_checks.find_issues(index)
+    assert any(x.fatal and kind in x.kind and found in x.examples for x in issues), issues
     with pytest.raises(DataError) as caught:
-        data_checks.refuse(index, faults)
+        data_checks.raise_if_fatal(index, issues)
     for part in (str(split.annotations), kind, found):
         assert part in str(caught.value)
 
 
-def test_good_data_has_no_faults(tiny):
-    assert data_checks.faults(CocoIndex(split_of(tiny))) == []
+def test_valid_data_has_no_issues(tiny):
+    assert data_checks.find_issues(CocoIndex(split_of(tiny))) == []
 
 
-def test_all_faults_are_named_at_once(tiny):
+def test_all_fatal_issues_are_raised_at_once(tiny):
     split = split_of(tiny)
     rewrite(split, change_annotation(category_id=77))
     rewrite(split, change_image(file_name="gone.png"))
     index = CocoIndex(split)
     with pytest.raises(DataError, match=r"(?s)gone\.png.*\n.*1001 of image 101"):
-        data_checks.refuse(index, data_checks.faults(index))
+        data_checks.raise_if_fatal(index, data_checks.find_issues(index))
 
 
-def test_boxes_that_are_dropped_or_cut_are_counted_by_kind(tiny):
+def test_dropped_and_clipped_boxes_are_counted_by_kind(tiny):
     split = split_of(tiny)
 
     def change(data):
@@ -86,9 +86,9 @@ def test_boxes_that_are_dropped_or_cut_are_counted_by_kind(tiny):
 
     rewrite(split, change)
     index = CocoIndex(split)
-    faults = data_checks.faults(index)
-    assert not any(fault.fatal for fault in faults)
-    data_checks.refuse(index, faults)
+    issues = data_checks.find_issues(index)
+    assert not any(issue.fatal for issue in issues)
+    data_checks.raise_if_fatal(index, issues)
     assert kinds_of(index) == {
         "boxes of zero width or height": ["0 of image 100"],
         "boxes of negative width or height": ["1000 of image 101"],
@@ -98,25 +98,25 @@ def test_boxes_that_are_dropped_or_cut_are_counted_by_kind(tiny):
     assert "boxes without a size: 2" in data_checks.summary(index)
 
 
-def test_two_images_of_one_file_are_noted(tiny):
+def test_two_images_with_one_file_are_noted(tiny):
     split = split_of(tiny)
     rewrite(split, change_image(file_name="2.png"))
     found = kinds_of(CocoIndex(split))
     assert found == {"images whose file another image has": ["2.png (id 100)", "2.png (id 102)"]}
 
 
-def test_more_than_twenty_are_counted(tmp_path):
+def test_more_than_twenty_examples_are_only_counted(tmp_path):
     boxes = [[[2, 1, 1, 5, 5]]] * 30
     split = Split(write_part(tmp_path, "train", [(20, 20)] * 30, boxes), tmp_path / "train2017")
     rewrite(split, lambda data: [a.update(category_id=9) for a in data["annotations"]])
     index = CocoIndex(split)
-    (fault,) = data_checks.faults(index)
-    assert fault.count == 30
-    assert len(fault.found) == 20
-    assert re.search(r"^annotations .* \(30\): .* and 10 more\.", str(fault))
+    (issue,) = data_checks.find_issues(index)
+    assert issue.count == 30
+    assert len(issue.examples) == 20
+    assert re.search(r"^annotations .* \(30\): .* and 10 more\.", str(issue))
 
 
-def test_links_may_stay_inside_the_folder_but_not_lead_out(tiny, tmp_path):
+def test_links_must_not_lead_out_of_the_image_folder(tiny, tmp_path):
     folder = split_of(tiny).images
     secret = tmp_path / "secret.png"
     secret.write_bytes((folder / "0.png").read_bytes())
@@ -132,11 +132,11 @@ def test_links_may_stay_inside_the_folder_but_not_lead_out(tiny, tmp_path):
     elsewhere = tmp_path / "linked"
     elsewhere.symlink_to(tiny)
     rewrite(split_of(tiny), change_image(file_name="a.png"))
-    assert data_checks.faults(CocoIndex(split_of(elsewhere))) == []
+    assert data_checks.find_issues(CocoIndex(split_of(elsewhere))) == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_image_is_opened_and_the_bad_ones_are_named_by_kind(tiny, workers):
+def test_unreadable_images_are_listed_by_kind(tiny, workers):
     split = split_of(tiny)
     good = (split.images / "3.png").read_bytes()
     (split.images / "0.png").write_bytes(b"")
@@ -147,24 +147,24 @@ def test_every_image_is_opened_and_the_bad_ones_are_named_by_kind(tiny, workers)
     index = CocoIndex(split)
     bad = data_checks.unreadable_images(index, workers)
     assert [i for i, *_ in bad] == [0, 1, 2, 4, 5]
-    faults = {fault.kind: fault for fault in data_checks.image_faults(bad)}
-    assert {kind: fault.count for kind, fault in faults.items()} == {
+    issues = {issue.kind: issue for issue in data_checks.image_issues(bad)}
+    assert {kind: issue.count for kind, issue in issues.items()} == {
         "image files that cannot be read": 3,
         "image files of another size than their annotation file says": 1,
         "image files that are too large": 1,
     }
-    unread = str(faults["image files that cannot be read"])
+    unread = str(issues["image files that cannot be read"])
     assert all(f"\n    image {100 + n}: {split.images / str(n)}.png" in unread for n in (0, 1, 5))
     assert unread.endswith("\n    Mend them, or take them out of the file")
 
 
-def test_files_outside_are_not_opened(tiny, tmp_path):
-    (tmp_path / "x.png").write_bytes(b"no picture")
+def test_files_outside_the_image_folder_are_not_opened(tiny, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
     rewrite(split_of(tiny), change_image(file_name="../../x.png"))
     assert data_checks.unreadable_images(CocoIndex(split_of(tiny)), 0) == []
 
 
-def test_the_report_counts_what_is_there(tiny):
+def test_report_counts_images_and_boxes(tiny):
     split = split_of(tiny)
 
     def change(data):
@@ -186,14 +186,15 @@ def test_the_report_counts_what_is_there(tiny):
     assert ["unseen", "0", "0"] in rows
 
 
-def test_only_a_few_of_many_image_sizes_are_listed():
-    sizes = np.array([(10 + n, 20) for n in range(8) for _ in range(n + 1)], dtype=np.int32)
-    line = data_checks._image_sizes(sizes)
-    assert line.startswith("17 x 20 (8), 16 x 20 (7)")
+def test_report_lists_only_the_most_frequent_image_sizes(tiny):
+    index = CocoIndex(split_of(tiny))
+    index.sizes = np.array([(10 + n, 20) for n in range(8) for _ in range(n + 1)], dtype=np.int32)
+    line = data_checks.report(index).splitlines()[1]
+    assert line.startswith("  image sizes: 17 x 20 (8), 16 x 20 (7)")
     assert line.endswith("and 3 other sizes from 10 to 17 wide and 20 to 20 high")
 
 
-def test_annotations_of_every_kind_that_needs_no_repair_pass(tiny):
+def test_valid_variants_of_annotations_have_no_issues(tiny):
     split = split_of(tiny)
 
     def change(data):
@@ -203,9 +204,9 @@ def test_annotations_of_every_kind_that_needs_no_repair_pass(tiny):
         data["annotations"] = data["annotations"][:6]
 
     rewrite(split, change)
-    assert data_checks.faults(CocoIndex(split)) == []
+    assert data_checks.find_issues(CocoIndex(split)) == []
     rewrite(split, lambda data: data.update(annotations=[]))
     index = CocoIndex(split)
-    assert data_checks.faults(index) == []
+    assert data_checks.find_issues(index) == []
     assert "0 boxes" in data_checks.report(index)
     assert json.loads(split.annotations.read_text())["annotations"] == []

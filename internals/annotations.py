@@ -1,0 +1,243 @@
+"""Read a COCO annotation file into arrays, and report the entries that cannot be read.
+
+Only the fields of `ImageRow`, `AnnotationRow` and `CategoryRow` are read. Everything else in the
+file, such as segmentations, is skipped without being decoded.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+import numpy as np
+
+from internals.errors import DataError
+
+MAX_EXAMPLES = 20
+# Larger integers would not survive in the float64 rows of detections.
+MAX_ID = 2**53
+
+
+class DataIssue(NamedTuple):
+    """One kind of error in a data set, with its count and its first occurrences."""
+
+    kind: str  # "images without a positive size"
+    examples: list[str]  # at most MAX_EXAMPLES, with their ids
+    count: int
+    remedy: str = "Correct them in the file, or take them out"
+    fatal: bool = True  # if not, it is logged and training goes on
+
+    def __str__(self) -> str:
+        long = len(self.examples) > 1 and max(map(len, self.examples)) >= 80
+        start, separator, end = ("\n    ",) * 3 if long else (" ", ", ", ". ")
+        rest = self.count - len(self.examples)
+        more = f" and {rest} more" if rest else ""
+        listed = separator.join(self.examples)
+        return f"{self.kind} ({self.count:,}):{start}{listed}{more}{end}{self.remedy}"
+
+
+# ---------------------------------------------------------------------------- fields of the file
+
+Integer = Annotated[int, msgspec.Meta(ge=-MAX_ID, le=MAX_ID)]
+Box = tuple[float, float, float, float]
+
+
+# gc=False: a million rows refer to nothing that could form a cycle, so the collector skips them.
+class ImageRow(msgspec.Struct, gc=False):
+    """An element of the list `images`."""
+
+    id: Integer
+    file_name: str
+    width: Integer
+    height: Integer
+
+
+class AnnotationRow(msgspec.Struct, gc=False):
+    """An element of the list `annotations`."""
+
+    image_id: Integer
+    category_id: Integer
+    bbox: Box
+    id: Integer = -1
+    area: float | None = None
+    iscrowd: Integer = 0
+
+
+class CategoryRow(msgspec.Struct, gc=False):
+    """An element of the list `categories`."""
+
+    id: Integer
+    name: str | None = None
+
+
+class AnnotationFile(msgspec.Struct):
+    """The three lists of a COCO annotation file."""
+
+    images: list[ImageRow]
+    annotations: list[AnnotationRow]
+    categories: list[CategoryRow]
+
+
+ROW_TYPES = {"images": ImageRow, "annotations": AnnotationRow, "categories": CategoryRow}
+
+
+@dataclass
+class AnnotationColumns:
+    """An annotation file as arrays, in the order of the file.
+
+    For `I` images and `M` annotations.
+    """
+
+    categories: list[CategoryRow]
+    image_ids: np.ndarray  # int64 [I]
+    file_names: np.ndarray  # UTF-8 bytes [I]
+    sizes: np.ndarray  # int32 [I, 2]: width, height
+    annotation_ids: np.ndarray  # int64 [M], -1 where the file has none
+    annotation_image_ids: np.ndarray  # int64 [M]
+    category_ids: np.ndarray  # int64 [M]
+    boxes: np.ndarray  # float64 [M, 4]: x, y, width, height
+    areas: np.ndarray  # float64 [M], width * height where the file has none
+    iscrowd: np.ndarray  # bool [M]
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def read_annotations(file: Path) -> tuple[AnnotationColumns, list[DataIssue]]:
+    """Read a COCO annotation file.
+
+    Returns:
+        The columns, and an issue for each kind of row that had to be left out of them.
+
+    Raises:
+        DataError: The file cannot be read, or is not a COCO annotation file.
+    """
+    data, issues = _decode(file)
+    return _to_columns(data), issues
+
+
+def _decode(file: Path) -> tuple[AnnotationFile, list[DataIssue]]:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    if not content:
+        raise DataError(f"{file} is empty: export or copy it again")
+    try:
+        return msgspec.json.decode(content, type=AnnotationFile), []
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _decode_leniently(content, file)
+
+
+def _to_columns(data: AnnotationFile) -> AnnotationColumns:
+    def column(rows: list, name: str, dtype: type = np.int64) -> np.ndarray:
+        return np.fromiter(map(attrgetter(name), rows), dtype, len(rows))
+
+    images, annotations = data.images, data.annotations
+    sizes = np.stack([column(images, "width"), column(images, "height")], axis=1)
+    coordinates = chain.from_iterable(map(attrgetter("bbox"), annotations))
+    boxes = np.fromiter(coordinates, np.float64, 4 * len(annotations)).reshape(-1, 4)
+    areas = np.array([row.area for row in annotations], dtype=np.float64)  # None becomes NaN
+    return AnnotationColumns(
+        categories=data.categories,
+        image_ids=column(images, "id"),
+        file_names=np.array([row.file_name.encode() for row in images], dtype=np.bytes_),
+        sizes=sizes.clip(-1, 2**31 - 1).astype(np.int32),
+        annotation_ids=column(annotations, "id"),
+        annotation_image_ids=column(annotations, "image_id"),
+        category_ids=column(annotations, "category_id"),
+        boxes=boxes,
+        areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
+        iscrowd=column(annotations, "iscrowd", bool),
+    )
+
+
+# -------------------------------------------------------------- files that msgspec does not accept
+
+
+def _decode_leniently(content: bytes, file: Path) -> tuple[AnnotationFile, list[DataIssue]]:
+    """Decode with Python's json, which is slow, but accepts NaN and can say what is wrong.
+
+    Numbers of other types are converted where that loses nothing. Rows that cannot be converted
+    are left out and reported.
+    """
+    try:
+        data = json.loads(content.decode("utf-8-sig"))  # some tools on Windows write a BOM
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    except ValueError as error:
+        raise DataError(f"{file} is not valid JSON: {error}. Export or copy it again") from error
+    if not isinstance(data, dict):
+        raise DataError(
+            f"{file} holds a {type(data).__name__} at its top level, not an object with the lists "
+            "images, annotations and categories: COCO results are not annotations"
+        )
+    lists, rejected = {}, {}
+    for key, row_type in ROW_TYPES.items():
+        if not isinstance(data.get(key), list):
+            raise DataError(f"{file} has no list {key!r}: is it a COCO annotation file?")
+        lists[key] = []
+        for number, row in enumerate(data.pop(key)):
+            try:
+                lists[key].append(_convert_row(row, row_type))
+            except ValueError as error:
+                has_id = isinstance(row, dict) and row.get("id") is not None
+                place = f"id {row['id']}" if has_id else f"{key}[{number}]"
+                rejected.setdefault(f"{key} {error}", []).append(place)
+    issues = [
+        DataIssue(kind, places[:MAX_EXAMPLES], len(places)) for kind, places in rejected.items()
+    ]
+    return AnnotationFile(**lists), issues
+
+
+def _convert_row(row: object, row_type: type) -> msgspec.Struct:
+    """Convert an element of a list; ValueError ends the sentence "images ...", for example."""
+    if not isinstance(row, dict):
+        raise ValueError("that are not objects")
+    values = {}
+    for field in msgspec.structs.fields(row_type):
+        value = row.get(field.name)
+        if value is not None:
+            convert, expected = CONVERTERS[field.type]
+            try:
+                values[field.name] = convert(value)
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"whose {field.name!r} is not {expected}") from None
+        elif field.required:
+            raise ValueError(f"without {field.name!r}")
+    return row_type(**values)
+
+
+def _to_integer(value: object) -> int:
+    number = float(value)
+    if number != int(number) or abs(number) > MAX_ID:
+        raise ValueError
+    return int(value)
+
+
+def _to_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # half of a surrogate pair, which JSON can say and UTF-8 cannot, is refused
+    return value
+
+
+def _to_box(value: object) -> Box:
+    if not isinstance(value, list):  # the characters of a text could pass for numbers
+        raise TypeError
+    x, y, width, height = map(float, value)
+    return x, y, width, height
+
+
+# How a value of each field type is converted, and how a message calls it.
+CONVERTERS: dict[type, tuple[Callable, str]] = {
+    Integer: (_to_integer, "a whole number up to 2**53"),
+    Box: (_to_box, "four numbers"),
+    float | None: (float, "a number"),
+    str: (_to_text, "a text"),
+    str | None: (_to_text, "a text"),
+}

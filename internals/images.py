@@ -1,0 +1,108 @@
+"""Read image files of any common format as RGB, and find them in folders."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from internals.errors import DataError
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+# The file name suffixes of these formats.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+# Pillow warns above this many pixels and refuses twice as many. Here they are refused at once, with
+# a message of our own, so Pillow's check is switched off.
+MAX_PIXELS, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+
+
+def read_image(path: Path, width: int, height: int) -> torch.Tensor:
+    """Read an image file of a stated size as RGB.
+
+    16-bit grey is scaled to 8 bits, transparency is dropped. An EXIF orientation is applied, as
+    annotation tools do, unless only the image without it has the stated size.
+
+    Returns:
+        uint8 `[3, height, width]`.
+
+    Raises:
+        DataError: The file cannot be read, or has another size.
+    """
+    image = _read(path, (width, height))
+    if image.shape != (3, height, width):
+        raise DataError(
+            f"{path} is {image.shape[2]} x {image.shape[1]} pixels, its annotation file says "
+            f"{width} x {height}: correct the file's 'width' and 'height', and its boxes",
+            kind="image files of another size than their annotation file says",
+        )
+    return image
+
+
+def read_upright(path: Path) -> torch.Tensor:
+    """Read an image file of unknown size as a viewer shows it: RGB, uint8 `[3, H, W]`.
+
+    As `read_image`, but an EXIF orientation is always applied.
+    """
+    return _read(path, None)
+
+
+def _read(path: Path, size: tuple[int, int] | None) -> torch.Tensor:
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path}: {image.width} x {image.height} pixels is more than the "
+                    f"{MAX_PIXELS:,} that an image may have here: store a smaller one",
+                    kind="image files that are too large",
+                )
+            pixels = _to_rgb(_apply_orientation(image, size), path)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise many types of errors on broken files
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{path} cannot be read as an image: {reason}", kind="image files that cannot be read"
+        ) from error
+    # A view: copying to channels first would take half as long as decoding.
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _apply_orientation(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """Apply the EXIF orientation, unless the image would not have `size` (if given) with it."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+    applies = orientation != 1 and (size is None or upright == size)
+    return ImageOps.exif_transpose(image) if applies else image
+
+
+def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+    if image.mode == "F":
+        raise DataError(
+            f"{path} has floating-point pixels of unknown range: store 8 or 16 bits",
+            kind="image files that cannot be read",
+        )
+    if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip at 255
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the files with an image suffix in a folder and its subfolders, sorted.
+
+    Hidden files and folders are skipped, as systems keep thumbnails in them.
+    """
+    found, visited = [], set()
+    for home, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(home)
+        if real in visited:  # a link leads back to a folder that has been listed
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(home, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
