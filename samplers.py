@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from internals.errors import UserError
+from internals.errors import DataError, UserError
 
 
 def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, factor: int) -> np.ndarray:
@@ -19,14 +19,32 @@ def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, factor: int) ->
     return np.searchsorted(bounds, widths / heights, side="right")
 
 
-def check_enough(images: int, batch_size: int, world_size: int) -> None:
-    """Raise UserError if so many images do not fill one step of all processes."""
-    if images < batch_size * world_size:
+def select_train_images(index, keep_empty: bool, batch_size: int, world_size: int) -> np.ndarray:
+    """The positions of the images of a `coco_utils.CocoIndex` to train on, int64 `[N]`.
+
+    Args:
+        index: the training split.
+        keep_empty: whether images without a usable box train, too.
+        batch_size: images in a step of one process.
+        world_size: the number of processes.
+
+    Raises:
+        DataError: no box can be trained on.
+        UserError: the images do not fill one step of all processes.
+    """
+    images = np.arange(len(index)) if keep_empty else index.images_with_boxes()
+    if not len(images):
+        raise DataError(
+            f"{index.annotation_file} has no box that can be trained on (crowds and boxes without "
+            "a size cannot): export it again, with its annotations"
+        )
+    if len(images) < batch_size * world_size:
         raise UserError(
-            f"the training set has {images} usable images, fewer than one global batch of "
+            f"the training set has {len(images)} usable images, fewer than one global batch of "
             f"{batch_size * world_size} ({batch_size} images on each of {world_size} processes): "
             "lower --batch-size or the number of processes"
         )
+    return images
 
 
 class TrainingPlan:
@@ -47,7 +65,6 @@ class TrainingPlan:
     ):
         self.groups, self.batch_size, self.rank, self.seed = groups, batch_size, rank, seed
         self.global_batch = batch_size * world_size
-        check_enough(len(groups), batch_size, world_size)
         self.epoch = self.first_step = 0
 
     def start(self, epoch: int, step: int = 0) -> None:

@@ -193,6 +193,20 @@ def _images_of(index, rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(index.offsets, rows, side="right") - 1
 
 
+def check_before_training(index, split: str, ignore_missing: bool) -> None:
+    """Log what is in a split and what of it does not train, without opening an image.
+
+    Raises:
+        DataError: Something is wrong that dropping a box cannot repair. Missing files are left for
+            later where `ignore_missing`.
+    """
+    issues = find_issues(index, missing=not ignore_missing)
+    raise_if_fatal(index, issues)
+    utils.log(f"{split}: {index.annotation_file}: {summary(index)}")
+    for issue in issues:
+        utils.log(f"{split}: {issue}")
+
+
 # -------------------------------------------------------------------------------- opening images
 
 
@@ -249,6 +263,34 @@ def image_issues(unreadable: Sequence[tuple[int, str, str]]) -> list[DataIssue]:
     ]
 
 
+def drop_bad_images(indexes: dict, workers: int, allowed: int) -> tuple[dict, list[int]]:
+    """Open every image, and go on without those that cannot be used.
+
+    Args:
+        indexes: By split.
+        workers: Loading processes.
+        allowed: How many images may be bad (--max-bad-images); 0 opens none.
+
+    Returns:
+        The indexes without these images, and the ids of those that the split "val" loses.
+
+    Raises:
+        DataError: There are more.
+    """
+    if not allowed:
+        return indexes, []
+    bad = {split: unreadable_images(index, workers) for split, index in indexes.items()}
+    if sum(map(len, bad.values())) > allowed:
+        issues = [str(issue) for images in bad.values() for issue in image_issues(images)]
+        raise DataError(f"--max-bad-images {allowed}, but {'; '.join(issues)}")
+    for split, images in bad.items():
+        for _, _, message in images:
+            utils.log(f"{split}: left out: {message}")
+    positions = {split: [i for i, *_ in images] for split, images in bad.items()}
+    left_out = indexes["val"].image_ids[positions["val"]].tolist()
+    return {split: x.without(positions[split]) for split, x in indexes.items()}, left_out
+
+
 # ------------------------------------------------------------------------------------ the report
 
 
@@ -265,6 +307,24 @@ def examine(index, split: str, workers: int) -> tuple[list[DataIssue], list[tupl
     for issue in (*issues, *image_issues(unreadable)):
         utils.log(f"  {'wrong' if issue.fatal else 'note'}: {issue}")
     return [issue for issue in issues if issue.fatal], unreadable
+
+
+def check_all(indexes: dict, workers: int, allowed: int) -> None:
+    """Examine all splits, of which `allowed` images may be bad.
+
+    Raises:
+        DataError: Something has to be corrected before a training.
+    """
+    fatal, bad = [], []
+    for split, index in indexes.items():
+        issues, unreadable = examine(index, split, workers)
+        fatal, bad = fatal + issues, bad + unreadable
+    if len(bad) > allowed:
+        fatal += image_issues(bad)
+    elif bad:
+        utils.log(f"a training with --max-bad-images {allowed} leaves out {len(bad)}")
+    if fatal:
+        raise DataError(f"{len(fatal)} kinds of errors to correct, listed above")
 
 
 def summary(index) -> str:

@@ -16,6 +16,8 @@ from PIL import Image
 from coco_utils import Split
 
 ROOT = Path(__file__).resolve().parent.parent
+# With this in PYTHONPATH a training fails as FAULT in its environment says.
+FAULT_INJECTION = str(Path(__file__).resolve().parent / "fault_injection")
 SCRIPTS = ROOT / "start_scripts"
 ONE = SCRIPTS / "train_fasterrcnn_resnet50_amp_torch.sh"
 ALL = SCRIPTS / "train_fasterrcnn_resnet50_amp_dist_torch.sh"
@@ -68,6 +70,8 @@ def run(*command, timeout: float = 300, cwd=None, **environment) -> subprocess.C
     """Run a command as a user does, without a GPU and with one thread for each process."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     env.pop("RANK", None)
+    if "FAULT" in environment:
+        env["PYTHONPATH"] = FAULT_INJECTION
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,
@@ -115,6 +119,11 @@ def _be_train(argv: list[str], environment: dict, folder: str) -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", **environment)
     import train
 
+    if "FAULT" in environment:
+        sys.path.append(FAULT_INJECTION)
+        import sitecustomize
+
+        sitecustomize.install(environment["FAULT"])
     train.run_and_exit()
 
 

@@ -1,0 +1,103 @@
+"""Makes a training fail on purpose, from outside: Python imports this file when it starts.
+
+With this folder in PYTHONPATH and FAULT=kind@point:rank:step in the environment, the process of
+that rank fails at that point. Kinds: `kill` and `term` (signals to this process), `late` (killed
+three seconds later), `hang`, `raise`, `memory`, and `nan` and `huge` for losses. Points: `step`
+and `loss` (a forward pass in training), `evaluation` (one of a batch, counted from 0), `flushed`
+and `renamed` (of a checkpoint; their step says nothing). The step may be `all`. A process that
+torchrun has restarted fails no more.
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def install(spec: str) -> None:
+    """Patch the recipe, which has to be importable, so that it fails as `spec` says."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return
+    kind, point, rank, step = re.split("[@:]", spec)
+    if rank != os.environ.get("RANK", "0"):
+        return
+    if point in ("flushed", "renamed"):
+        _patch_checkpoint(kind, point)
+    else:
+        _patch_model(kind, point, step)
+
+
+def fail(kind: str) -> None:
+    import torch
+
+    if kind == "raise":
+        raise OverflowError("a fault on purpose")
+    if kind == "memory":
+        raise torch.OutOfMemoryError("a fault on purpose")
+    if kind == "hang":
+        time.sleep(1e6)
+    if kind == "late":
+        time.sleep(3)
+    os.kill(os.getpid(), signal.SIGTERM if kind == "term" else signal.SIGKILL)
+
+
+def _patch_checkpoint(kind: str, point: str) -> None:
+    replace, failed = os.replace, []
+
+    def replace_and_fail(source, target):
+        due = re.fullmatch(r"checkpoint_\d+\.pth", Path(target).name) and not failed
+        if due:
+            failed.append(point)
+        if due and point == "flushed":
+            fail(kind)
+        replace(source, target)
+        if due and point == "renamed":
+            fail(kind)
+
+    os.replace = replace_and_fail
+
+
+def _patch_model(kind: str, point: str, step: str) -> None:
+    import models
+    import utils
+
+    now = {"step": None, "batch": -1}
+    seed_step, build_model = utils.seed_step, models.build_model
+
+    def note_step(seed, step, images):
+        now.update(step=step, batch=-1)
+        return seed_step(seed, step, images)
+
+    def before(model, args):
+        if not model.training:
+            now["batch"] += 1
+        at = ("step", now["step"]) if model.training else ("evaluation", now["batch"])
+        if point == at[0] and step in (str(at[1]), "all"):
+            fail(kind)
+
+    def after(model, args, output):
+        if point == "loss" and model.training and step in (str(now["step"]), "all"):
+            factor = {"nan": float("nan"), "huge": 1e37}[kind]
+            return {name: loss * factor for name, loss in output.items()}
+        return None
+
+    def build(*args, **kwargs):
+        model = build_model(*args, **kwargs)
+        model.register_forward_pre_hook(before)
+        model.register_forward_hook(after)
+        return model
+
+    utils.seed_step, models.build_model = note_step, build
+
+
+if "FAULT" in os.environ and any(Path(a).name == "train.py" for a in sys.orig_argv):
+    sys.path.insert(0, str(ROOT))
+    try:
+        if os.environ["FAULT"]:
+            install(os.environ["FAULT"])
+    finally:
+        sys.path.remove(str(ROOT))
