@@ -280,6 +280,10 @@ class CocoIndex:
     def file_name(self, image: int) -> str:
         return self.file_names[image].decode()
 
+    def read_image(self, i: int) -> torch.Tensor:
+        """Image i as `read_image` of its file gives it. Raises DataError."""
+        return read_image(self.image_dir / self.file_name(i), *self.sizes[i].tolist())
+
     def positions_of(self, image_ids: np.ndarray) -> np.ndarray:
         """int32: where in the index the images with these ids are, -1 for ids that it lacks."""
         low, high = self.image_ids.min(), self.image_ids.max()
