@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -96,7 +97,9 @@ def loss_terms(train: list[dict]) -> list[str]:
 def to_svg(name: str, draw: Callable, height: float = 3.5, rows: int = 1) -> Markup:
     """Call `draw` with the axes of a new figure, an array where there are several rows of them."""
     out = io.StringIO()
-    with matplotlib.style.context({**STYLE, "svg.hashsalt": name}, after_reset=True):
+    style = matplotlib.style.context({**STYLE, "svg.hashsalt": name}, after_reset=True)
+    with style, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # missing here, but the reader's fonts decide
         figure = Figure(figsize=(5.9, height), layout="constrained")
         draw(figure.subplots(rows, sharex=rows > 1))
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

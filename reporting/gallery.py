@@ -36,14 +36,14 @@ def choose_images(results: DetectionResults) -> dict[str, list[int]]:
     correct = count(image[results.correct])
     errors = count(image[results.wrong_category | results.false_positive])
     errors += count(index.image_of_rows()[results.missed])
-    best = np.lexsort((-correct, errors))
-    best = best[correct[best] > 0][: min(MAX_IMAGES["best"], -(-len(index) // 3))]
-    worst = np.argsort(-errors, kind="stable")
-    worst = worst[(errors[worst] > 0) & ~np.isin(worst, best)][: MAX_IMAGES["worst"]]
-    others = np.setdiff1d(np.arange(len(index)), np.concatenate([best, worst]))
+    order = np.lexsort((-correct, errors)).tolist()
+    limit = min(MAX_IMAGES["best"], -(-len(index) // 3))
+    best = [i for i in order if correct[i]][:limit]
+    worst = [i for i in reversed(order) if errors[i] and i not in best][: MAX_IMAGES["worst"]]
+    others = np.setdiff1d(order, [*best, *worst])
     size = min(MAX_IMAGES["random"], len(others))
-    random = np.random.default_rng(0).choice(others, size, replace=False)
-    return {"best": best.tolist(), "worst": worst.tolist(), "random": sorted(random.tolist())}
+    random = np.sort(np.random.default_rng(0).choice(others, size, replace=False))
+    return {"worst": worst, "best": best, "random": random.tolist()}
 
 
 def image_card(results: DetectionResults, i: int) -> dict:
@@ -52,62 +52,63 @@ def image_card(results: DetectionResults, i: int) -> dict:
     Where the image cannot be read, `problem` says why, and `images` is empty.
     """
     index = results.index
-    card = {"file": index.file_name(i), "id": int(index.image_ids[i]), "images": []}
-    ground_truth, detections, card["summary"] = label_boxes(results, i)
+    ground_truth, missed = label_ground_truth(results, i)
+    detections, found = label_detections(results, i)
+    summary = [f"{len(found.pop('correct'))} correct"]
+    for kind, texts in {"missed": missed, **found}.items():
+        if texts:
+            summary.append(f"{len(texts)} {kind} ({list_some(texts, 5)})")
+    card = {"file": index.file_name(i), "id": int(index.image_ids[i]), "summary": summary}
     try:
         image = index.read_image(i)
     except DataError as error:
-        return {**card, "problem": str(error)}
+        return {**card, "images": [], "problem": str(error)}
     factor = min(1, LONGEST_SIDE / max(image.shape[-2:]))
     image = resize(image, [max(1, round(side * factor)) for side in image.shape[-2:]])
-    for label, boxes in (("ground truth", ground_truth), ("detections", detections)):
-        card["images"].append({"label": label, **to_jpeg(image, factor, boxes)})
-    return {**card, "problem": None}
+    drawn = [
+        {"label": label, **to_jpeg(image, factor, boxes)}
+        for label, boxes in (("ground truth", ground_truth), ("detections", detections))
+    ]
+    return {**card, "images": drawn, "problem": None}
 
 
-def label_boxes(results: DetectionResults, i: int) -> tuple[list[tuple], list[tuple], list[str]]:
-    """What to draw on image i, as (box, text, colour), of both kinds, and its errors in words."""
-    index, names = results.index, results.index.categories.names
-    ground_truth, detections = [], []
-    correct, missed, false, wrong_category = 0, [], [], []
+def label_ground_truth(results: DetectionResults, i: int) -> tuple[list[tuple], list[str]]:
+    """The ground-truth boxes of image i as (box, text, colour), and the names of missed ones."""
+    index, boxes, missed = results.index, [], []
     rows = index.box_range(i)
     for row in range(rows.start, rows.stop):
-        name, detection = names[results.gt_category[row]], results.matched_detection[row]
-        text, colour = name, CORRECT
+        name = index.categories.names[results.gt_category[row]]
         if index.iscrowd[row]:
-            text, colour = f"{name}, crowd", CROWD
-        elif detection == IGNORED:  # a box without a size
-            continue
+            boxes.append((index.boxes[row], f"{name}, crowd", CROWD))
         elif results.missed[row]:
-            text, colour = f"{name}, missed", WRONG
+            boxes.append((index.boxes[row], f"{name}, missed", WRONG))
             missed.append(name)
-        elif not results.correct[detection]:
-            colour = WRONG_CATEGORY
-        ground_truth.append((index.boxes[row], text, colour))
-    for row in np.flatnonzero(results.confident[:, 0] == index.image_ids[i]):
-        name, match = names[results.detection_category[row]], results.matched_gt[row]
-        text, colour = f"{name} {results.confident[row, 5]:.2f}", CORRECT
+        elif (detection := results.matched_detection[row]) != IGNORED:  # which has no size
+            colour = CORRECT if results.correct[detection] else WRONG_CATEGORY
+            boxes.append((index.boxes[row], name, colour))
+    return boxes, missed
+
+
+def label_detections(results: DetectionResults, i: int) -> tuple[list[tuple], dict]:
+    """The detections of image i as (box, text, colour), and lists of texts by what they are."""
+    names, boxes = results.index.categories.names, []
+    found = {"correct": [], "false positive": [], "of a wrong category": []}
+    for row in np.flatnonzero(results.confident[:, 0] == results.index.image_ids[i]):
+        match, box = results.matched_gt[row], results.confident[row, 1:5]
+        text = f"{names[results.detection_category[row]]} {results.confident[row, 5]:.2f}"
         if match == IGNORED:
-            text, colour = f"{text}, in a crowd", CROWD
+            boxes.append((box, f"{text}, in a crowd", CROWD))
         elif results.correct[row]:
-            correct += 1
+            boxes.append((box, text, CORRECT))
+            found["correct"].append(text)
         elif results.false_positive[row]:
-            false.append(text)
-            text, colour = f"{text}, false", WRONG
+            boxes.append((box, f"{text}, false", WRONG))
+            found["false positive"].append(text)
         else:
             true_name = names[results.gt_category[match]]
-            wrong_category.append(f"{true_name} detected as {text}")
-            text, colour = f"{text}, is {true_name}", WRONG_CATEGORY
-        detections.append((results.confident[row, 1:5], text, colour))
-    summary = [f"{correct} correct"]
-    for errors, what in (
-        (missed, "missed"),
-        (false, "false positive"),
-        (wrong_category, "of a wrong category"),
-    ):
-        if errors:
-            summary.append(f"{len(errors)} {what} ({list_some(errors, 5)})")
-    return ground_truth, detections, summary
+            boxes.append((box, f"{text}, is {true_name}", WRONG_CATEGORY))
+            found["of a wrong category"].append(f"{true_name} detected as {text}")
+    return boxes, found
 
 
 def to_jpeg(image: torch.Tensor, factor: float, boxes: list[tuple]) -> dict:
