@@ -158,8 +158,8 @@ class DetectionResults:
         self.wrong_category = (self.matched_gt >= 0) & ~self.correct
         self.false_positive = self.matched_gt == UNMATCHED
         self.missed = self.matched_detection == UNMATCHED
-        _, found_by = match_detections(index, detections, same_category=True)
-        self.found_score = np.append(detections[:, 5], np.nan)[found_by.clip(min=-1)]
+        _, detection = match_detections(index, detections, same_category=True)
+        self.found_score = np.append(detections[:, 5], np.nan)[detection.clip(min=-1)]
 
     def counts(self) -> dict[str, int]:
         """How many boxes there are of each kind, at a score of at least 0.5."""
