@@ -233,7 +233,7 @@ def evaluate(
         args: of them `output_dir, evaluator, val_loss`.
         amp_dtype: the type of autocast, None for float32.
         metrics: gets an "eval" line.
-        tensorboard: a `reporting.tensorboard.Board` for the first images, or None.
+        tensorboard: a `reporting.tensorboard.TensorBoardWriter` for the first images, or None.
         epoch: for the log, as `step`: the number of steps that the model was trained for.
         step: see `epoch`.
 
@@ -264,7 +264,7 @@ def evaluate(
             utils.log(f"validation {terms[0]}  ({', '.join(terms[1:])})")
         utils.log(coco_eval.table(scores))
         if tensorboard:
-            tensorboard.show(index, detections, step or 0)
+            tensorboard.write_images(index, detections, step or 0)
         return scores["AP"]
 
     return utils.run_on_rank_0(score)

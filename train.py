@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Outputs
     tensorboard = open_tensorboard(args, saved)
-    metrics = utils.MetricsFile(args.output_dir, tensorboard and tensorboard.write)
+    metrics = utils.MetricsFile(args.output_dir, tensorboard and tensorboard.write_metrics)
     about = run_log.run_metadata(device, precision, train_loader, val_loader, categories)
     metrics.write("start", args=to_plain_dict(args), **about, val_images_left_out=left_out)
     outputs = {"amp_dtype": amp_dtype, "metrics": metrics, "tensorboard": tensorboard}
@@ -348,9 +348,9 @@ def load_resume_checkpoint(args: argparse.Namespace) -> dict | None:
 def open_tensorboard(args: argparse.Namespace, saved: dict | None):
     if not args.tensorboard or utils.rank() != 0:
         return None
-    from reporting.tensorboard import Board
+    from reporting.tensorboard import TensorBoardWriter
 
-    return Board(args.output_dir / "tensorboard", saved["step"] if saved else 0)
+    return TensorBoardWriter(args.output_dir / "tensorboard", saved["step"] if saved else 0)
 
 
 def write_report(args: argparse.Namespace) -> None:

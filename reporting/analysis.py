@@ -1,4 +1,4 @@
-"""What a training has left in its output folder, sorted, and compared with the true boxes."""
+"""What a run left in its output folder: metrics, and detections matched with the ground truth."""
 
 import json
 import math
@@ -6,182 +6,196 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
+from hotcoco.primitives import bbox_iou
 
 import coco_eval
-import coco_utils
+from coco_utils import CocoIndex, find_split
 from internals.errors import UserError
 
-LEAST_SCORE, LEAST_IOU = 0.5, 0.5  # from which on boxes are shown, and belong together
+SCORE_THRESHOLD = 0.5  # detections below are only in the curves and in the dashed recall by size
+IOU_THRESHOLD = 0.5
+EVALUATOR = coco_eval.EVALUATORS[0]
+UNMATCHED, IGNORED = -1, -2  # in place of the row of the match
 
 
-# -------------------------------------------------------------------------- what the run wrote
+# ------------------------------------------------------------------------------------- metrics
 
 
 @dataclass
-class Record:
-    """What `metrics.jsonl` says of the last training in its folder, or of evaluations alone.
+class RunHistory:
+    """The lines of `metrics.jsonl` that count for the last training, or for evaluations alone.
 
-    Lines are dicts as in the file. `start` is that of the training, `tested` that of the last
-    evaluation, `{}` where there is none; `train` and `evals` have a line for each step, in order;
-    `last` is the last evaluation, whose boxes are in `detections.json`.
+    Attributes:
+        start: the training's "start" line, `{}` where there is none.
+        eval_start: the "start" line of the run that made the last evaluation.
+        train: the "train" lines, with ascending steps.
+        evals: the "eval" lines of the training, with ascending steps.
+        last: the last "eval" line, whose detections are in `detections.json`.
+        end: the "end" line; None if the run did not reach its end.
+        resumed: how often the training was resumed.
+        notes: what the reader of the report should know.
     """
 
     start: dict = field(default_factory=dict)
-    tested: dict = field(default_factory=dict)
+    eval_start: dict = field(default_factory=dict)
     train: list[dict] = field(default_factory=list)
     evals: list[dict] = field(default_factory=list)
     last: dict | None = None
     end: dict | None = None
-    resumed: int = 0  # how often
+    resumed: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
     def best(self) -> dict | None:
-        """The evaluation with the best AP: the first of equals, as `model_best.pth` is."""
-        known = [line for line in self.evals or [self.last] if number(line, "AP") is not None]
+        """The evaluation with the highest AP, the first of equals as in `model_best.pth`."""
+        evals = self.evals or [self.last or {}]
+        known = [line for line in evals if line.get("AP") is not None]
         return max(known, key=lambda line: line["AP"], default=None)
 
 
-def number(line: dict | None, key: str) -> float | None:
-    """A finite number of a line; None for what is absent, null or anything else."""
-    value = (line or {}).get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and abs(value) < 1e300 else None
+def args_of(start: dict) -> dict:
+    """The flags of a run, from its "start" line."""
+    return start.get("args") or {}
 
 
-def column(lines: list[dict], key: str) -> np.ndarray:
-    """The numbers of many lines, float64, NaN where there is none."""
-    return np.array([number(line, key) for line in lines], dtype=np.float64)
+def read_history(file: Path) -> RunHistory:
+    """Read `metrics.jsonl`. Steps that a resumed run repeated count once, as they were last.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or has a line that is no JSON object with a
+            "kind". A last line that a crash cut off is only noted.
+    """
+    history, start, train, evals = RunHistory(), {}, {}, {}
+    for line in _read_lines(file, history.notes):
+        kind, step = line["kind"], line.get("step") or 0
+        test_only = args_of(start).get("test_only")
+        if kind == "start":
+            start = line
+            if not args_of(line).get("test_only"):
+                history.start, history.end = line, None
+                history.resumed += 1
+                if not args_of(line).get("resume"):  # a new training in the same folder
+                    train, evals, history.resumed = {}, {}, 0
+        elif kind == "train":
+            _drop_from(step, train)
+            _drop_from(step, evals)
+            train[step] = line
+        elif kind == "eval":
+            history.last, history.eval_start = line, start
+            if not test_only:
+                _drop_from(step, evals)
+                evals[step] = line
+        elif kind == "end":
+            history.end = line
+    history.start = history.start or start
+    history.train, history.evals = list(train.values()), list(evals.values())
+    return history
 
 
-def read_lines(file: Path, notes: list[str]) -> list[dict]:
-    """The lines of `metrics.jsonl`; UserError names the first that cannot be what it should."""
+def _read_lines(file: Path, notes: list[str]) -> list[dict]:
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(
-            f"{file} is missing: give the folder that train.py had as --output-dir"
-        ) from None
+        rows = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 (byte {error.start})") from None
-    rows, lines = text.split("\n"), []
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}): give the folder that train.py had as "
+            "--output-dir"
+        ) from None
+    lines = []
     for n, row in enumerate(rows, start=1):
         if not row.strip():
             continue
         try:
             line = json.loads(row)
-        except ValueError as error:
-            if n == len(rows):
-                notes.append(f"{file}: the last line was cut by a crash and is left out")
-                continue
-            raise UserError(f"{file}:{n} is not JSON ({error}): mend or remove the line") from None
-        if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-            raise UserError(f"{file}:{n} is no object with a 'kind': mend or remove the line")
-        lines.append(line)
+            line["kind"]
+        except (ValueError, TypeError, KeyError):
+            if n < len(rows):
+                raise UserError(
+                    f'{file}:{n} is not a JSON object with a "kind": correct or remove the line'
+                ) from None
+            notes.append(f"{file}: the last line was cut off by a crash and is left out")
+        else:
+            lines.append(line)
     if not lines:
         raise UserError(f"{file} is empty: there is nothing to report yet")
     return lines
 
 
-def read_record(file: Path) -> Record:
-    """Sort the lines; of steps that a crash undid, what was done again counts.
-
-    Raises UserError. Lines of other kinds than train.py writes are passed over.
-    """
-    record, start, train, evals = Record(), {}, {}, {}
-    for line in read_lines(file, record.notes):
-        kind, step = line["kind"], number(line, "step") or 0
-        if kind == "start":
-            start, args = line, arguments(line)
-            if not args.get("test_only"):
-                record.start, record.end = line, None
-                record.resumed += 1
-                if not args.get("resume"):  # a new training, whatever was in the folder before
-                    train, evals, record.resumed = {}, {}, 0
-        elif kind == "train":
-            forget_from(step, train)
-            forget_from(step, evals)
-            train[step] = line
-        elif kind == "eval":
-            record.last, record.tested = line, start
-            if not arguments(start).get("test_only"):
-                forget_from(step, evals)
-                evals[step] = line
-        elif kind == "end":
-            record.end = line
-    record.start, record.tested = record.start or start, record.tested or start
-    record.train, record.evals = list(train.values()), list(evals.values())
-    return record
-
-
-def forget_from(step: float, lines: dict[float, dict]) -> None:
-    """Take out the lines of `step` and later ones; keys ascend."""
+def _drop_from(step: int, lines: dict[int, dict]) -> None:
+    """Remove the lines of `step` and later ones; the keys ascend."""
     while lines and next(reversed(lines)) >= step:
         lines.popitem()
 
 
-def arguments(start: dict) -> dict:
-    """The flags of a run, as its `start` line has them."""
-    args = start.get("args")
-    return args if isinstance(args, dict) else {}
+# ------------------------------------------------------------------ detections and ground truth
 
 
-# ------------------------------------------------------------------------ truth and detections
+class DetectionResults:
+    """The detections of the last evaluation, matched with the ground truth.
 
-
-@dataclass
-class Results:
-    """The detections of the last evaluation beside the true boxes.
-
-    `detections` are rows of `coco_eval.detection_rows`, `sure` those with a score of 0.5 or more;
-    `truth_of` and `found_by` say which of these has which true box, whatever their categories;
-    `found_at` `[M]` is the score at which a true box was found by its own category, NaN if never.
-    `numbers` and `curves` are as of `coco_eval.evaluate_with_curves`.
+    Attributes:
+        index: the ground truth, M boxes in K categories.
+        curves: precision by IoU and recall, of `coco_eval.evaluate_with_curves`.
+        confident: float64 `[N, 7]`, rows of `coco_eval.detection_rows` with a score of at least
+            0.5. The following attributes are about these alone.
+        matched_gt, matched_detection: int64 `[N]` and `[M]`, as of `match_detections`, whatever
+            the categories.
+        gt_category, detection_category: int64 `[M]` and `[N]`, positions in `index.categories`.
+        correct, wrong_category, false_positive: bool `[N]`.
+        missed: bool `[M]`.
+        found_score: float64 `[M]`, the score of the detection that matches a box when all
+            detections are matched within their categories; NaN if none does.
     """
 
-    index: coco_utils.CocoIndex
-    detections: np.ndarray
-    numbers: dict
-    curves: np.ndarray
-
-    def __post_init__(self):
-        self.sure = self.detections[self.detections[:, 5] >= LEAST_SCORE]
-        self.truth_of, self.found_by = coco_eval.match(self.index, self.sure, LEAST_IOU, False)
-        finder = coco_eval.match(self.index, self.detections, LEAST_IOU, True)[1]
-        scores = np.append(self.detections[:, 5], np.nan)
-        self.found_at = scores[np.where(finder < 0, -1, finder)]
-        self.true_category = self.position_of(self.index.category_ids)
-        self.found_category = self.position_of(self.sure[:, 6])
-        of_partner = np.append(self.true_category, [-1, -1])[self.truth_of]  # -1 for none
-        self.right = of_partner == self.found_category
-        self.mixed_up = (self.truth_of >= 0) & ~self.right
-        self.false = self.truth_of == -1
-        self.missed = self.found_by == -1
-
-    def position_of(self, category_ids: np.ndarray) -> np.ndarray:
-        """The position of each category among those of the annotation file."""
-        return np.searchsorted(self.index.categories.ids, category_ids)
+    def __init__(self, index: CocoIndex, detections: np.ndarray, curves: np.ndarray):
+        self.index, self.curves = index, curves
+        self.confident = detections[detections[:, 5] >= SCORE_THRESHOLD]
+        self.matched_gt, self.matched_detection = match_detections(index, self.confident)
+        self.gt_category = np.searchsorted(index.categories.ids, index.category_ids)
+        self.detection_category = np.searchsorted(index.categories.ids, self.confident[:, 6])
+        # The two more are what UNMATCHED and IGNORED pick.
+        category_of_match = np.append(self.gt_category, [-1, -1])[self.matched_gt]
+        self.correct = category_of_match == self.detection_category
+        self.wrong_category = (self.matched_gt >= 0) & ~self.correct
+        self.false_positive = self.matched_gt == UNMATCHED
+        self.missed = self.matched_detection == UNMATCHED
+        _, detection = match_detections(index, detections, same_category=True)
+        self.found_score = np.append(detections[:, 5], np.nan)[detection.clip(min=-1)]
 
     def counts(self) -> dict[str, int]:
-        """How many boxes are right and how many are not, at a score of 0.5 or more."""
+        """How many boxes there are of each kind, at a score of at least 0.5."""
         return {
             "images": len(self.index),
-            "true": int(self.index.usable.sum()),
-            "found": int((self.truth_of != -2).sum()),
-            "right": int(self.right.sum()),
-            "mixed_up": int(self.mixed_up.sum()),
-            "false": int(self.false.sum()),
+            "ground_truth": int(self.index.usable.sum()),
+            "detections": int((self.matched_gt != IGNORED).sum()),
+            "correct": int(self.correct.sum()),
+            "wrong_category": int(self.wrong_category.sum()),
+            "false_positive": int(self.false_positive.sum()),
             "missed": int(self.missed.sum()),
             "crowds": int(self.index.iscrowd.sum()),
         }
 
+    def confusion_matrix(self) -> np.ndarray:
+        """int64 `[K + 1, K + 1]`: rows are the ground truth's categories, columns the detections'.
 
-def read_results(output_dir: Path, record: Record) -> Results:
-    """Raises UserError, DataError or ResultsError, which say what is not there to compare."""
-    if record.last is None:
+        The last row counts false positives, the last column missed boxes.
+        """
+        k = len(self.index.categories.ids)
+        matrix = np.zeros((k + 1, k + 1), dtype=np.int64)
+        matched = self.matched_gt >= 0
+        gt_category = self.gt_category[self.matched_gt[matched]]
+        np.add.at(matrix, (gt_category, self.detection_category[matched]), 1)
+        np.add.at(matrix, (k, self.detection_category[self.false_positive]), 1)
+        np.add.at(matrix, (self.gt_category[self.missed], k), 1)
+        return matrix
+
+
+def read_results(output_dir: Path, history: RunHistory) -> DetectionResults:
+    """Read `detections.json` and the ground truth that it was evaluated against.
+
+    Raises:
+        UserError: there was no evaluation, or one of the files is missing or broken.
+    """
+    if history.last is None:
         raise UserError("there was no evaluation yet; train.py evaluates after each epoch")
     file = output_dir / "detections.json"
     if not file.exists():
@@ -190,106 +204,129 @@ def read_results(output_dir: Path, record: Record) -> Results:
             "writes it again"
         )
     detections = coco_eval.read_results(file)
-    index = scored_index(record)
-    detections = known_only(index, detections, record.notes)
-    numbers, curves = coco_eval.evaluate_with_curves(
-        index, detections, coco_eval.default_evaluator()
-    )
-    said, here = number(record.last, "AP"), numbers["AP"]
-    if abs((said or 0) - (here or 0)) > 1e-6:
-        record.notes.append(
-            f"with {index.annotation_file}, detections.json has AP {digits(here)}, but "
-            f"metrics.jsonl says {digits(said)}: one of the files was changed since. The table and "
-            "the curve of AP are from metrics.jsonl, all else is from detections.json"
+    index = load_evaluated_index(history.eval_start)
+    known = index.positions_of(detections[:, 0].astype(np.int64)) >= 0
+    known &= np.isin(detections[:, 6], index.categories.ids)
+    if not known.all():
+        history.notes.append(
+            f"{np.count_nonzero(~known):,} detections are of images or categories that "
+            f"{index.annotation_file} does not have, and are left out"
         )
-    return Results(index, detections, numbers, curves)
+    metrics, curves = coco_eval.evaluate_with_curves(index, detections[known], EVALUATOR)
+    logged, here = history.last.get("AP"), metrics["AP"]
+    if abs((logged or 0) - (here or 0)) > 1e-6:
+        history.notes.append(
+            f"{file} has AP {here} on {index.annotation_file}, but metrics.jsonl says {logged}: "
+            "one of the files was changed since. The tables and the curve of AP are from "
+            "metrics.jsonl, everything else is from detections.json"
+        )
+    return DetectionResults(index, detections[known], curves)
 
 
-def scored_index(record: Record) -> coco_utils.CocoIndex:
-    """The images that the last evaluation was made of. Raises DataError."""
-    args = arguments(record.tested)
-    part = "train" if args.get("overfit") else "val"
-    paths = [args.get(f"{part}_{what}") for what in ("annotations", "images")]
-    paths = [path and Path(path) for path in paths]
-    home = Path(args.get("data_path") or ".")
-    try:
-        split = coco_utils.find_split(home, part, *paths)
-    except coco_utils.DataError:
-        where = f"{paths[0]} and {paths[1]}" if all(paths) else home
-        raise UserError(
-            f"the validation data are not where the run found them, {where}: put them back"
-        ) from None
-    index = coco_utils.CocoIndex(split)
+def load_evaluated_index(start: dict) -> CocoIndex:
+    """Load the ground truth of the run with this "start" line, without the images it left out.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    args = args_of(start)
+    split = "train" if args.get("overfit") else "val"
+    paths = [args.get(f"{split}_annotations"), args.get(f"{split}_images")]
+    data_path = Path(args.get("data_path") or ".")
+    index = CocoIndex(find_split(data_path, split, *(path and Path(path) for path in paths)))
     if args.get("overfit"):
         return index.first_with_boxes(args["overfit"])
-    left_out = np.array(record.tested.get("val_images_left_out") or [], dtype=np.int64)
+    left_out = np.array(start.get("val_images_left_out") or [], dtype=np.int64)
     return index.without(index.positions_of(left_out))
 
 
-def known_only(index: coco_utils.CocoIndex, detections: np.ndarray, notes: list[str]) -> np.ndarray:
-    """The detections whose image and category the annotation file has."""
-    known_image = index.positions_of(detections[:, 0].astype(np.int64)) >= 0
-    known_category = np.isin(detections[:, 6], index.categories.ids)
-    for known, what in ((known_image, "images"), (known_category, "categories")):
-        if count := np.count_nonzero(~known):
-            notes.append(
-                f"{count:,} detections are of {what} that {index.annotation_file} does not have, "
-                "and are left out"
-            )
-    return detections[known_image & known_category]
+def match_detections(
+    index: CocoIndex, detections: np.ndarray, same_category: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Match detections with ground-truth boxes one to one, in the order of their scores.
 
+    Each detection takes the free ground-truth box of its image with the highest IoU, which must be
+    at least 0.5; with `same_category` only of its own category.
 
-def read_picture(index: coco_utils.CocoIndex, i: int) -> torch.Tensor:
-    """Image i of the index, uint8 `[3, H, W]`. Raises DataError."""
-    return coco_utils.read_image(index.image_dir / index.file_name(i), *index.sizes[i].tolist())
+    Args:
+        index: the ground truth, M boxes.
+        detections: float64 `[N, 7]`, rows of `coco_eval.detection_rows` with images of the index.
+        same_category: whether a match needs the same category.
 
-
-# ----------------------------------------------------------------------------- counting mistakes
-
-
-def confusion(results: Results) -> np.ndarray:
-    """int64 `[K + 1, K + 1]`: how many boxes of one category were found as another.
-
-    Rows are the truth, columns what was found; the last row holds false detections, the last column
-    missed boxes.
+    Returns:
+        matched_gt: int64 `[N]`, the ground-truth row of each detection, `UNMATCHED`, or `IGNORED`
+            if at least half of the box lies in a crowd of its category, as COCO has it.
+        matched_detection: int64 `[M]`, the detection of each ground-truth box, `UNMATCHED` if it
+            was missed, or `IGNORED` for crowds and boxes without a size.
     """
-    k = len(results.index.categories.ids)
-    matrix = np.zeros((k + 1, k + 1), dtype=np.int64)
-    matched = results.truth_of >= 0
-    true = results.true_category[results.truth_of[matched]]
-    np.add.at(matrix, (true, results.found_category[matched]), 1)
-    np.add.at(matrix, (k, results.found_category[results.false]), 1)
-    np.add.at(matrix, (results.true_category[results.missed], k), 1)
-    return matrix
+    matched_gt = np.full(len(detections), UNMATCHED)
+    matched_detection = np.where(index.usable, UNMATCHED, IGNORED)
+    by_score = np.argsort(-detections[:, 5], kind="stable")
+    images = index.positions_of(detections[by_score, 0].astype(np.int64))
+    by_image = by_score[np.argsort(images, kind="stable")]  # and by score within each image
+    bounds = np.cumsum(np.bincount(images, minlength=len(index)))[:-1]
+    for i, rows in enumerate(np.split(by_image, bounds)):
+        gt = index.box_range(i)
+        if not len(rows) or gt.start == gt.stop:
+            continue
+        iscrowd = index.iscrowd[gt]
+        # Of crowds it is the share of the detection that lies inside.
+        iou = bbox_iou(detections[rows, 1:5], index.boxes[gt], iscrowd)
+        same = detections[rows, 6][:, None] == index.category_ids[gt]
+        in_crowd = (iscrowd & same & (iou >= IOU_THRESHOLD)).any(axis=1)
+        matched_gt[rows[in_crowd]] = IGNORED
+        d, t = np.nonzero((iou >= IOU_THRESHOLD) & index.usable[gt] & (same | (not same_category)))
+        best_first = np.lexsort((-iou[d, t], d))
+        pairs = zip(rows[d[best_first]].tolist(), (gt.start + t[best_first]).tolist(), strict=True)
+        for detection, box in pairs:
+            if matched_gt[detection] < 0 and matched_detection[box] == UNMATCHED:
+                matched_gt[detection], matched_detection[box] = box, detection
+    return matched_gt, matched_detection
 
 
-def most_confused(matrix: np.ndarray, most: int) -> np.ndarray:
-    """The positions of the categories that are taken for others most often, in their order."""
-    mixed = matrix[:-1, :-1] * (1 - np.eye(len(matrix) - 1, dtype=np.int64))
-    total = mixed.sum(axis=0) + mixed.sum(axis=1)
-    return np.sort(np.argsort(-total, kind="stable")[:most])
+# ------------------------------------------------------------------------------------- summaries
+
+
+def most_confused_pairs(matrix: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """Categories that are mixed up most often, as (ground truth, detection), the worst first."""
+    confused = _confused(matrix)
+    worst = np.argsort(-confused, axis=None, kind="stable")[:limit]
+    pairs = np.stack(np.unravel_index(worst, confused.shape), axis=1)
+    return [(t, d) for t, d in pairs.tolist() if confused[t, d]]
+
+
+def most_confused_categories(matrix: np.ndarray, limit: int) -> np.ndarray:
+    """The categories that are mixed up with others most often, in their own order."""
+    confused = _confused(matrix)
+    total = confused.sum(axis=0) + confused.sum(axis=1)
+    return np.sort(np.argsort(-total, kind="stable")[:limit])
+
+
+def _confused(matrix: np.ndarray) -> np.ndarray:
+    categories = matrix[:-1, :-1]
+    return categories - np.diag(np.diag(categories))
 
 
 def recall_by_size(
-    sides: np.ndarray, found_at: np.ndarray
+    sides: np.ndarray, found_score: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """True boxes by the square root of their area: edges `[B + 1]`, and counts `[B]` of all, of
-    those found with a score of 0.5 or more, and of those found with any.
+    """Count ground-truth boxes by the square root of their area.
 
-    Two bins double the side; 32 is an edge.
+    The bins are half octaves, so that 32, where COCO's medium boxes begin, is an edge.
+
+    Args:
+        sides: float64 `[M]`, at least one, all positive.
+        found_score: `DetectionResults.found_score` of the same boxes.
+
+    Returns:
+        The edges `[B + 1]` and three counts `[B]`: of all boxes, of those found with a score of at
+        least 0.5, and of those found with any score.
     """
     low, high = np.log2([sides.min(), sides.max()])
     edges = 2.0 ** (np.arange(math.floor(2 * low), math.floor(2 * high) + 2) / 2)
-    kinds = (np.ones(len(sides), dtype=bool), found_at >= LEAST_SCORE, np.isfinite(found_at))
+    kinds = (np.ones(len(sides), bool), found_score >= SCORE_THRESHOLD, np.isfinite(found_score))
     return edges, *(np.histogram(sides[kind], edges)[0] for kind in kinds)
 
 
-# ------------------------------------------------------------------------------------ in words
-
-
-def digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def short(text: str, most: int = 18) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def shorten(text: str, limit: int = 18) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,4 +1,4 @@
-"""Boxes with names and scores on pictures, readable at any picture size."""
+"""Boxes with names and scores drawn on images, readable at any image size."""
 
 import colorsys
 from collections.abc import Iterator
@@ -6,63 +6,128 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.ops import box_convert
 
-LEAST_SIDE = 480  # pixels: smaller pictures are enlarged, or no text would fit
+from coco_utils import Categories, CocoIndex
+
+MIN_SIDE = 480  # pixels: smaller images are enlarged, or no text would fit
+
+Colour = tuple[int, int, int]
 
 
-def colour(category: int) -> tuple[int, int, int]:
-    """A colour for the category at this position, 0 to 255 each; neighbours differ clearly."""
+def colour(category: int) -> Colour:
+    """The colour, 0 to 255 each, of the category at this position; neighbours differ clearly."""
     # Steps of the golden ratio around the circle of hues never come back to one that was there.
     red, green, blue = colorsys.hsv_to_rgb(0.02 + category * 0.618034 % 1, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def draw_boxes(
-    image: torch.Tensor,
-    boxes: torch.Tensor,
-    texts: list[str],
-    colours: list[tuple[int, int, int]],
+def draw_comparison(
+    image: torch.Tensor, index: CocoIndex, i: int, detections: np.ndarray, categories: Categories
 ) -> torch.Tensor:
-    """A copy of `image`, uint8 `[3, H, W]`, with boxes and a text at each of them.
+    """Draw image i of the index twice: with its ground truth, and with its detections.
 
-    `boxes` float32 `[N, 4]` as x1, y1, x2, y2 in pixels of the image, one of `texts` ("" for none)
-    and `colours` for each; `N` may be 0. Later ones lie on top, and their texts find room first. A
-    picture whose longest side is below 480 pixels is enlarged by a whole number first, so the
-    result may be larger than the image.
+    Args:
+        image: uint8 `[3, H, W]`.
+        index: the ground truth.
+        i: the image's position in it. Boxes without a size, or of unknown categories, are left out.
+        detections: float64 `[N, 7]`, rows of `coco_eval.detection_rows`, the highest score first.
+        categories: gives the names and colours of both.
+
+    Returns:
+        uint8 `[3, H', W']`, the two side by side, each below a caption.
     """
-    factor = max(1, -(-LEAST_SIDE // max(image.shape[-2:])))
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    rows = index.box_range(i)
+    boxes, ids = index.boxes[rows], index.category_ids[rows]
+    drawable = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
+    drawable &= np.isin(ids, categories.ids)
+    suffixes = np.where(index.iscrowd[rows], " (crowd)", "")[drawable].tolist()
+    ground_truth = _draw_categories(image, boxes[drawable], ids[drawable], suffixes, categories)
+    captions = (f"ground truth: {len(suffixes):,}", f"detections: {len(detections):,}")
+    return side_by_side([ground_truth, draw_detections(image, detections, categories)], captions)
+
+
+def draw_detections(
+    image: torch.Tensor, detections: np.ndarray, categories: Categories
+) -> torch.Tensor:
+    """Draw detections, rows of `coco_eval.detection_rows`, as in `draw_comparison`."""
+    scores = [f" {score:.2f}" for score in detections[:, 5]]
+    return _draw_categories(image, detections[:, 1:5], detections[:, 6], scores, categories)
+
+
+def _draw_categories(
+    image: torch.Tensor,
+    xywh: np.ndarray,
+    category_ids: np.ndarray,
+    suffixes: list[str],
+    categories: Categories,
+) -> torch.Tensor:
+    """Draw boxes in the colours of their categories, with their names, the first box on top."""
+    positions = np.searchsorted(categories.ids, category_ids).tolist()
+    texts = [categories.names[k] + suffix for k, suffix in zip(positions, suffixes, strict=True)]
+    colours = [colour(k) for k in positions]
+    return draw_boxes(image, xywh_to_xyxy(xywh).flip(0), texts[::-1], colours[::-1])
+
+
+def xywh_to_xyxy(boxes: np.ndarray) -> torch.Tensor:
+    """float32 `[N, 4]` for `draw_boxes` from boxes in COCO's format."""
+    return box_convert(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), "xywh", "xyxy")
+
+
+def draw_boxes(
+    image: torch.Tensor, boxes: torch.Tensor, texts: list[str], colours: list[Colour]
+) -> torch.Tensor:
+    """Draw boxes and a text at each of them on a copy of the image.
+
+    Args:
+        image: uint8 `[3, H, W]`.
+        boxes: float32 `[N, 4]` as x1, y1, x2, y2 in pixels; later ones lie on top, and their texts
+            find room first. N may be 0.
+        texts: one for each box, "" for none.
+        colours: one for each box.
+
+    Returns:
+        uint8 `[3, H, W]`, enlarged by a whole number if the longest side is below 480 pixels.
+    """
+    factor = max(1, -(-MIN_SIDE // max(image.shape[-2:])))
+    canvas = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     if factor > 1:
-        size = (factor * picture.width, factor * picture.height)
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
-    draw = ImageDraw.Draw(picture)
-    limits = torch.tensor([*picture.size, *picture.size])
+        size = (factor * canvas.width, factor * canvas.height)
+        canvas = canvas.resize(size, Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(canvas)
+    limits = torch.tensor([*canvas.size, *canvas.size])
     corners = (boxes * factor).clip(torch.zeros(4), limits).round().int().tolist()
-    line = max(2, max(picture.size) // 400)
+    width = max(2, max(canvas.size) // 400)
     for box, shade in zip(corners, colours, strict=True):
-        _outline(draw, box, shade, line)
-    _write(picture, draw, corners, texts, colours)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        _draw_outline(draw, box, shade, width)
+    _draw_texts(canvas, draw, corners, texts, colours)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
-def _outline(draw: ImageDraw.ImageDraw, box: list[int], shade: tuple, line: int) -> None:
-    """A frame with a dark rim, which tells touching boxes of one colour apart."""
-    rim = max(1, line // 3)
+def _draw_outline(draw: ImageDraw.ImageDraw, box: list[int], shade: Colour, width: int) -> None:
+    """Draw a frame with a dark rim, which tells touching boxes of one colour apart."""
+    rim = max(1, width // 3)
     x1, y1, x2, y2 = box
     x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)  # Pillow draws the last pixel, too
     around = (x1 - rim, y1 - rim, x2 + rim, y2 + rim)
-    draw.rectangle(around, outline=(20, 20, 20), width=line + 2 * rim)
-    draw.rectangle((x1, y1, x2, y2), outline=shade, width=line)
+    draw.rectangle(around, outline=(20, 20, 20), width=width + 2 * rim)
+    draw.rectangle((x1, y1, x2, y2), outline=shade, width=width)
 
 
 def _font(width: int, height: int) -> ImageFont.ImageFont:
-    """What can be read at this picture size; torchvision would need a font file, Pillow has one."""
+    """What can be read at this image size; torchvision would need a font file, Pillow has one."""
     return ImageFont.load_default(max(12, min(max(width, height) // 55, min(width, height) // 6)))
 
 
-def _write(picture, draw, boxes: list, texts: list[str], colours: list) -> None:
-    """Each text on a ground of its colour, at its box, where it hides no other text if possible."""
-    font, taken = _font(*picture.size), np.empty((0, 4))
+def _draw_texts(
+    canvas: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    boxes: list[list[int]],
+    texts: list[str],
+    colours: list[Colour],
+) -> None:
+    """Draw each text on a ground of its colour, where it hides no other text if possible."""
+    font, taken = _font(*canvas.size), np.empty((0, 4))
     for box, text, shade in reversed(list(zip(boxes, texts, colours, strict=True))):
         if not text:
             continue
@@ -70,7 +135,7 @@ def _write(picture, draw, boxes: list, texts: list[str], colours: list) -> None:
         pad = max(2, (bottom - top) // 6)
         width, height = right - left + 2 * pad, bottom - top + 2 * pad
         places = np.array(list(_places(box, width, height)))
-        places = places.clip(0, np.maximum(0, np.array(picture.size) - (width, height)))
+        places = places.clip(0, np.maximum(0, np.array(canvas.size) - (width, height)))
         low, high = places[:, None], places[:, None] + (width, height)
         overlap = ((low < taken[:, 2:]) & (high > taken[:, :2])).all(axis=2).any(axis=1)
         x, y = places[overlap.argmin()].tolist()
@@ -95,16 +160,14 @@ def _places(box: list[int], width: int, height: int) -> Iterator[tuple[int, int]
 
 
 def side_by_side(images: list[torch.Tensor], captions: list[str]) -> torch.Tensor:
-    """Pictures of one size, uint8 `[3, H, W]`, from left to right, each below its caption."""
+    """Put images of one size, uint8 `[3, H, W]`, from left to right, each below its caption."""
     height, width = images[0].shape[-2:]
     font, gap = _font(width, height), max(4, width // 100)
     _, _, _, bottom = font.getbbox("Ag")
     pitch, top = width + gap, bottom + 6
-    picture = Image.new("RGB", (len(images) * pitch - gap, height + top), "white")
-    draw = ImageDraw.Draw(picture)
+    canvas = Image.new("RGB", (len(images) * pitch - gap, height + top), "white")
+    draw = ImageDraw.Draw(canvas)
     for n, (image, caption) in enumerate(zip(images, captions, strict=True)):
         draw.text((n * pitch + 2, 3), caption, fill="black", font=font)
-        picture.paste(
-            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), (n * pitch, top)
-        )
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        canvas.paste(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), (n * pitch, top))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
