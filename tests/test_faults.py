@@ -74,12 +74,12 @@ def test_killed_anywhere_one_process_ends_with_the_same_weights(tiny, tmp_path):
     ):
         died = train(*flags, "-j", workers, FAULT=fault)
         assert died.returncode in KILLED, died.stderr
-        assert checkpoint.newest(cut)[1]["step"] == step
+        assert checkpoint.load_newest(cut)[1]["step"] == step
     done = train(*flags)
     assert done.returncode == 0, done.stderr
     assert f"resumed: {cut}/checkpoint_00000009.pth, 9 steps done" in done.stdout
     assert_same_training(cut, whole)
-    assert [p.name for p in checkpoint.numbered(cut)] == [
+    assert [p.name for p in checkpoint.list_numbered(cut)] == [
         "checkpoint_00000012.pth",
         "checkpoint_00000011.pth",
     ]
@@ -131,7 +131,7 @@ def test_what_changed_is_refused_by_name(tiny, tmp_path):
     assert "other training data" in data.stderr
     anew = train(*flags, "--lr", "0.1", "--resume-anyway")
     assert anew.returncode == 0, anew.stderr
-    assert "epoch 0 begins anew" in anew.stdout
+    assert "epoch 0 restarts" in anew.stdout
 
 
 def test_of_damaged_checkpoints_the_first_whole_one_is_taken(tiny, tmp_path):
@@ -184,7 +184,7 @@ def test_asked_to_stop_all_save_once_and_end_with_75(tiny, tmp_path, to, name):
     assert time.monotonic() - begin < 20
     assert_nothing_runs(out, 5)
     steps = list(last_losses(out))
-    state = checkpoint.newest(out)[1]
+    state = checkpoint.load_newest(out)[1]
     assert state["step"] == steps[-1]
     again = run("bash", *command[1:], "--max-steps", steps[-1] + 2, VIRTUAL_ENV=sys.prefix)
     assert again.returncode == 0, again.stderr
@@ -209,14 +209,16 @@ def test_torchrun_itself_may_be_asked_to_stop(tiny, tmp_path):
     assert process.wait(60) == 1
     assert "everything is saved, go on with --resume auto" in said
     assert_nothing_runs(out, 5)
-    assert checkpoint.newest(out)[1]["step"] == list(last_losses(out))[-1]
+    assert checkpoint.load_newest(out)[1]["step"] == list(last_losses(out))[-1]
 
 
 def test_asked_during_a_save_that_save_is_the_only_one(tiny, tmp_path):
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", *TWELVE)
     stopped = train(*flags, FAULT="term@flushed:0:0")
     assert stopped.returncode == 75, stopped.stderr
-    assert [p.name for p in checkpoint.numbered(tmp_path / "out")] == ["checkpoint_00000001.pth"]
+    assert [p.name for p in checkpoint.list_numbered(tmp_path / "out")] == [
+        "checkpoint_00000001.pth"
+    ]
     assert list(last_losses(tmp_path / "out")) == [1]
 
 
@@ -237,7 +239,7 @@ def test_one_of_two_asked_during_an_evaluation_stops_both(tiny, tmp_path):
     done = launch(ALL, *flags, FAULT="term@evaluation:1:0", timeout=200)
     assert done.returncode == 75, done.stdout + done.stderr
     assert "AP at IoU" not in done.stdout
-    assert checkpoint.newest(out)[1]["step"] == 4
+    assert checkpoint.load_newest(out)[1]["step"] == 4
 
 
 # --------------------------------------------------------------------------- numbers and ranks
@@ -259,7 +261,7 @@ def test_a_loss_of_one_process_that_is_not_finite_ends_both(tiny, tmp_path):
     assert "on rank 1" in done.stderr
     assert "rank 0" not in done.stderr
     assert done.stderr.count("train.py: error:") == 1
-    assert checkpoint.newest(tmp_path / "out")[1]["step"] == 5
+    assert checkpoint.load_newest(tmp_path / "out")[1]["step"] == 5
 
 
 def test_infinite_float16_gradients_are_skipped_counted_and_not_for_ever(tiny, tmp_path):
@@ -316,7 +318,7 @@ def test_a_full_disk_ends_all_processes_and_keeps_what_is_there(tiny, tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.count("checkpoint not saved: ") == 1
     assert "Traceback" not in done.stderr
-    assert checkpoint.newest(out)[1]["step"] == 2
+    assert checkpoint.load_newest(out)[1]["step"] == 2
 
 
 def test_a_cut_last_line_of_the_metrics_is_mended(tiny, tmp_path):
