@@ -208,19 +208,13 @@ def _coco_content(labeled: list[LabeledImage], categories: list[dict]) -> dict:
     category_ids = {row["name"]: row["id"] for row in categories}
     images, annotations = [], []
     for image_id, (_, file_name, (width, height), boxes) in enumerate(labeled, start=1):
-        row = {"id": image_id, "file_name": file_name, "width": width, "height": height}
-        images.append(row)
+        size = {"width": width, "height": height}
+        images.append({"id": image_id, "file_name": file_name, **size})
         for category, bbox, iscrowd in boxes:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_ids[category],
-                    "bbox": bbox,
-                    "area": round(bbox[2] * bbox[3], 4),
-                    "iscrowd": iscrowd,
-                }
-            )
+            ids = {"id": len(annotations) + 1, "image_id": image_id}
+            ids["category_id"] = category_ids[category]
+            area = round(bbox[2] * bbox[3], 4)
+            annotations.append({**ids, "bbox": bbox, "area": area, "iscrowd": iscrowd})
     return {"images": images, "annotations": annotations, "categories": categories}
 
 

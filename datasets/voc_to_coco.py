@@ -104,8 +104,10 @@ def parse_xml(file: Path) -> ElementTree.Element:
     try:
         parser = ElementTree.XMLParser(target=_TreeBuilder())
         root = ElementTree.fromstring(file.read_bytes(), parser=parser)
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # also: encodings
+    except (ElementTree.ParseError, OSError) as error:
         raise UserError(f"cannot be read as XML: {error}") from None
+    except (ValueError, LookupError) as error:
+        raise UserError(f"its encoding cannot be read ({error}): save it as UTF-8") from None
     if root.tag != "annotation":
         raise UserError(f"the root is <{root.tag}> and not <annotation>: is it PASCAL VOC?")
     return root

@@ -91,7 +91,7 @@ def read_class_names(folder: Path) -> list[str]:
     else:
         file = folder / "data.yaml"
         if not file.is_file():
-            raise UserError(f"{folder}/classes.txt and {file} are missing: one names the classes")
+            raise UserError(f"{folder}/classes.txt and {file} are missing: add one of them")
         names = read_yaml_names(file)
     if not names or "" in names:
         raise UserError(f"{file} has a class without a name, or no class at all")

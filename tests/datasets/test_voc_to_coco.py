@@ -104,6 +104,8 @@ LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
         (annotation(size=("wide", 480)), "<width> is 'wide', which is not a number"),
         ("<annotation>", "cannot be read as XML: no element found: line 1"),
         ("", "cannot be read as XML"),
+        ('<?xml version="1.0" encoding="gb2312"?><annotation/>', "save it as UTF-8"),
+        ('<?xml version="1.0" encoding="klingon"?><annotation/>', "save it as UTF-8"),
         ("<svg/>", "the root is <svg> and not <annotation>"),
         (f'<!DOCTYPE x [<!ENTITY l0 "ha">{LAUGHS}]><annotation>&l11;</annotation>', "a DOCTYPE"),
         ('<!DOCTYPE x [<!ENTITY e SYSTEM "a.txt">]><annotation>&e;</annotation>', "a DOCTYPE"),
