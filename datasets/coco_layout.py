@@ -1,6 +1,6 @@
-"""What the scripts of this folder share: pictures and texts in, COCO 2017's layout out, errors.
+"""What the converters share: read folders of images and labels, write COCO 2017's layout.
 
-A data set in that layout is OUTPUT/annotations/instances_{train,val}2017.json with the pictures in
+The layout is OUTPUT/annotations/instances_{train,val}2017.json with the images in
 OUTPUT/{train,val}2017/, which `train.py --data-path OUTPUT` takes.
 """
 
@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,363 +18,290 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
+# The scripts run as `python datasets/split.py`, which finds the modules of this folder alone.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from internals.command_line import ArgumentParser
+from internals.errors import UserError
+from internals.images import IMAGE_FORMATS, MAX_PIXELS
+
 ROOT = Path(__file__).resolve().parent.parent
 
-# Those of coco_utils.IMAGE_FORMATS, which would take seconds to import for PyTorch's sake.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
-SUFFIXES = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
-# Training refuses such pictures, and a warning would not name the file.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
 
-
-# ------------------------------------------------------------------------------ flags and errors
-
-
-class UsageError(ValueError):
-    """Flags or files that the user can put right; the message names the place and the remedy."""
-
-
-class Parser(argparse.ArgumentParser):
-    """`description`, a script's docstring, is shown as it is written."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            epilog="Exit codes: 0 done; 2 the flags or the data are wrong; 1 anything else.",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
-
-    def add_output(self) -> None:
-        self.add_argument("output", type=Path, metavar="OUTPUT", help="a folder to make")
-
-    def add_categories(self) -> None:
-        self.add_argument(
-            "--categories",
-            type=Path,
-            metavar="FILE",
-            help="take the categories of this COCO annotation file, by name, so that they keep "
-            "their ids",
-        )
-
-
-def run_and_exit(main: Callable[[], None]) -> None:
-    """Run a script; what the user can put right ends it with one message and exit code 2."""
-    try:
-        main()
-    except UsageError as error:
-        _give_up(error, 2)
-    except OSError as error:  # a full disk, for example
-        _give_up(error, 1)
-
-
-def _give_up(error: Exception, exit_code: int) -> None:
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-    sys.exit(exit_code)
-
-
-@contextlib.contextmanager
-def at(place: object):
-    """Put the place, a file with what leads to the spot, before the message of a UsageError."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}") from None
-
-
-class Problems:
-    """Collects what is wrong with the files of a folder, so that one message can name it all."""
-
-    SHOWN = 20
-
-    def __init__(self):
-        self.found = []
-
-    @contextlib.contextmanager
-    def collect(self):
-        """Keep the UsageError that ends this block, if one does, and go on after the block."""
-        try:
-            yield
-        except UsageError as error:
-            self.found.append(str(error))
-
-    def refuse(self) -> None:
-        """Raise one UsageError with the first 20 of all that was collected, if anything was."""
-        if len(self.found) == 1:
-            raise UsageError(self.found[0])
-        if self.found:
-            lines = [f"{len(self.found):,} things are wrong:", *self.found[: self.SHOWN]]
-            if len(self.found) > self.SHOWN:
-                lines.append(f"and {len(self.found) - self.SHOWN:,} more")
-            raise UsageError("\n  ".join(lines))
-
-
-# ------------------------------------------------------------------------------------- reading
-
-
-def read_text(file: Path) -> str:
-    """The text of a UTF-8 file; UsageError if there is none."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-
-
-def read_annotations(file: Path) -> dict:
-    """The content of a COCO annotation file, which must be an object."""
-    try:
-        content = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} holds no JSON object: is it a COCO annotation file?")
-    return content
-
-
-def list_of(content: dict, key: str, fields: dict[str, type], file: Path) -> list[dict]:
-    """The list `key` of an annotation file, whose rows have at least `fields`."""
-    rows = content.get(key)
-    if not isinstance(rows, list):
-        raise UsageError(f"{file} has no list {key!r}: is it a COCO annotation file?")
-    for number, row in enumerate(rows):
-        for name, kind in fields.items():
-            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-                expected = "a text" if kind is str else "a whole number"
-                raise UsageError(f"{file}: {key}[{number}] has no {name!r} that is {expected}")
-    return rows
-
-
-def read_categories(file: Path) -> list[dict]:
-    """The `categories` of a COCO annotation file, each with a name of its own."""
-    rows = list_of(read_annotations(file), "categories", {"id": int, "name": str}, file)
-    for name in ("id", "name"):
-        if repeated := repeated_values(row[name] for row in rows):
-            raise UsageError(f"{file} has two categories with the {name} {repeated[0]!r}")
-    return rows
-
-
-def some_of(values: list[str]) -> str:
-    """The first three as a text, with dots if there are more."""
-    return ", ".join(values[:3]) + (", ..." if len(values) > 3 else "")
-
-
-def repeated_values(values: Iterable) -> list:
-    """The values that are there more than once."""
-    return [value for value, times in Counter(values).items() if times > 1]
-
-
-def files_in(folder: Path, suffixes: set[str], notes: list[str]) -> dict[str, Path]:
-    """All files below a folder with one of the suffixes, sorted, by their path without the suffix.
-
-    The keys are relative to the folder, with "/". Files with other suffixes are counted in `notes`;
-    hidden ones are not. Raises UsageError for a missing folder, and for two files with one key.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is missing")
-    found, others = {}, []
-    for file in _walk(folder):
-        name = file.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
-            continue
-        if file.suffix.lower() not in suffixes:
-            others.append(file)
-            continue
-        key = name.with_suffix("").as_posix()
-        if key in found:
-            raise UsageError(f"{found[key]} and {file} differ in nothing but the end: keep one")
-        found[key] = file
-    if others:
-        ends = ", ".join(sorted({file.suffix or file.name for file in others}))
-        notes.append(f"{len(others):,} other files in {folder} are left alone ({ends})")
-    return found
-
-
-def _walk(folder: Path) -> list[Path]:
-    walked = os.walk(folder, followlinks=True)
-    return sorted(Path(where, name) for where, _, names in walked for name in names)
-
-
-def picture_sizes(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of a picture by its header: turned upright as EXIF says, and as stored.
-
-    The first is what annotation tools show; training takes boxes for either of them.
-    """
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            stored, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UsageError(f"{file} has more pixels than training takes: store it smaller") from None
-    except Exception as error:  # a broken file can make a decoder stumble in many ways
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{file} cannot be read as a picture: {reason}") from None
-    return (stored[::-1] if orientation in (5, 6, 7, 8) else stored), stored
-
-
-# ---------------------------------------------------------------------------- pictures to content
-
-
-class Object(NamedTuple):
-    """One box of a picture: the name of its category, and x, y, width, height in pixels."""
+class Box(NamedTuple):
+    """A box of an image: the name of its category, and x, y, width, height in pixels."""
 
     category: str
     bbox: list[float]
     iscrowd: int = 0
 
 
-class Picture(NamedTuple):
-    """A picture of the data set: where it lies, and what its annotations are to say of it."""
+class LabeledImage(NamedTuple):
+    """An image file with what the annotation file will say of it."""
 
     file: Path
-    file_name: str  # in the image folder, with "/"
+    file_name: str  # relative to the image folder, with "/"
     size: tuple[int, int]  # width, height
-    objects: list[Object]
+    boxes: list[Box]
 
 
-def coco_content(pictures: list[Picture], categories: list[dict]) -> dict:
-    """What an annotation file says of the pictures; ids of images and annotations count from 1."""
+class Errors(list):
+    """Messages of UserErrors, collected so that one message can name all that is wrong."""
+
+    @contextlib.contextmanager
+    def collect(self, place: object = ""):
+        """Keep the UserError that ends this block, with the file or line that it is about."""
+        try:
+            yield
+        except UserError as error:
+            self.append(f"{place}: {error}" if place else str(error))
+
+    def raise_if_any(self) -> None:
+        """Raise one UserError with the first 20 messages."""
+        if len(self) > 1:
+            more = [f"and {len(self) - 20:,} more"] if len(self) > 20 else []
+            raise UserError("\n  ".join([f"{len(self):,} errors:", *self[:20], *more]))
+        if self:
+            raise UserError(self[0])
+
+
+def build_parser(description: str, **inputs: str) -> ArgumentParser:
+    """A parser of the `inputs`, files or folders by name with their help, and of OUTPUT.
+
+    `description`, a script's docstring, is shown as it is written.
+    """
+    parser = ArgumentParser(
+        description,
+        epilog="Exit codes: 0 done; 2 the flags or the data are wrong; 1 anything else.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, text in {**inputs, "output": "the folder to create"}.items():
+        parser.add_argument(name, type=Path, metavar=name.upper(), help=text)
+    return parser
+
+
+def read_text(file: Path) -> str:
+    """Read a UTF-8 file, with or without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def read_annotations(file: Path, required: dict[str, dict[str, type]]) -> dict:
+    """Read all of a COCO annotation file.
+
+    Args:
+        file: the annotation file.
+        required: the lists that it must have, with names and types of their rows' fields.
+    """
+    try:
+        content = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    for key, fields in required.items():
+        rows = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(rows, list):
+            raise UserError(f"{file} has no list {key!r}: is it a COCO annotation file?")
+        for number, row in enumerate(rows):
+            for name, kind in fields.items():
+                if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                    expected = "a string" if kind is str else "an integer"
+                    raise UserError(f"{file}: {key}[{number}] has no {name!r} that is {expected}")
+    return content
+
+
+def repeated_values(values: Iterable) -> list:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def find_files(folder: Path, suffixes: Iterable[str], notes: list[str]) -> dict[str, Path]:
+    """Find all files below a folder that have one of the suffixes and are not hidden.
+
+    `notes` counts those with other suffixes. The keys, sorted, are the paths relative to the
+    folder, with "/" and without the suffix, by which an image and its labels belong together.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing")
+    walk = os.walk(folder, followlinks=True)
+    found, others = {}, []
+    for file in sorted(Path(home, name) for home, _, names in walk for name in names):
+        name = file.relative_to(folder)
+        key = name.with_suffix("").as_posix()
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        if file.suffix.lower() not in suffixes:
+            others.append(file.suffix or file.name)
+        elif key in found:
+            raise UserError(f"{found[key]} and {file} differ in their suffix alone: keep one")
+        else:
+            found[key] = file
+    if others:
+        kinds = ", ".join(sorted(set(others)))
+        notes.append(f"{len(others):,} other files in {folder} are ignored ({kinds})")
+    return found
+
+
+def read_image_sizes(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Read an image's width and height from its header: upright as EXIF says, and as stored.
+
+    Annotation tools show the first; training takes boxes for either.
+    """
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            stored, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # a broken file can make a decoder fail in many ways
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} cannot be read as an image: {reason}") from None
+    if stored[0] * stored[1] > MAX_PIXELS:
+        raise UserError(f"{file} has more than {MAX_PIXELS:,} pixels: store a smaller one")
+    return (stored[::-1] if orientation in (5, 6, 7, 8) else stored), stored
+
+
+def convert(parser: ArgumentParser, argv: list[str] | None, read: Callable) -> None:
+    """Run a converter.
+
+    Args:
+        parser: from `build_parser`; --categories is added here.
+        argv: the command line, or None for that of this process.
+        read: takes the parsed arguments and a list of notes for the user to add to; returns the
+            LabeledImages by split, and the category names in the order of their ids from 1 on.
+    """
+    parser.add_argument(
+        "--categories",
+        type=Path,
+        metavar="FILE",
+        help="take the categories and their ids, by name, from this COCO annotation file",
+    )
+    args = parser.parse_args(argv)
+    check_output(args.output)
+    categories, notes = args.categories and read_categories(args.categories), []
+    splits, names = read(args, notes)
+    if categories is None:
+        categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+    for split, images in splits.items():
+        if not images:
+            raise UserError(f"the split {split!r} has no images: add some")
+    if not categories:
+        raise UserError("there are no objects, so no categories either: name some, --categories")
+    used = {box.category for images in splits.values() for image in images for box in image.boxes}
+    if unknown := sorted(used - {row["name"] for row in categories}):
+        unknown = ", ".join(map(repr, unknown))
+        raise UserError(f"--categories has no category {unknown}: add it to {args.categories}")
+    contents = {split: _coco_content(images, categories) for split, images in splits.items()}
+    files = {split: {i.file_name: i.file for i in images} for split, images in splits.items()}
+    write_dataset(args.output, contents, files, notes)
+
+
+def read_categories(file: Path) -> list[dict]:
+    """Read the `categories` of a COCO annotation file, each with an id and a name of its own."""
+    rows = read_annotations(file, {"categories": {"id": int, "name": str}})["categories"]
+    for key in ("id", "name"):
+        if repeated := repeated_values(row[key] for row in rows):
+            raise UserError(f"{file} has two categories with the {key} {repeated[0]!r}")
+    return rows
+
+
+def _coco_content(labeled: list[LabeledImage], categories: list[dict]) -> dict:
     category_ids = {row["name"]: row["id"] for row in categories}
     images, annotations = [], []
-    for image_id, picture in enumerate(pictures, start=1):
-        width, height = picture.size
-        images.append(
-            {"id": image_id, "file_name": picture.file_name, "width": width, "height": height}
-        )
-        for category, bbox, iscrowd in picture.objects:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_ids[category],
-                    "bbox": bbox,
-                    "area": round(bbox[2] * bbox[3], 4),
-                    "iscrowd": iscrowd,
-                }
-            )
+    for image_id, (_, file_name, (width, height), boxes) in enumerate(labeled, start=1):
+        size = {"width": width, "height": height}
+        images.append({"id": image_id, "file_name": file_name, **size})
+        for category, bbox, iscrowd in boxes:
+            ids = {"id": len(annotations) + 1, "image_id": image_id}
+            ids["category_id"] = category_ids[category]
+            area = round(bbox[2] * bbox[3], 4)
+            annotations.append({**ids, "bbox": bbox, "area": area, "iscrowd": iscrowd})
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def write_pictures(
-    output: Path, parts: dict[str, list[Picture]], categories: list[dict], notes: list[str]
-) -> None:
-    """Write pictures, by part, as a data set in COCO 2017's layout, and say what there is.
-
-    UsageError for a part without pictures, and for an object that is of none of the categories.
-    """
-    for part, pictures in parts.items():
-        if not pictures:
-            raise UsageError(f"there are no pictures for the part {part!r}: add some")
-    if not categories:
-        raise UsageError(
-            "no file has an object, so there are no categories: name some, --categories"
-        )
-    names = {each.category for part in parts.values() for p in part for each in p.objects}
-    if unknown := sorted(names - {row["name"] for row in categories}):
-        raise UsageError(
-            f"--categories does not know {', '.join(map(repr, unknown))}: add it there"
-        )
-    contents = {part: coco_content(pictures, categories) for part, pictures in parts.items()}
-    files = {part: {p.file_name: p.file for p in pictures} for part, pictures in parts.items()}
-    write(output, contents, files, notes)
-
-
-# ------------------------------------------------------------------------------------- writing
-
-
-def refuse_existing(output: Path) -> None:
-    """UsageError if there is anything at `output` that would be mixed with the new data set."""
+def check_output(output: Path) -> None:
+    """Raise UserError if `output` has files that would be mixed with the new data set."""
     if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
-        raise UsageError(f"{output} is there already: remove it, or name another folder")
+        raise UserError(f"{output} exists: remove it, or name another folder")
 
 
-def write(
+def write_dataset(
     output: Path, contents: dict[str, dict], files: dict[str, dict[str, Path]], notes: list[str]
 ) -> None:
-    """Write annotation files and pictures by part, "train" and perhaps "val"; say what there is.
+    """Write a data set in COCO 2017's layout, and print what it has and what to do next.
 
-    `files` has for each part where the picture of a file name lies. The annotation files come
-    last, so that a run that was cut leaves nothing that looks whole.
+    Args:
+        output: a folder, empty or to be created.
+        contents: what the annotation files of "train" and perhaps "val" say.
+        files: for each split, the image file of each file name.
+        notes: what to tell the user besides.
     """
     try:
         (output / "annotations").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{output} cannot be made: {error.strerror}") from None
-    copied = 0
-    for part in contents:
-        folder = output / f"{part}2017"
-        folder.mkdir()
-        for name, source in files[part].items():
-            copied += _place(source, folder / name)
-    for part, content in contents.items():
-        file = output / f"annotations/instances_{part}2017.json"
+        raise UserError(f"{output} cannot be created: {error.strerror}") from None
+    linked = [
+        _link_or_copy(source, output / f"{split}2017" / name)
+        for split in contents
+        for name, source in files[split].items()
+    ]
+    # Last, so that an interrupted run leaves nothing that looks complete.
+    for split, content in contents.items():
+        file = output / f"annotations/instances_{split}2017.json"
         file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    linked = sum(map(len, files.values())) - copied
-    places = [f"{linked:,} pictures as hard links, which take no room"] if linked else []
-    places += [f"{copied:,} pictures as copies, as no links could be made"] if copied else []
     print(_table(contents))
     for note in notes:
         print(f"note: {note}")
-    print(f"{output} has {' and '.join(places)}. Next:\n  {_next(output, contents)}")
+    kinds = {True: "hard links, which take no space", False: "copies, as links are not possible"}
+    made = [f"{n:,} images as {kinds[is_link]}" for is_link, n in Counter(linked).items()]
+    print(f"{output} has {' and '.join(made)}. Next:\n  {_next_command(output, contents)}")
 
 
-def _place(source: Path, target: Path) -> bool:
-    """Make the file at `target` the same as `source`; return whether that took a copy."""
+def _link_or_copy(source: Path, target: Path) -> bool:
+    """Create `target` as a hard link, or else as a copy; return whether it is a link."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()  # a link to a link would lead out of the image folder
+    source = source.resolve()  # a link to a symbolic link would point out of the image folder
     try:
         os.link(source, target)
-    except FileExistsError:  # a copy would be written into the file that is linked there
+    except FileExistsError:  # a copy would overwrite the file that is linked there
         raise
     except OSError:  # another disk, or one without hard links
         shutil.copyfile(source, target)
-        return True
-    return False
+        return False
+    return True
 
 
 def _table(contents: dict[str, dict]) -> str:
-    """Pictures and boxes of each part, and boxes of each category, with val's share of them."""
-    parts = list(contents.values())
-    boxes = [Counter(row["category_id"] for row in part["annotations"]) for part in parts]
-    rows = [
-        ("pictures", [len(part["images"]) for part in parts]),
-        ("  without a box", [_without_box(part) for part in parts]),
-        ("boxes", [counts.total() for counts in boxes]),
-        ("  of crowds", [_crowds(part) for part in parts]),
-    ]
-    rows = [(name, counts) for name, counts in rows if name[0] != " " or any(counts)]
-    for row in parts[0]["categories"]:
-        rows.append((f"  {row.get('name', row['id'])}", [counts[row["id"]] for counts in boxes]))
-    width = max(len(name) for name, _ in rows)
-    lines = [" " * width + "".join(f"{name:>10}" for name in contents)]
-    lines += [f"{name:<{width}}" + "".join(f"{n:10,}" for n in counts) for name, counts in rows]
-    if "val" in contents:
-        shares = [f"{counts[1] / (sum(counts) or 1):10.1%}" for _, counts in rows]
-        lines = [line + share for line, share in zip(lines, ["    in val", *shares], strict=True)]
+    """The numbers of each split in columns, and val's share of them."""
+    columns = [_counts(content) for content in contents.values()]
+    width = max(len(name) for name, _ in columns[0])
+    lines = [" " * width + "".join(f"{split:>10}" for split in contents)]
+    lines[0] += "    in val" if "val" in contents else ""
+    for cells in zip(*columns, strict=True):
+        counts = [count for _, count in cells]
+        line = f"{cells[0][0]:<{width}}" + "".join(f"{count:10,}" for count in counts)
+        share = f"{counts[-1] / (sum(counts) or 1):10.1%}" if "val" in contents else ""
+        lines.append(line + share)
     return "\n".join(lines)
 
 
-def _without_box(part: dict) -> int:
-    return len(part["images"]) - len({row["image_id"] for row in part["annotations"]})
+def _counts(content: dict) -> list[tuple[str, int]]:
+    images, annotations = content["images"], content["annotations"]
+    boxes = Counter(row["category_id"] for row in annotations)
+    return [
+        ("images", len(images)),
+        ("  without a box", len(images) - len({row["image_id"] for row in annotations})),
+        ("boxes", len(annotations)),
+        ("  crowds", sum(bool(row.get("iscrowd")) for row in annotations)),
+        *((f"  {row.get('name', row['id'])}", boxes[row["id"]]) for row in content["categories"]),
+    ]
 
 
-def _crowds(part: dict) -> int:
-    return sum(bool(row.get("iscrowd")) for row in part["annotations"])
-
-
-def _next(output: Path, contents: dict[str, dict]) -> str:
-    """The command to go on with, to be run from where the user is."""
-    script, *arguments = (
-        ("train.py", "--data-path", output, "--check-data")
-        if "val" in contents
-        else (
-            "datasets/split.py",
-            output / "annotations/instances_train2017.json",
-            output / "train2017",
-            f"{output}_split",
-        )
-    )
-    return shlex.join(["python", os.path.relpath(ROOT / script), *map(str, arguments)])
+def _next_command(output: Path, contents: dict[str, dict]) -> str:
+    """The command to go on with, to be run from the current folder."""
+    if "val" in contents:
+        command = ["train.py", "--data-path", output, "--check-data"]
+    else:
+        file = output / "annotations/instances_train2017.json"
+        command = ["datasets/split.py", file, output / "train2017", f"{output}_split"]
+    script = os.path.relpath(ROOT / command[0])
+    return shlex.join(["python", script, *map(str, command[1:])])

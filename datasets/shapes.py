@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Make the small built-in data set: seeded pictures of shapes, in the layout of COCO 2017.
+"""Make the small built-in data set: seeded images of shapes, in the layout of COCO 2017.
 
-usage: shapes.py FOLDER
+    python datasets/shapes.py FOLDER
 
-Coloured circles, squares and triangles of 24 to 64 pixels lie on mottled ground, some over others.
-What real data has is here in small: gaps in the category ids, pictures without objects, a crowd.
-The pictures depend on nothing but the seed in this file.
+Coloured circles, squares and triangles of 24 to 64 pixels lie on a mottled background, some over
+others. What real data has is here in small: gaps in the category ids, images without objects, a
+crowd. The images depend on nothing but the seed in this file.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 CATEGORIES = {1: "circle", 3: "square", 6: "triangle"}
 SIDE = 128
-PICTURES = {"train": 400, "val": 50}
+IMAGES = {"train": 400, "val": 50}
 SEED = 2017
 
 
@@ -40,35 +40,35 @@ def overlap(a: list[float], b: list[float]) -> float:
     return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
 
 
-def ground(rng: np.random.Generator) -> Image.Image:
+def make_background(rng: np.random.Generator) -> Image.Image:
     """A mottled, dull background."""
     coarse = rng.uniform(60, 150, 3) + rng.normal(0, 22, (8, 8, 3))
-    picture = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((SIDE, SIDE))
-    grain = np.asarray(picture) + rng.normal(0, 6, (SIDE, SIDE, 3))
+    image = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((SIDE, SIDE))
+    grain = np.asarray(image) + rng.normal(0, 6, (SIDE, SIDE, 3))
     return Image.fromarray(grain.clip(0, 255).astype(np.uint8))
 
 
-def draw_shape(picture: Image.Image, category_id: int, box: list[float], rng) -> None:
+def draw_shape(image: Image.Image, category_id: int, box: list[float], rng) -> None:
     colour = rng.integers(0, 256, 3)
     colour[rng.integers(3)] = rng.choice([10, 245])
     corners = [tuple(corner) for corner in outline(category_id, *box)]
-    ImageDraw.Draw(picture).polygon(corners, fill=tuple(map(int, colour)))
+    ImageDraw.Draw(image).polygon(corners, fill=tuple(map(int, colour)))
 
 
-def draw_crowd(picture: Image.Image, category_id: int, rng) -> list[float]:
+def draw_crowd(image: Image.Image, category_id: int, rng) -> list[float]:
     """A corner full of small shapes, too many to box one by one; returns the box of them all."""
     for _ in range(25):
         x, y = rng.uniform(0, 32, 2)
-        draw_shape(picture, category_id, [x, y, 8, 8], rng)
+        draw_shape(image, category_id, [x, y, 8, 8], rng)
     return [0, 0, 40, 40]
 
 
-def make_picture(rng: np.random.Generator, empty: bool, crowd: bool) -> tuple[Image.Image, list]:
-    """A picture and its annotations as (category_id, box, iscrowd)."""
-    picture, objects = ground(rng), []
+def make_image(rng: np.random.Generator, empty: bool, crowd: bool) -> tuple[Image.Image, list]:
+    """An image and its annotations as (category_id, box, iscrowd)."""
+    image, objects = make_background(rng), []
     if crowd:
         category_id = int(rng.choice(list(CATEGORIES)))
-        objects.append((category_id, draw_crowd(picture, category_id, rng), 1))
+        objects.append((category_id, draw_crowd(image, category_id, rng), 1))
     for _ in range(0 if empty else rng.integers(2, 10)):
         w = rng.uniform(24, 64)
         h = np.clip(w * rng.uniform(0.7, 1.4), 24, 64)
@@ -76,21 +76,21 @@ def make_picture(rng: np.random.Generator, empty: bool, crowd: bool) -> tuple[Im
         box = [round(float(value), 1) for value in (x, y, w, h)]
         if max((overlap(box, other) for _, other, _ in objects), default=0) < 0.35:
             category_id = int(rng.choice(list(CATEGORIES)))
-            draw_shape(picture, category_id, box, rng)
+            draw_shape(image, category_id, box, rng)
             objects.append((category_id, box, 0))
-    return picture, objects
+    return image, objects
 
 
-def make_part(root: Path, part: str) -> None:
-    """Write `annotations/instances_{part}2017.json` and the pictures in `{part}2017/`."""
-    folder = root / f"{part}2017"
+def make_split(root: Path, split: str) -> None:
+    """Write `annotations/instances_{split}2017.json` and the images in `{split}2017/`."""
+    folder = root / f"{split}2017"
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
-    for n in range(PICTURES[part]):
-        rng = np.random.default_rng((SEED, part == "val", n))
-        picture, objects = make_picture(rng, empty=n % 40 == 7, crowd=n % 40 == 3)
+    for n in range(IMAGES[split]):
+        rng = np.random.default_rng((SEED, split == "val", n))
+        image, objects = make_image(rng, empty=n % 40 == 7, crowd=n % 40 == 3)
         image_id, file_name = 10 + 3 * n, f"{n:04}.png"
-        picture.save(folder / file_name)
+        image.save(folder / file_name)
         images.append({"id": image_id, "file_name": file_name, "width": SIDE, "height": SIDE})
         for category_id, box, iscrowd in objects:
             annotations.append(
@@ -105,18 +105,18 @@ def make_part(root: Path, part: str) -> None:
             )
     categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    file = root / "annotations" / f"instances_{part}2017.json"
+    file = root / "annotations" / f"instances_{split}2017.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__.split("\n\n")[1])
-    root = Path(sys.argv[1])
-    for part in PICTURES:
-        make_part(root, part)
-    print(f"{sum(PICTURES.values())} pictures of shapes in {root}")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write it")
+    folder = parser.parse_args().folder
+    for split in IMAGES:
+        make_split(folder, split)
+    print(f"{sum(IMAGES.values())} images of shapes in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Turn a PASCAL VOC folder into COCO's layout, which train.py reads.
+"""Convert a PASCAL VOC folder to COCO's layout, which train.py reads.
 
-    python datasets/voc_to_coco.py my_voc my_pictures
+    python datasets/voc_to_coco.py my_voc my_images
 
-VOC_FOLDER has Annotations/*.xml and JPEGImages/ with pictures of the same names. The lists
-ImageSets/Main/train.txt and val.txt say what trains and what validates; without them all pictures
-are one part, for datasets/split.py to divide.
+VOC_FOLDER has Annotations/*.xml and JPEGImages/ with images of the same names. The lists
+ImageSets/Main/train.txt and val.txt say what is train and what is val; without them all images
+become train, for datasets/split.py to split.
 
 A box of xmin, ymin, xmax, ymax gets x = xmin, y = ymin, width = xmax - xmin and height = ymax -
 ymin: labelImg, Roboflow, CVAT and most other tools write corners that count from 0. Only the
@@ -24,187 +24,153 @@ import math
 from pathlib import Path
 from xml.etree import ElementTree
 
-from coco_layout import (
-    SUFFIXES,
-    Object,
-    Parser,
-    Picture,
-    Problems,
-    UsageError,
-    at,
-    files_in,
-    picture_sizes,
-    read_categories,
-    read_text,
-    refuse_existing,
-    run_and_exit,
-    some_of,
-    write_pictures,
-)
+import coco_layout as layout
+from coco_layout import Box, Errors, LabeledImage
+
+from internals.errors import UserError
+from internals.failures import run_command
+from internals.images import IMAGE_SUFFIXES
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("voc_folder", type=Path, metavar="VOC_FOLDER", help="what to convert")
-    parser.add_output()
+def read_voc(
+    args: argparse.Namespace, notes: list[str]
+) -> tuple[dict[str, list[LabeledImage]], list[str]]:
+    """Read VOC_FOLDER: the images by split, and the names of the categories."""
+    files = layout.find_files(args.voc_folder / "Annotations", {".xml"}, notes)
+    images = layout.find_files(args.voc_folder / "JPEGImages", IMAGE_SUFFIXES, notes)
+    note_files(notes, "images have no annotation file", images.keys() - files.keys(), images)
+    errors, splits = Errors(), {}
+    for split, keys in read_splits(args.voc_folder, files, notes).items():
+        splits[split] = []
+        for key in keys:
+            with errors.collect(files[key]):
+                if key not in images:
+                    raise UserError(f"its image {args.voc_folder}/JPEGImages/{key}.jpg is missing")
+                root, boxes = parse_xml(files[key]), []
+                for number, element in enumerate(root.findall("object"), start=1):
+                    name = text_of(element, "name") or "no name"
+                    with errors.collect(f"{files[key]}: object {number} ({name})"):
+                        boxes.append(read_box(element, args.one_based))
+                size = read_size(root, images[key])
+                file_name = key + images[key].suffix
+                splits[split].append(LabeledImage(images[key], file_name, size, boxes))
+    errors.raise_if_any()
+    boxes = [box for labeled in splits.values() for image in labeled for box in image.boxes]
+    if args.one_based and (early := sum(min(box.bbox[:2]) < 0 for box in boxes)):
+        notes.append(f"{early:,} boxes begin before pixel 1: is --one-based right for this data?")
+    return splits, sorted({box.category for box in boxes})
+
+
+def read_splits(folder: Path, files: dict[str, Path], notes: list[str]) -> dict[str, list[str]]:
+    """Read which annotation files, by their keys in `files`, are train and which val."""
+    train, val = (folder / f"ImageSets/Main/{split}.txt" for split in ("train", "val"))
+    lists = {file.stem: file for file in (train, val) if file.is_file()}
+    if not lists:
+        return {"train": list(files)}
+    if "train" not in lists:
+        raise UserError(
+            f"{val} exists and {train} does not: add it, or remove {val} to split later"
+        )
+    errors, places, splits = Errors(), {}, {split: [] for split in lists}
+    for split, file in lists.items():
+        for number, line in enumerate(layout.read_text(file).splitlines(), start=1):
+            key = line.strip()
+            if key in places:
+                errors.append(f"{file}:{number}: {key} is at {places[key]}, too: keep one of them")
+            elif key and key not in files:
+                errors.append(f"{file}:{number}: {folder / 'Annotations' / key}.xml is missing")
+            elif key:
+                places[key] = f"{file}:{number}"
+                splits[split].append(key)
+    errors.raise_if_any()
+    note_files(notes, "annotation files are in no list", files.keys() - places.keys(), files)
+    return splits
+
+
+def note_files(notes: list[str], what: str, keys: set[str], files: dict[str, Path]) -> None:
+    """Note how many files are left out, with the first three."""
+    if keys:
+        first = ", ".join(str(files[key]) for key in sorted(keys)[:3])
+        notes.append(f"{len(keys):,} {what}: {first}{', ...' if len(keys) > 3 else ''}")
+
+
+class _TreeBuilder(ElementTree.TreeBuilder):
+    def doctype(self, *_):
+        # Only there can entities be defined, which grow without bound or read other files.
+        raise ElementTree.ParseError("it has a DOCTYPE, which VOC does not have: remove it")
+
+
+def parse_xml(file: Path) -> ElementTree.Element:
+    try:
+        parser = ElementTree.XMLParser(target=_TreeBuilder())
+        root = ElementTree.fromstring(file.read_bytes(), parser=parser)
+    except (ElementTree.ParseError, OSError) as error:
+        raise UserError(f"cannot be read as XML: {error}") from None
+    except (ValueError, LookupError) as error:
+        raise UserError(f"its encoding cannot be read ({error}): save it as UTF-8") from None
+    if root.tag != "annotation":
+        raise UserError(f"the root is <{root.tag}> and not <annotation>: is it PASCAL VOC?")
+    return root
+
+
+def text_of(element: ElementTree.Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()
+
+
+def number_of(element: ElementTree.Element, path: str, default: str = "") -> float:
+    text = text_of(element, path) or default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"<{path.rpartition('/')[2]}> is {text!r}, which is not a number")
+    return value
+
+
+def read_box(element: ElementTree.Element, one_based: bool) -> Box:
+    """Read an <object>, whose difficulty makes it a crowd."""
+    name, difficult = text_of(element, "name"), text_of(element, "difficult") or "0"
+    if not name:
+        raise UserError("there is no <name>")
+    if element.find("bndbox") is None:
+        raise UserError("there is no <bndbox>: export boxes")
+    if difficult not in ("0", "1"):
+        raise UserError(f"<difficult> is {difficult!r} and neither 0 nor 1")
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    xmin, ymin, xmax, ymax = (number_of(element, f"bndbox/{side}") for side in sides)
+    first = 1 if one_based else 0
+    bbox = [xmin - first, ymin - first, xmax - xmin + first, ymax - ymin + first]
+    if min(bbox[2:]) < 0:
+        corners = f"{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}"
+        raise UserError(f"xmin, ymin, xmax, ymax are {corners}: the box ends before it begins")
+    # A difference of floats may end in ...0001, which no annotation file had.
+    return Box(name, [round(value, 6) for value in bbox], int(difficult))
+
+
+def read_size(root: ElementTree.Element, image: Path) -> tuple[int, int]:
+    """Width and height from <size>, which the image has to confirm, or else from the image."""
+    upright, stored = layout.read_image_sizes(image)
+    stated = tuple(int(number_of(root, f"size/{side}", "0")) for side in ("width", "height"))
+    if 0 in stated:
+        return upright
+    if stated not in (upright, stored):
+        raise UserError(
+            "<size> is {} x {}, but {} is {} x {} pixels: put the annotated image there, or "
+            "correct <size> if the boxes fit this one".format(*stated, image, *upright)
+        )
+    return stated
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = layout.build_parser(__doc__, voc_folder="the folder to convert")
     parser.add_argument(
         "--one-based",
         action="store_true",
         help="boxes are as in the original devkit: pixels from 1, xmax and ymax the last inside",
     )
-    parser.add_categories()
-    return parser.parse_args(argv)
-
-
-def read_parts(folder: Path, files: dict[str, Path], notes: list[str]) -> dict[str, list[str]]:
-    """Which annotation files, by their keys in `files`, are "train" and which "val"."""
-    lists = {part: folder / f"ImageSets/Main/{part}.txt" for part in ("train", "val")}
-    there = {part: file for part, file in lists.items() if file.is_file()}
-    if not there:
-        return {"train": list(files)}
-    if "train" not in there:
-        raise UsageError(
-            f"{lists['val']} is there and {lists['train']} is not: add it, or remove the other to "
-            "have all pictures as one part"
-        )
-    problems, places, parts = Problems(), {}, {}
-    for part, file in there.items():
-        parts[part] = []
-        for number, line in enumerate(read_text(file).splitlines(), start=1):
-            key = line.strip()
-            with problems.collect(), at(f"{file}:{number}"):
-                if key in places:
-                    raise UsageError(f"{key} is at {places[key]}, too: keep one of them")
-                if key and key not in files:
-                    raise UsageError(f"{folder / 'Annotations' / key}.xml is missing")
-                if key:
-                    places[key] = f"{file}:{number}"
-                    parts[part].append(key)
-    problems.refuse()
-    if left := [str(files[key]) for key in files if key not in places]:
-        notes.append(f"{len(left):,} annotation files are in no list: {some_of(left)}")
-    return parts
-
-
-# -------------------------------------------------------------------------- one annotation file
-
-
-class _Builder(ElementTree.TreeBuilder):
-    def doctype(self, *_):
-        # Only there can entities be defined, which grow without bound or read other files.
-        raise UsageError("there is a DOCTYPE, which VOC does not have: remove it")
-
-
-def read_xml(file: Path) -> ElementTree.Element:
-    """The root of an annotation file; UsageError for what is no XML or has a DOCTYPE."""
-    try:
-        parser = ElementTree.XMLParser(target=_Builder())
-        root = ElementTree.fromstring(file.read_bytes(), parser=parser)
-    except UsageError:
-        raise
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # also: unknown encodings
-        raise UsageError(f"not valid XML: {error}") from None
-    except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}") from None
-    if root.tag != "annotation":
-        raise UsageError(f"the file holds <{root.tag}> and not <annotation>: is it PASCAL VOC?")
-    return root
-
-
-def text_in(element: ElementTree.Element, name: str) -> str:
-    return (element.findtext(name) or "").strip()
-
-
-def number_in(element: ElementTree.Element, name: str) -> float:
-    try:
-        value = float(text_in(element, name))
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UsageError(f"<{name}> is {text_in(element, name)!r}, which is not a number")
-    return value
-
-
-def read_object(element: ElementTree.Element, one_based: bool) -> Object:
-    name, bndbox = text_in(element, "name"), element.find("bndbox")
-    if not name:
-        raise UsageError("there is no <name>")
-    if bndbox is None:
-        raise UsageError("there is no <bndbox>: export boxes")
-    difficult = text_in(element, "difficult") or "0"
-    if difficult not in ("0", "1"):
-        raise UsageError(f"<difficult> is {difficult!r} and neither 0 nor 1")
-    left, top, right, bottom = (number_in(bndbox, end) for end in ("xmin", "ymin", "xmax", "ymax"))
-    first = 1 if one_based else 0
-    bbox = [left - first, top - first, right - left + first, bottom - top + first]
-    if min(bbox[2:]) < 0:
-        raise UsageError(
-            f"xmin, ymin, xmax, ymax are {left:g}, {top:g}, {right:g}, {bottom:g}, so the box ends "
-            "before it begins"
-        )
-    # A difference of floats may end in ...0001, which no annotation file had.
-    return Object(name, [round(value, 6) for value in bbox], int(difficult))
-
-
-def read_size(root: ElementTree.Element, picture: Path) -> tuple[int, int]:
-    """Width and height by <size>, which the picture has to confirm, or else by the picture."""
-    upright, stored = picture_sizes(picture)
-    size = root.find("size")
-    sides = [] if size is None else [s for s in ("width", "height") if text_in(size, s)]
-    stated = tuple(int(number_in(size, side)) for side in sides)
-    if len(stated) < 2 or 0 in stated:
-        return upright
-    if stated not in (upright, stored):
-        raise UsageError(
-            "<size> is {} x {}, but {} is {} x {} pixels: put the annotated picture there, or "
-            "correct <size> if the boxes fit this one".format(*stated, picture, *upright)
-        )
-    return stated
-
-
-def read_objects(root: ElementTree.Element, one_based: bool) -> list[Object]:
-    objects = []
-    for number, element in enumerate(root.findall("object"), start=1):
-        with at(f"object {number} ({text_in(element, 'name') or 'no name'})"):
-            objects.append(read_object(element, one_based))
-    return objects
-
-
-def read_pictures(folder: Path, one_based: bool, notes: list[str]) -> dict[str, list[Picture]]:
-    """All pictures by part, with their objects."""
-    files = files_in(folder / "Annotations", {".xml"}, notes)
-    pictures = files_in(folder / "JPEGImages", SUFFIXES, notes)
-    if left := [str(pictures[key]) for key in pictures if key not in files]:
-        notes.append(f"{len(left):,} pictures have no annotation file: {some_of(left)}")
-    problems, parts = Problems(), {}
-    for part, keys in read_parts(folder, files, notes).items():
-        parts[part] = []
-        for key in keys:
-            with problems.collect(), at(files[key]):
-                if key not in pictures:
-                    raise UsageError(f"its picture {folder / 'JPEGImages' / key}.jpg is missing")
-                root, picture = read_xml(files[key]), pictures[key]
-                objects = read_objects(root, one_based)
-                size = read_size(root, picture)
-                parts[part].append(Picture(picture, key + picture.suffix, size, objects))
-    problems.refuse()
-    return parts
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    refuse_existing(args.output)
-    categories = args.categories and read_categories(args.categories)
-    notes = []
-    parts = read_pictures(args.voc_folder, args.one_based, notes)
-    objects = [each for part in parts.values() for picture in part for each in picture.objects]
-    if args.one_based and (early := sum(min(each.bbox[:2]) < 0 for each in objects)):
-        notes.append(f"{early:,} boxes begin before pixel 1: is --one-based right for this data?")
-    if categories is None:
-        names = sorted({each.category for each in objects})
-        categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
-    write_pictures(args.output, parts, categories, notes)
+    layout.convert(parser, argv, read_voc)
 
 
 if __name__ == "__main__":
-    run_and_exit(main)
+    run_command(main)

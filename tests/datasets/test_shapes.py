@@ -1,0 +1,32 @@
+"""The built-in data set."""
+
+import json
+import sys
+
+from helpers import ROOT, run, split_of
+
+SCRIPT = ROOT / "datasets/shapes.py"
+
+
+def test_shapes_are_a_small_coco(tmp_path):
+    done = run(sys.executable, SCRIPT, tmp_path / "shapes")
+    assert done.returncode == 0, done.stderr
+    for split in ("train", "val"):
+        content = json.loads(split_of(tmp_path / "shapes", split).annotations.read_text())
+        assert [row["id"] for row in content["categories"]] == [1, 3, 6]
+        assert any(row["iscrowd"] for row in content["annotations"])
+        with_boxes = {row["image_id"] for row in content["annotations"]}
+        assert 0 < len(with_boxes) < len(content["images"])
+        for row in content["annotations"]:
+            x, y, w, h = row["bbox"]
+            assert min(x, y) >= 0
+            assert max(x + w, y + h) <= 128.1
+    again = run(sys.executable, SCRIPT, tmp_path / "again")
+    assert again.returncode == 0
+    for file in (tmp_path / "shapes").rglob("*.*"):
+        other = tmp_path / "again" / file.relative_to(tmp_path / "shapes")
+        assert file.read_bytes() == other.read_bytes()
+
+
+def test_a_missing_folder_argument_is_wrong_use():
+    assert run(sys.executable, SCRIPT).returncode == 2

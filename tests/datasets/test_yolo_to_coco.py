@@ -1,0 +1,229 @@
+"""YOLO to COCO."""
+
+import json
+import random
+
+import pytest
+import yolo_to_coco
+from helpers import run_train, split_of
+from PIL import Image
+
+from internals.errors import UserError
+
+
+def main(*argv) -> None:
+    yolo_to_coco.main(list(map(str, argv)))
+
+
+@pytest.mark.parametrize("number", ["{:.6f}", "{!r}", "{:.8g}"])
+def test_boxes_round_trip(coco, make_yolo, out, coco_categories, labels_of, number, capsys):
+    main(make_yolo(number), out, *coco_categories)
+    for split in ("train", "val"):
+        assert labels_of(out, split) == labels_of(coco, split)
+    note = "note: 1 images of train have no label file, so no objects"
+    assert note in capsys.readouterr().out
+
+
+def test_training_accepts_the_result(yolo, out):
+    main(yolo, out)
+    done = run_train("--data-path", out, "--check-data", "-j", "0")
+    assert done.returncode == 0, done.stderr
+
+
+def test_six_decimals_give_back_whole_pixels_and_hundredths(tmp_path):
+    rng = random.Random(0)
+    for folder in ("images", "labels"):
+        (tmp_path / "yolo" / folder).mkdir(parents=True)
+    expected = []
+    for n in range(20):
+        width, height = rng.randint(1, 6500), rng.randint(1, 6500)
+        Image.new("1", (width, height)).save(tmp_path / f"yolo/images/{n:02}.png")
+        lines = []
+        for _ in range(200):
+            scale = rng.choice([1, 10, 100])
+            x, w = sorted(rng.randint(0, width * scale) / scale for _ in range(2))
+            y, h = sorted(rng.randint(0, height * scale) / scale for _ in range(2))
+            w, h = round(w - x, 2), round(h - y, 2)
+            expected.append([x, y, w, h])
+            box = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+            lines.append("0 {:.6f} {:.6f} {:.6f} {:.6f}\n".format(*box))
+        (tmp_path / f"yolo/labels/{n:02}.txt").write_text("".join(lines))
+    (tmp_path / "yolo/classes.txt").write_text("thing\n")
+    main(tmp_path / "yolo", tmp_path / "out")
+    content = json.loads(split_of(tmp_path / "out").annotations.read_text())
+    assert [row["bbox"] for row in content["annotations"]] == expected
+
+
+def test_class_0_becomes_category_1(make_yolo, out):
+    main(make_yolo(names=("dog", "bird", "cat")), out)
+    content = json.loads(split_of(out).annotations.read_text())
+    names = ((1, "dog"), (2, "bird"), (3, "cat"))
+    assert content["categories"] == [{"id": i, "name": name} for i, name in names]
+    first = content["annotations"][0]
+    assert (first["category_id"], first["bbox"]) == (3, [4, 4, 30, 20])
+
+
+@pytest.mark.parametrize("val", ["val", "valid"])
+def test_folders_by_split_and_an_ignored_test_folder(
+    coco, yolo, tmp_path, out, coco_categories, labels_of, val, capsys
+):
+    other = tmp_path / "other"
+    for split, name in (("train", "train"), ("val", val), ("val", "test")):
+        for kind in ("images", "labels"):
+            (other / name / kind).mkdir(parents=True)
+            for file in (yolo / kind / split).iterdir():
+                (other / name / kind / file.name).symlink_to(file.resolve())
+    (other / "data.yaml").write_text("names: [cat, dog]\n")
+    main(other, out, *coco_categories)
+    assert labels_of(out, "val") == labels_of(coco, "val")
+    assert f"note: {other}/test/images is ignored" in capsys.readouterr().out
+
+
+def test_folders_without_splits_become_train(
+    coco, yolo, tmp_path, out, coco_categories, labels_of, capsys
+):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for kind in ("images", "labels"):
+        (flat / kind).symlink_to(yolo / kind / "train")
+    (flat / "labels/classes.txt").write_text("cat\ndog\n")  # as labelImg does
+    (flat / "classes.txt").write_text("cat\ndog\n")
+    main(flat, out, *coco_categories)
+    assert labels_of(out, "train") == labels_of(coco, "train")
+    assert "split.py" in capsys.readouterr().out
+
+
+def test_subfolders_are_kept(coco, yolo, out, coco_categories, labels_of):
+    for kind in ("images", "labels"):
+        folder = yolo / kind / "train"
+        (folder / "below").mkdir()
+        for file in folder.glob("0.*"):
+            file.rename(folder / "below" / file.name)
+    main(yolo, out, *coco_categories)
+    assert labels_of(out, "train")["below/0.png"] == labels_of(coco, "train")["0.png"]
+    assert (out / "train2017/below/0.png").is_file()
+
+
+def test_a_rotated_image_has_its_upright_size(yolo, out, labels_of):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(yolo / "images/val/rotated.jpg", exif=exif)
+    main(yolo, out)
+    assert labels_of(out, "val")["rotated.jpg"] == ((48, 64), [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "names: [cat, 'the dog', \"a, b\"]",
+        "names:\n- cat\n- the dog # and its tail\n- 'a, b'\nnc: 3",
+        "names:\n\n  - cat\n  - the dog\n  - a, b\n# end\nnc: 3",
+        "# classes\nnames:\n  0: cat\n  1: the dog\n  2: a, b\npath: x",
+        "path: x\nnames: {1: the dog, 0: cat, 2: 'a, b'}\n",
+        "names: [\r\n  'cat',  # one\r\n  'the dog',\r\n  'a, b',\r\n]\r\nnc: 3\r\n",
+    ],
+)
+def test_class_names_from_data_yaml(yolo, out, text):
+    (yolo / "classes.txt").unlink()
+    (yolo / "data.yaml").write_bytes(text.encode())
+    main(yolo, out)
+    categories = json.loads(split_of(out).annotations.read_text())["categories"]
+    assert [row["name"] for row in categories] == ["cat", "the dog", "a, b"]
+
+
+def test_class_names_that_yaml_takes_for_other_types_stay_text(yolo, out):
+    (yolo / "classes.txt").unlink()
+    (yolo / "data.yaml").write_text("names: [no, 007, 1.0, ~, 'it''s', C#, on]")
+    main(yolo, out)
+    categories = json.loads(split_of(out).annotations.read_text())["categories"]
+    names = ["no", "007", "1.0", "~", "it's", "C#", "on"]
+    assert [row["name"] for row in categories] == names
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nc: 3", "data.yaml has no list 'names' of strings: correct it, or write the names into"),
+        ("", "data.yaml has no list 'names'"),
+        ("names: cat", "data.yaml has no list 'names'"),
+        ("names: [cat, [dog]]", "data.yaml has no list 'names'"),
+        ("names:\n  - a: b", "data.yaml has no list 'names'"),
+        ("names:\n  0: cat\n  2: dog", "data.yaml: 'names' has no class 1: "),
+        ("names:\n  - cat\n  dog", "data.yaml:3 is not valid YAML ("),
+        ("x: 1\nnames: [a man's, 'a dog]", "data.yaml:2 is not valid YAML ("),
+        ("names: [cat, \x07]", "data.yaml is not valid YAML ("),
+        ("names: [cat, '']", "data.yaml has a class without a name"),
+    ],
+)
+def test_a_bad_data_yaml_is_named_with_its_line(yolo, out, text, message):
+    (yolo / "classes.txt").unlink()
+    (yolo / "data.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        main(yolo, out)
+    assert str(caught.value).startswith(str(yolo))
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0 0.5 0.5 0.1", "4 columns instead of 5 (class, x, y, width, height)"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "6 columns instead of 5"),
+        ("0 0.1 0.1 0.2 0.1 0.2 0.2", "a rotated box: export upright boxes"),
+        ("2 0.5 0.5 0.1 0.1", "class 2 has no name: there are 0 to 1"),
+        ("-1 0.5 0.5 0.1 0.1", "class -1 has no name"),
+        ("cat 0.5 0.5 0.1 0.1", "class cat has no name"),
+        ("0 0.5 0,5 0.1 0.1", "'0,5'"),
+        ("0 0.5 nan 0.1 0.1", "nan is not between 0 and 1"),
+        ("0 0.5 0.5 1.001 0.1", "1.001 is not between 0 and 1"),
+        ("0 32 24 12 12", "32 is not between 0 and 1"),
+        ("0 0.5 0.5 -0.1 0.1", "-0.1 is not between 0 and 1"),
+    ],
+)
+def test_a_bad_label_is_named_with_file_and_line(yolo, out, line, message):
+    file = yolo / "labels/train/0.txt"
+    file.write_text(f"0 0.5 0.5 1.000001 1\n\n{line}\n")
+    with pytest.raises(UserError) as caught:
+        main(yolo, out)
+    assert str(caught.value).startswith(f"{file}:3: ")
+    assert message in str(caught.value)
+    assert not out.exists()
+
+
+def remove(name: str):
+    return lambda root: (root / name).rename(root / "elsewhere")
+
+
+def write_file(name: str, content: bytes):
+    return lambda root: (root / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("classes.txt"), "{root}/classes.txt and {root}/data.yaml are missing"),
+        (write_file("classes.txt", b"cat\ncat\n"), "{root}/classes.txt has two classes of the na"),
+        (write_file("classes.txt", b"cat\n\ndog\n"), "{root}/classes.txt has a class without"),
+        (write_file("classes.txt", b""), "{root}/classes.txt has a class without"),
+        (write_file("classes.txt", b"cat\nd\xf6g\n"), "{root}/classes.txt is not UTF-8 (byte 5)"),
+        (write_file("classes.txt", b"cat\nfrog\n"), "--categories has no category 'frog': add it"),
+        (remove("images/train"), "looked for the folders {root}/images/train, {root}/train/images"),
+        (remove("labels/val"), "{root}/labels/val is missing"),
+        (lambda root: (root / "images/valid").mkdir(), "{root}/images/valid both exist"),
+        (write_file("images/train/0.jpg", b""), "differ in their suffix alone"),
+    ],
+)
+def test_a_bad_folder_is_named(yolo, out, coco_categories, change, message):
+    change(yolo)
+    with pytest.raises(UserError) as caught:
+        main(yolo, out, *coco_categories)
+    assert message.format(root=yolo) in str(caught.value)
+    assert not out.exists()
+
+
+def test_a_split_without_images_is_refused(yolo, out):
+    for file in (*(yolo / "images/val").iterdir(), *(yolo / "labels/val").iterdir()):
+        file.unlink()
+    with pytest.raises(UserError, match="the split 'val' has no images"):
+        main(yolo, out)
