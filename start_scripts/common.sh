@@ -31,9 +31,14 @@ from importlib.util import find_spec
 sys.exit(not all(map(find_spec, sys.argv[1:])))' "$@"
 }
 
+# has_all: whether PYTHON has what requirements.txt lists.
+has_all() {
+    has torch torchvision numpy PIL tqdm msgspec hotcoco pycocotools jinja2 matplotlib yaml
+}
+
 # Installs on first use.
 ensure_installed() {
-    if ! find_python || ! has torch torchvision pycocotools numpy PIL tqdm; then
+    if ! find_python || ! has_all; then
         bash "$ROOT/start_scripts/init_torch.sh"
         find_python
     fi

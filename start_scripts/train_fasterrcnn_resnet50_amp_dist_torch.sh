@@ -3,7 +3,7 @@
 # What is not said here is train.py's default, which is the COCO recipe: ImageNet backbone, 26 epochs
 # with drops after 16 and 22, 2 images on each device, lr 0.02 for 16 images in a step, momentum 0.9,
 # weight decay 1e-4, horizontal flip, batches of similar shape. Flags of your own come last and win:
-#   bash train_fasterrcnn_resnet50_amp_dist_torch.sh --data-path my_pictures --epochs 12
+#   bash train_fasterrcnn_resnet50_amp_dist_torch.sh --data-path my_images --epochs 12
 # CUDA_VISIBLE_DEVICES chooses devices, NPROC_PER_NODE the number of processes (default: one for each
 # device, or two on a machine without).
 set -euo pipefail

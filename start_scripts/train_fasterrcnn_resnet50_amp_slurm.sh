@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train Faster R-CNN with a ResNet-50-FPN under Slurm, in mixed precision: one torchrun on each node.
-#   bash train_fasterrcnn_resnet50_amp_slurm.sh --data-path my_pictures --output-dir my_output
+#   bash train_fasterrcnn_resnet50_amp_slurm.sh --data-path my_images --output-dir my_output
 # submits itself; sbatch's own options go into SBATCH_FLAGS="--nodes=4 --partition=gpu". Two minutes
 # before the time is up, or when Slurm preempts the job, all processes save and the job queues again
 # and goes on where it was, until the training is done. Install first (init_torch.sh), on a disk that
