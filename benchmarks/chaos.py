@@ -54,6 +54,8 @@ class Training:
         command += ["--checkpoint-every", EVERY, *flags]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment |= {"VIRTUAL_ENV": sys.prefix, "FAULT": fault}
+        if fault:
+            environment["PYTHONPATH"] = str(common.ROOT / "tests/fault_injection")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 list(map(str, command)), stdout=log, stderr=log, env=environment
@@ -211,7 +213,7 @@ def run_each_step(data: Path, work: Path, _: bool, dice: random.Random) -> dict:
 
 def saved_step(out: Path) -> int:
     """The step that the next run will go on from."""
-    for path in checkpoint.numbered(out):
+    for path in checkpoint.list_numbered(out):
         try:
             return checkpoint.load(path)["step"]
         except CheckpointError:
@@ -232,7 +234,7 @@ def run_stops(data: Path, work: Path, count: int, dice: random.Random) -> dict:
         at, begin = max(steps(training.out)), time.time()
         os.kill(min(processes), getattr(signal, name))
         exit_code, _ = training.wait()
-        path = next(iter(checkpoint.numbered(training.out)), None)
+        path = next(iter(checkpoint.list_numbered(training.out)), None)
         durable = path.stat().st_mtime - begin if path else float("inf")
         after = saved_step(training.out) - at
         seconds.append(durable)

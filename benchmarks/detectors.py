@@ -1,6 +1,7 @@
 """The two ways to train that the benchmarks compare: torchvision's model in a loop like that of its
 references, and this project's model in this project's loop. Weights and batches are the same."""
 
+import argparse
 import json
 import math
 import warnings
@@ -17,9 +18,8 @@ import coco_utils
 import engine
 import internals.fast
 import models
-import train
 import utils
-from internals import preemption
+from arguments import choose_device
 from internals.mixed_precision import resolve_precision
 
 NAME = "fasterrcnn_resnet50_fpn"
@@ -87,36 +87,22 @@ def make_optimizer(model: nn.Module, ours: bool, lr: float) -> torch.optim.Optim
 
 
 def run_ours(model, batches, optimizer, device, amp_dtype, seed=0, factor=None, clip=None) -> list:
-    """The losses of every step, through this project's loop."""
-    losses = []
-
-    class Metrics:
-        def write(self, kind, **values):
-            losses.append(values["loss"])
-
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-    log, utils.log = utils.log, lambda *_: None
-    try:
-        engine.train_one_epoch(
-            model,
-            Batches(batches),
-            optimizer,
-            scaler,
-            engine.Schedule(optimizer.param_groups[0]["lr"], factor or (lambda step: 1.0)),
-            device=device,
-            amp_dtype=amp_dtype,
-            epoch=0,
-            step=0,
-            last_step=len(batches),
-            seed=seed,
-            clip_grad_norm=clip,
-            accumulate_steps=1,
-            print_freq=1 if factor else 20,
-            metrics=Metrics(),
-            keeper=preemption.CheckpointTimer(None, math.inf, save=None),  # nothing to save
-        )
-    finally:
-        utils.log = log
+    """The losses of the steps that are logged, through this project's loop."""
+    lr, losses = optimizer.param_groups[0]["lr"], []
+    state = engine.TrainState(
+        model, optimizer, lambda step: lr * (factor(step) if factor else 1.0), amp_dtype
+    )
+    args = argparse.Namespace(
+        seed=seed, accumulate_steps=1, clip_grad_norm=clip, print_freq=1 if factor else 20
+    )
+    engine.train_one_epoch(
+        state,
+        Batches(batches),
+        args,
+        last_step=len(batches),
+        log_step=lambda state, progress, averages, *_: losses.append(averages["loss"]),
+        on_step_end=lambda step, check: None,  # nothing to save
+    )
     return losses
 
 
@@ -251,7 +237,7 @@ def picture_batch(rng: np.random.Generator, count: int, shape: tuple, classes: i
 
 
 def device_and_type(precision: str) -> tuple[torch.device, torch.dtype | None]:
-    device = train.choose_device(None)
+    device = choose_device(None)
     return device, resolve_precision(device, precision == "amp", None)[0]
 
 

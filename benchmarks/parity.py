@@ -26,7 +26,6 @@ import coco_utils
 import engine
 import samplers
 import transforms
-import utils
 
 SIZE, CLASSES, RATE = 128, 4, 0.01
 ARMS = ("stock, float32", "stock, amp", "ours, float32", "ours, amp")
@@ -47,25 +46,16 @@ def training_batches(folder: Path, batch: int, steps: int) -> list[tuple]:
     return [tuple(map(list, zip(*rows, strict=True))) for rows in batches[:steps]]
 
 
-def score(model, folder: Path, count: int | None, device, amp_dtype) -> dict:
-    """COCO's numbers by `engine.evaluate` after the first `count` validation pictures, or all."""
+def score(model, folder: Path, count: int | None, amp_dtype) -> dict:
+    """COCO's numbers of `engine.detect` on the first `count` validation images, or all."""
     index = coco_utils.CocoIndex(coco_utils.find_split(folder, "val", None, None))
     loader = torch.utils.data.DataLoader(
         coco_utils.CocoDetection(index, index.categories),
         batch_sampler=samplers.evaluation_batches(index.sizes[:count], 1),
         collate_fn=coco_utils.collate,
     )
-    utils.log = lambda *_: None
-    with tempfile.TemporaryDirectory() as output:
-        return engine.evaluate(
-            model,
-            loader,
-            index.categories,
-            device=device,
-            amp_dtype=amp_dtype,
-            output_dir=Path(output),
-            evaluator=coco_eval.default_evaluator(),
-        )
+    detections, _ = engine.detect(model, loader, index.categories, amp_dtype)
+    return coco_eval.evaluate_detections(index, detections, "hotcoco")
 
 
 def measure(arm: str, work: Path, args: argparse.Namespace) -> dict:
@@ -94,7 +84,7 @@ def measure(arm: str, work: Path, args: argparse.Namespace) -> dict:
         factor=rate,
         clip=10.0,
     )
-    numbers = score(model, work / "shapes", 4 if args.quick else None, device, amp_dtype)
+    numbers = score(model, work / "shapes", 4 if args.quick else None, amp_dtype)
     torch.save(model.state_dict(), work / "trained.pth")
     return {"losses": losses, "AP": numbers["AP"], "AP50": numbers["AP50"]}
 
@@ -105,7 +95,7 @@ def measure_evaluation(arm: str, work: Path, args: argparse.Namespace) -> dict:
     device, amp_dtype = detectors.device_and_type(precision)
     state = detectors.read_weights(work / "trained.pth")
     model = detectors.build(way == "ours", SIZE, CLASSES, True, state).to(device)
-    numbers = score(model, work / "shapes", 4 if args.quick else None, device, amp_dtype)
+    numbers = score(model, work / "shapes", 4 if args.quick else None, amp_dtype)
     return {key: numbers[key] for key in ("AP", "AP50", "AP75", "AR100")}
 
 

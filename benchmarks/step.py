@@ -27,7 +27,6 @@ import torch
 
 import coco_eval
 import coco_utils
-import engine
 import samplers
 import transforms
 import utils
@@ -112,10 +111,7 @@ def measure_evaluation(ours: bool, model, batches: list, device, amp_dtype) -> d
     category_ids = np.arange(CLASSES)
 
     def run(batch):
-        if ours:
-            images, _ = engine.to_device(*batch, device)
-        else:
-            images = [image.to(device) for image in batch[0]]
+        images = batch[0].to(device) if ours else [image.to(device) for image in batch[0]]
         with torch.autocast(device.type, dtype=amp_dtype, enabled=ours and amp_dtype is not None):
             outputs = model(images)
         coco_eval.detection_rows(outputs, list(range(len(images))), category_ids)
