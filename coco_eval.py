@@ -126,14 +126,9 @@ def evaluate_with_curves(
 
 
 def _with_hotcoco(images: list, categories: list, truth: dict, found: dict) -> hotcoco.COCOeval:
+    columns = [truth[name] for name in ("image_id", "category_id", "bbox")]
     ground_truth = hotcoco.COCO.from_arrays(
-        images,
-        categories,
-        truth["image_id"],
-        truth["category_id"],
-        truth["bbox"],
-        area=truth["area"],
-        iscrowd=truth["iscrowd"],
+        images, categories, *columns, area=truth["area"], iscrowd=truth["iscrowd"]
     )
     columns = [found[name] for name in ("image_id", "bbox", "score", "category_id")]
     results = ground_truth.load_res(np.column_stack(columns))
@@ -242,26 +237,20 @@ def read_results(file: Path) -> np.ndarray:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(results, list):
         raise UserError(f"{file} holds no list: is it COCO results?")
-    try:
-        flat = [(r["image_id"], *r["bbox"], r["score"], r["category_id"]) for r in results]
-        rows = np.array(flat, dtype=np.float64).reshape(len(results), 7)
-        if np.isfinite(rows).all():
-            return rows
-    except (TypeError, KeyError, ValueError, OverflowError):
-        pass
-    number = next(n for n, row in enumerate(results) if not _is_result(row))
-    raise UserError(
-        f"{file}: row {number} is no COCO result with image_id, category_id, bbox and score: "
-        f"{json.dumps(results[number])[:200]}"
-    )
-
-
-def _is_result(row: object) -> bool:
-    try:
-        numbers = [row["image_id"], *row["bbox"], row["score"], row["category_id"]]
-        return len(numbers) == 7 and all(math.isfinite(number) for number in numbers)
-    except (TypeError, KeyError, OverflowError):
-        return False
+    rows = []
+    for number, result in enumerate(results):
+        try:
+            row = [result["image_id"], *result["bbox"], result["score"], result["category_id"]]
+            valid = len(row) == 7 and all(map(math.isfinite, row))
+        except (TypeError, KeyError, OverflowError):
+            valid = False
+        if not valid:
+            raise UserError(
+                f"{file}: row {number} is no COCO result with image_id, category_id, bbox and "
+                f"score: {json.dumps(result)[:200]}"
+            )
+        rows.append(row)
+    return np.array(rows, dtype=np.float64).reshape(-1, 7)
 
 
 def table(metrics: dict) -> str:

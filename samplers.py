@@ -1,4 +1,4 @@
-"""In which order the images come, and which process gets which: one global plan of batches."""
+"""Which images form which batch, in which order, and which process gets which batch."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,17 @@ from internals.errors import DataError, UserError
 
 
 def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, factor: int) -> np.ndarray:
-    """The group of each image, int64 `[I]`: images of one group need little padding in a batch.
+    """Group images by aspect ratio, so that a batch of one group needs little padding.
 
-    The bounds are 2 ** linspace(-1, 1, 2 * factor + 1) in width / height, as in torchvision's
-    references; 0 tells only portrait from landscape and a negative factor makes a single group.
+    Args:
+        widths: `[I]`, in pixels.
+        heights: `[I]`, in pixels.
+        factor: The bounds are 2 ** linspace(-1, 1, 2 * factor + 1) in width / height, as in
+            torchvision's references; 0 separates only portrait from landscape, and a negative
+            factor makes a single group.
+
+    Returns:
+        The group of each image, int64 `[I]`.
     """
     if factor < 0:
         return np.zeros(len(widths), dtype=np.int64)
@@ -51,13 +58,14 @@ class TrainingPlan:
     """The batches of an epoch as a function of (seed, epoch): a `batch_sampler` for a DataLoader.
 
     A global batch is `world_size * batch_size` images of one aspect-ratio group, of which rank r
-    takes the r-th share. What the groups leave over shares mixed batches at the end of the epoch.
-    The images that do not fill a last global batch sit the epoch out: another few each epoch, by
-    turns, so that over the epochs every image is seen equally often. Nothing depends on the number
-    of loader workers, and only the cutting into shares depends on the number of processes.
+    takes the r-th share. What remains of each group goes into mixed batches at the end of the
+    epoch. The images that do not fill a last global batch are left out: other ones each epoch, in
+    rotation, so that over the epochs every image is seen equally often. Nothing depends on the
+    number of loader workers, and only the division into shares depends on the number of processes.
 
-    Iterating yields lists of `(image, seed)`: which image, and the seed of its augmentation, which
-    is f(seed, epoch, image). `start(epoch, step)` says where the next iteration begins.
+    Iterating yields lists of `(image, seed)`: the position of an image, and the seed of its
+    augmentation, which is f(seed, epoch, image). `start(epoch, step)` sets where the next
+    iteration begins.
     """
 
     def __init__(
@@ -68,17 +76,17 @@ class TrainingPlan:
         self.epoch = self.first_step = 0
 
     def start(self, epoch: int, step: int = 0) -> None:
-        """Let the next iteration begin at step `step` (from 0) of epoch `epoch`."""
+        """Set the epoch and the step, both from 0, at which the next iteration begins."""
         self.epoch, self.first_step = epoch, step
 
     def __len__(self) -> int:
-        """Steps of a whole epoch."""
+        """The number of steps of a whole epoch."""
         return len(self.groups) // self.global_batch
 
     def batches(self, epoch: int) -> np.ndarray:
-        """The whole plan of an epoch: image indices, int64 `[steps, global_batch]`."""
+        """Plan a whole epoch: positions of images, int64 `[steps, global_batch]`."""
         rng = np.random.default_rng((self.seed, epoch))
-        images = rng.permutation(np.delete(np.arange(len(self.groups)), self._resting(epoch)))
+        images = rng.permutation(np.delete(np.arange(len(self.groups)), self._left_out(epoch)))
         groups, full, rest = self.groups[images], [], []
         for group in np.unique(self.groups):
             members = images[groups == group]
@@ -89,34 +97,40 @@ class TrainingPlan:
         mixed = rng.permutation(np.concatenate(rest)).reshape(-1, self.global_batch)
         return np.concatenate([rng.permutation(full), mixed])
 
-    def _resting(self, epoch: int) -> np.ndarray:
-        """The images that an epoch leaves out: the next few of one fixed, shuffled round."""
+    def _left_out(self, epoch: int) -> np.ndarray:
+        """The images that an epoch leaves out: the next few of one fixed permutation."""
         count = len(self.groups) % self.global_batch
-        round_of_images = np.random.default_rng(self.seed).permutation(len(self.groups))
-        return round_of_images[(epoch * count + np.arange(count)) % len(self.groups)]
+        permutation = np.random.default_rng(self.seed).permutation(len(self.groups))
+        return permutation[(epoch * count + np.arange(count)) % len(self.groups)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, share = (
-            self.epoch,
-            slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size),
-        )
+        epoch, first = self.epoch, self.rank * self.batch_size
+        share = slice(first, first + self.batch_size)
         for batch in self.batches(epoch)[self.first_step :, share]:
-            yield [(int(image), image_seed(self.seed, epoch, int(image))) for image in batch]
+            yield [(image, image_seed(self.seed, epoch, image)) for image in batch.tolist()]
 
 
 def image_seed(seed: int, epoch: int, image: int) -> int:
-    """The seed of an image's augmentation in an epoch, 64 bits well mixed."""
+    """Hash the seed of a run, an epoch and an image to the 64-bit seed of its augmentation."""
     return int(np.random.SeedSequence((seed, epoch, image)).generate_state(1, np.uint64)[0])
 
 
 def evaluation_batches(
     sizes: np.ndarray, batch_size: int, world_size: int = 1, rank: int = 0
 ) -> list[list[int]]:
-    """The batches of image positions that a process evaluates; no image is in two of them.
+    """Divide the images to evaluate into batches, without padding any share: no image comes twice.
 
-    `sizes` is `[I, 2]`, width and height. A batch holds images of one size only: the model pads
-    those of different sizes, which changes what it sees near their borders, and so how many are
-    evaluated together is a matter of speed alone.
+    A batch holds images of one size only. The model pads those of different sizes, which would
+    change what it sees near their borders; so the batch size changes the speed alone.
+
+    Args:
+        sizes: `[I, 2]`, width and height of each image.
+        batch_size: The most images of a batch.
+        world_size: The number of processes.
+        rank: The process whose share is returned.
+
+    Returns:
+        Lists of positions of images, one for each batch.
     """
     _, group = np.unique(sizes, axis=0, return_inverse=True)
     batches = []

@@ -1,7 +1,7 @@
-"""What happens to a training image and its boxes, as named presets.
+"""Augmentation presets for a training image and its boxes.
 
-Every preset is built from `torchvision.transforms.v2` and works on uint8 images, so that what
-travels to the device stays small. Resizing to `--min-size`, normalising and padding are not here:
+Every preset is built from `torchvision.transforms.v2` and works on uint8 images, so that what is
+copied to the device stays small. Resizing to `--min-size`, normalising and padding are not here:
 torchvision's own `GeneralizedRCNNTransform`, the first part of the model, does them on the device.
 """
 
@@ -11,15 +11,15 @@ from torchvision.transforms import v2
 
 PRESETS = ("hflip", "multiscale", "lsj", "ssd", "ssdlite", "none")
 
-# The grey that borders are filled with: ImageNet's mean colour times 255, which the model's
-# normalisation turns into (almost) zero.
+# The fill of borders: ImageNet's mean colour times 255, which the model's normalisation turns into
+# (almost) zero.
 FILL = {tv_tensors.Image: (123, 117, 104), "others": 0}
 
 
 def training_sizes(preset: str, min_size: int) -> tuple[int, ...]:
-    """Shortest sides in pixels, one of which the model draws for each training image.
+    """The shortest sides in pixels, one of which the model draws for each training image.
 
-    The last one is what the model evaluates at. `multiscale` has the eleven sizes of 480 to 800
+    The last one is used in evaluation. `multiscale` has the eleven sizes of 480 to 800
     that Detectron2 and torchvision use, in proportion to `min_size`; the others have one.
     """
     if preset != "multiscale":
@@ -28,11 +28,12 @@ def training_sizes(preset: str, min_size: int) -> tuple[int, ...]:
 
 
 def training_preset(name: str, min_size: int) -> v2.Transform:
-    """The augmentation called `name`, one of `PRESETS`.
+    """Build an augmentation preset. Names and contents are those of torchvision's references.
 
-    `min_size` is the side of the square that `lsj` (large-scale jitter, arXiv 2012.07177, scales
-    0.1 to 2) crops and pads to; the others do not use it. The names and their contents are those of
-    torchvision's detection references.
+    Args:
+        name: One of `PRESETS`.
+        min_size: The side of the square that `lsj` (large-scale jitter, arXiv 2012.07177, scales
+            0.1 to 2) crops and pads to; the others do not use it.
     """
     flip = v2.RandomHorizontalFlip(0.5)
     if name in ("hflip", "multiscale"):
@@ -59,11 +60,20 @@ def training_preset(name: str, min_size: int) -> v2.Transform:
 def augment(
     transform: v2.Transform, image: torch.Tensor, target: dict, seed: int
 ) -> tuple[torch.Tensor, dict]:
-    """Apply `transform` to `image` (uint8 `[3, H, W]`) and the `boxes` of `target`.
+    """Apply `transform` to an image and the boxes of its target.
 
     What is drawn depends on `seed` alone, and the global generator is left as it was. Boxes that a
-    crop cuts away are removed, together with their `labels`, `iscrowd` and `area` (which stays
-    the area stated for the stored image). It may be that no box is left.
+    crop removes are dropped together with their `labels`, `iscrowd` and `area` (which stays the
+    area stated for the stored image). The result may have no boxes.
+
+    Args:
+        transform: An augmentation, as of `training_preset`.
+        image: uint8 `[3, H, W]`.
+        target: As of `coco_utils.CocoDetection`.
+        seed: Of this image in this epoch.
+
+    Returns:
+        The new image and target.
     """
     boxes = tv_tensors.BoundingBoxes(
         target["boxes"], format="XYXY", canvas_size=tuple(image.shape[-2:])
@@ -71,7 +81,7 @@ def augment(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         image, boxes = transform(tv_tensors.Image(image), boxes)
-    # The crops leave a box without a size, rather than no box, where they cut one away.
+    # torchvision's crops leave a box without a size where they remove one.
     boxes = v2.functional.clamp_bounding_boxes(boxes).as_subclass(torch.Tensor)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     per_box = {key: target[key][keep] for key in ("labels", "iscrowd", "area")}

@@ -29,7 +29,6 @@ except ImportError:  # Windows
     resource = None
 
 ARMS = ("plain", "ours")
-WITHOUT = "ours without msgspec"
 WORKERS = 2
 
 
@@ -58,7 +57,7 @@ def load(arm: str, split) -> object:
     from internals import data_checks
 
     index = coco_utils.CocoIndex(split)
-    data_checks.refuse(index, data_checks.faults(index))
+    data_checks.raise_if_fatal(index, data_checks.find_issues(index))
     images = index.images_with_boxes()
     flip = transforms.training_preset("hflip", 800)
     return coco_utils.CocoDetection(index, index.categories, images, flip)
@@ -71,7 +70,7 @@ def loader_of(arm: str, dataset, batch_size: int = 2):
     import samplers
     from internals import preemption
 
-    # As train.py does; `without_pictures` would not reach others either.
+    # As train.py does; the patch of `without_decoding` would not reach others either.
     preemption.use_forked_workers()
     if arm == "plain":
         order = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
@@ -94,11 +93,9 @@ def measure_loading(arm: str, work: Path) -> dict:
     import torchvision.datasets  # noqa: F401
     from pycocotools.coco import COCO  # noqa: F401
 
-    import coco_utils
+    import coco_utils  # noqa: F401
     from internals import data_checks  # noqa: F401
 
-    if arm == WITHOUT:
-        coco_utils.msgspec = None
     split = synthetic.Split(work / "instances.json", work / "images")
     with split.annotations.open("rb") as file:  # from now on no way has to wait for the disk
         while file.read(2**24):
@@ -117,8 +114,8 @@ def measure_loading(arm: str, work: Path) -> dict:
     return {"seconds": seconds, "index_seconds": loaded, **memory, "whole_peak_mib": peak}
 
 
-def without_pictures(arm: str, dataset):
-    """The data set with a constant for every picture, to run through an epoch of targets."""
+def without_decoding(arm: str, dataset):
+    """The data set with a constant for every image, to run through an epoch of targets."""
     import torch
     from PIL import Image
 
@@ -129,7 +126,7 @@ def without_pictures(arm: str, dataset):
         type(dataset._dataset)._load_image = lambda *_: small
     else:
         small = torch.zeros(3, 480, 640, dtype=torch.uint8)
-        coco_utils.read_image = lambda *_: small[:, :48, :64].clone()
+        coco_utils.CocoIndex.read_image = lambda *_: small[:, :48, :64].clone()
         dataset.augmentation = None
     return dataset
 
@@ -137,7 +134,7 @@ def without_pictures(arm: str, dataset):
 def measure_workers(arm: str, work: Path) -> dict:
     """Memory of the loading processes that no other process shares, as an epoch goes by, in MiB."""
     split = synthetic.Split(work / "instances.json", work / "images")
-    loader = loader_of(arm, without_pictures(arm, load(arm, split)), batch_size=16)
+    loader = loader_of(arm, without_decoding(arm, load(arm, split)), batch_size=16)
     batches = iter(loader)
     figures, steps = [], len(loader)
     begin = time.perf_counter()
@@ -157,7 +154,7 @@ def measure_workers(arm: str, work: Path) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------- one picture
+# --------------------------------------------------------------------------------- one image
 
 
 class AsTheReferences:
@@ -210,7 +207,7 @@ def v2_wrapper(split):
     return wrap_dataset_for_transforms_v2(dataset, target_keys=("boxes", "labels", "image_id"))
 
 
-def measure_pictures(arm: str, work: Path) -> dict:
+def measure_images(arm: str, work: Path) -> dict:
     """Milliseconds from a file name to image and target, on one core: medians over the images.
 
     The ways take turns after 50 images each: one after the other as in a loading process, as a way
@@ -286,21 +283,20 @@ def run_loading(folder: Path, args) -> tuple[dict, dict]:
     }
     loading = common.by_size(common.by_turns(arms, 1 if args.quick else args.repeats))
     work = folder / f"{sizes[0]}x"
-    loading[sizes[0]] |= common.by_turns({WITHOUT: arm(f"loading:{WITHOUT}", work, pause)}, 1)
     workers = common.by_turns({way: arm(f"workers:{way}", work) for way in ARMS}, 1)
     return loading, workers
 
 
-def run_pictures(folder: Path, args) -> dict:
-    """Figures of `measure_pictures` by kind of picture."""
-    pictures = {}
+def run_images(folder: Path, args) -> dict:
+    """Figures of `measure_images` by kind of image."""
+    figures = {}
     for kind, grain in (("smooth", 0.0), ("grainy", 12.0)):
         work, count = folder / kind, 40 if args.quick else 600
         split = synthetic.make_coco(work, count, round(count * 7.27), grain)
         kilobytes = np.mean([file.stat().st_size for file in split.images.iterdir()]) / 1000
-        one = {f"{kind}, {kilobytes:.0f} kB": arm("pictures:", work)}
-        pictures.update(common.by_turns(one, 1 if args.quick else args.repeats))
-    return pictures
+        one = {f"{kind}, {kilobytes:.0f} kB": arm("images:", work)}
+        figures.update(common.by_turns(one, 1 if args.quick else args.repeats))
+    return figures
 
 
 def report_loading(figures: dict[int, dict]) -> None:
@@ -314,9 +310,8 @@ def report_loading(figures: dict[int, dict]) -> None:
         ):
             plain, ours = (common.median(arms.get(arm, []), key) for arm in ARMS)
             ratio = plain / ours if plain and ours else None
-            without = common.median(arms.get(WITHOUT, []), key)
-            rows.append([f"{name}, {size}x", plain, ours, ratio, without])
-    common.table(["quantity", *ARMS, "plain / ours", WITHOUT], rows)
+            rows.append([f"{name}, {size}x", plain, ours, ratio])
+    common.table(["quantity", *ARMS, "plain / ours"], rows)
 
 
 def report_workers(figures: dict[str, list[dict]]) -> None:
@@ -324,7 +319,7 @@ def report_workers(figures: dict[str, list[dict]]) -> None:
     common.table(["loading process over an epoch, MiB of its own", *ARMS], rows)
 
 
-def report_pictures(figures: dict[str, list[dict]]) -> None:
+def report_images(figures: dict[str, list[dict]]) -> None:
     keys = ("references_ms", "v2_wrapper_ms", "ours_ms", "decoding_ms")
     rows = []
     for kind, turns in figures.items():
@@ -341,18 +336,18 @@ def main() -> None:
     if args.arm:
         kind, _, arm = args.arm.partition(":")
         measure = {"loading": measure_loading, "workers": measure_workers}.get(kind)
-        print(json.dumps((measure or measure_pictures)(arm, args.work)))
+        print(json.dumps((measure or measure_images)(arm, args.work)))
         return
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         loading, workers = run_loading(Path(folder), args)
-        pictures = run_pictures(Path(folder), args)
+        images = run_images(Path(folder), args)
     print()
     report_loading(loading)
     print()
     report_workers(workers)
     print()
-    report_pictures(pictures)
-    common.save(args.json, loading=loading, workers=workers, pictures=pictures)
+    report_images(images)
+    common.save(args.json, loading=loading, workers=workers, images=images)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data of COCO's size that needs no download: an annotation file with polygons, and pictures."""
+"""Data of COCO's size that needs no download: an annotation file with polygons, and images."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def make_annotations(file: Path, images: int, annotations: int, seed: int = 0) -
     return names
 
 
-def picture(rng: np.random.Generator, grain: float) -> bytes:
+def jpeg_bytes(rng: np.random.Generator, grain: float) -> bytes:
     """A JPEG of 640 x 480; the grain decides how many bytes it takes (COCO: 160,000)."""
     coarse = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(coarse).resize(SIDES, Image.Resampling.BICUBIC))
@@ -79,14 +79,14 @@ def picture(rng: np.random.Generator, grain: float) -> bytes:
     return out.getvalue()
 
 
-def make_pictures(folder: Path, names: list[str], grain: float, different: int = 256) -> int:
+def make_images(folder: Path, names: list[str], grain: float, different: int = 256) -> int:
     """Write a JPEG for each name, `different` ones and links to them; returns their mean size."""
     rng = np.random.default_rng(1)
     folder.mkdir(parents=True)
     total = 0
     for n, name in enumerate(names):
         if n < different:
-            data = picture(rng, grain)
+            data = jpeg_bytes(rng, grain)
             total += len(data)
             (folder / name).write_bytes(data)
         else:
@@ -100,7 +100,7 @@ def make_coco(root: Path, images: int, annotations: int, grain: float = 12.0) ->
     if not split.images.exists():
         root.mkdir(parents=True)
         names = make_annotations(split.annotations, images, annotations)
-        make_pictures(split.images, names, grain)
+        make_images(split.images, names, grain)
     return split
 
 
@@ -108,8 +108,8 @@ def make_small(root: Path, images: int) -> Path:
     """A data set in COCO 2017's layout for trainings of seconds: noise, 64 x 48, a box or two."""
     rng = np.random.default_rng(2)
     (root / "annotations").mkdir(parents=True)
-    for part, count in (("train", images), ("val", 2)):
-        folder = root / f"{part}2017"
+    for split, count in (("train", images), ("val", 2)):
+        folder = root / f"{split}2017"
         folder.mkdir()
         rows, boxes = [], []
         for i in range(1, count + 1):
@@ -120,5 +120,5 @@ def make_small(root: Path, images: int) -> Path:
                 box = [*rng.integers(0, 20, 2).tolist(), *rng.integers(8, 28, 2).tolist()]
                 boxes.append({"id": len(boxes) + 1, "image_id": i, "category_id": 1, "bbox": box})
         content = {"images": rows, "annotations": boxes, "categories": [{"id": 1, "name": "a"}]}
-        (root / f"annotations/instances_{part}2017.json").write_text(json.dumps(content))
+        (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
     return root

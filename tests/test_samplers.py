@@ -14,7 +14,7 @@ def groups_of(count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [10, 37, 60])
-def test_an_epoch_has_every_image_once_but_for_the_remainder(world_size, count):
+def test_epoch_has_every_image_once_except_the_remainder(world_size, count):
     groups = groups_of(count)
     shares = [TrainingPlan(groups, 2, world_size, rank) for rank in range(world_size)]
     for epoch in range(3):
@@ -25,15 +25,15 @@ def test_an_epoch_has_every_image_once_but_for_the_remainder(world_size, count):
         assert len(seen) == len(set(seen)) == count - count % (2 * world_size)
 
 
-def test_each_epoch_leaves_out_another_remainder():
+def test_epochs_leave_out_different_remainders():
     plan = TrainingPlan(groups_of(37), 8)
-    rests = [set(range(37)) - set(plan.batches(epoch).flat) for epoch in range(8)]
-    assert all(len(rest) == 5 for rest in rests)
-    assert set().union(*rests) == set(range(37))
-    assert all(not a & b for a, b in itertools.pairwise(rests))
+    left_out = [set(range(37)) - set(plan.batches(epoch).flat) for epoch in range(8)]
+    assert all(len(images) == 5 for images in left_out)
+    assert set().union(*left_out) == set(range(37))
+    assert all(not a & b for a, b in itertools.pairwise(left_out))
 
 
-def test_only_the_last_batches_mix_shapes():
+def test_only_the_last_batches_mix_aspect_ratio_groups():
     groups = groups_of(200)
     kinds = [len(set(groups[batch])) for batch in TrainingPlan(groups, 4, 2).batches(0)]
     pure = kinds.count(1)
@@ -41,7 +41,7 @@ def test_only_the_last_batches_mix_shapes():
     assert pure >= sum((groups == g).sum() // 8 for g in range(3)) - 1
 
 
-def test_two_processes_of_one_image_see_what_one_of_two_sees():
+def test_global_batches_do_not_depend_on_the_number_of_processes():
     groups = groups_of(21)
     whole = TrainingPlan(groups, 2, seed=3)
     halves = [TrainingPlan(groups, 1, 2, rank, seed=3) for rank in range(2)]
@@ -50,7 +50,7 @@ def test_two_processes_of_one_image_see_what_one_of_two_sees():
     assert [a + b for a, b in zip(*halves, strict=True)] == list(whole)
 
 
-def test_the_plan_is_a_function_of_seed_and_epoch():
+def test_plan_is_a_function_of_seed_and_epoch():
     groups = groups_of(40)
     plan = TrainingPlan(groups, 4, seed=1)
     first = plan.batches(0)
@@ -59,7 +59,7 @@ def test_the_plan_is_a_function_of_seed_and_epoch():
     assert not np.array_equal(first, TrainingPlan(groups, 4, seed=2).batches(0))
 
 
-def test_an_iteration_can_begin_in_the_middle_of_an_epoch():
+def test_iteration_can_start_in_the_middle_of_an_epoch():
     plan = TrainingPlan(groups_of(40), 4)
     plan.start(2)
     whole = list(plan)
@@ -68,17 +68,17 @@ def test_an_iteration_can_begin_in_the_middle_of_an_epoch():
     assert len(plan) == len(whole) == 10
 
 
-def test_augmentation_seeds_differ_by_image_epoch_and_seed():
+def test_augmentation_seeds_differ_by_seed_epoch_and_image():
     seeds = {samplers.image_seed(s, e, i) for s in range(3) for e in range(3) for i in range(3)}
     assert len(seeds) == 27
 
 
-def test_too_few_images_are_refused_with_the_arithmetic():
+def test_fewer_images_than_a_global_batch_are_refused():
     with pytest.raises(UserError, match=r"7 usable images.*8 .4 images on each of 2"):
         TrainingPlan(groups_of(7), 4, 2)
 
 
-def test_aspect_ratio_groups_tell_shapes_apart():
+def test_aspect_ratio_groups_by_factor():
     widths, heights = np.array([640, 480, 500, 1000]), np.array([480, 640, 500, 200])
     assert len(set(samplers.aspect_ratio_groups(widths, heights, 3))) == 4
     assert samplers.aspect_ratio_groups(widths, heights, 0).tolist() == [1, 0, 1, 1]
@@ -86,7 +86,7 @@ def test_aspect_ratio_groups_tell_shapes_apart():
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (1, 3), (4, 1), (4, 2), (8, 3)])
-def test_evaluation_batches_have_every_image_once_and_one_size_each(batch_size, world_size):
+def test_evaluation_batches_have_every_image_once_and_one_size_per_batch(batch_size, world_size):
     sizes = np.array([(64, 48)] * 11 + [(48, 64)] * 6 + [(50, 50)])
     sizes = np.random.default_rng(0).permutation(sizes)
     shares = [

@@ -4,7 +4,7 @@ import torch
 import transforms
 
 
-def picture(boxes: list[list[float]]) -> tuple[torch.Tensor, dict]:
+def sample(boxes: list[list[float]]) -> tuple[torch.Tensor, dict]:
     count = len(boxes)
     target = {
         "boxes": torch.tensor(boxes).reshape(-1, 4),
@@ -20,9 +20,9 @@ BOXES = [[0.0, 0.0, 20.0, 30.0], [30.0, 10.0, 79.0, 59.0], [5.0, 5.0, 5.5, 50.0]
 
 
 @pytest.mark.parametrize("name", transforms.PRESETS)
-def test_a_preset_is_a_function_of_the_seed_and_leaves_the_generator_alone(name):
+def test_preset_is_a_function_of_the_seed_and_leaves_the_global_generator(name):
     transform = transforms.training_preset(name, 64)
-    image, target = picture(BOXES)
+    image, target = sample(BOXES)
     state = torch.get_rng_state()
     results = [transforms.augment(transform, image, target, seed) for seed in (5, 5, *range(6, 12))]
     assert torch.equal(torch.get_rng_state(), state)
@@ -34,9 +34,9 @@ def test_a_preset_is_a_function_of_the_seed_and_leaves_the_generator_alone(name)
 
 @pytest.mark.parametrize("name", transforms.PRESETS)
 @pytest.mark.parametrize("boxes", [BOXES, []])
-def test_a_preset_keeps_boxes_inside_and_rows_together(name, boxes):
+def test_preset_filters_boxes_and_labels_together(name, boxes):
     transform = transforms.training_preset(name, 64)
-    image, target = picture(boxes)
+    image, target = sample(boxes)
     for seed in range(20):
         new, result = transforms.augment(transform, image, target, seed)
         assert new.dtype == torch.uint8
@@ -52,8 +52,8 @@ def test_a_preset_keeps_boxes_inside_and_rows_together(name, boxes):
         assert result["image_id"] == 7
 
 
-def test_hflip_mirrors_boxes_with_the_picture():
-    image, target = picture(BOXES)
+def test_hflip_mirrors_boxes_with_the_image():
+    image, target = sample(BOXES)
     transform = transforms.training_preset("hflip", 64)
     flipped = 0
     for seed in range(10):
@@ -67,18 +67,18 @@ def test_hflip_mirrors_boxes_with_the_picture():
     assert 0 < flipped < 10
 
 
-def test_lsj_makes_squares():
+def test_lsj_gives_squares():
     transform = transforms.training_preset("lsj", 64)
-    shapes = {transforms.augment(transform, *picture(BOXES), seed)[0].shape for seed in range(5)}
+    shapes = {transforms.augment(transform, *sample(BOXES), seed)[0].shape for seed in range(5)}
     assert shapes == {(3, 64, 64)}
 
 
-def test_multiscale_sizes_are_the_fields_own_and_end_with_the_evaluation_size():
+def test_multiscale_sizes_are_detectron2s_and_end_with_the_evaluation_size():
     sizes = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     assert transforms.training_sizes("multiscale", 800) == sizes
     assert transforms.training_sizes("hflip", 800) == (800,)
 
 
-def test_an_unknown_preset_is_refused():
+def test_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="unknown augmentation 'mosaic'"):
         transforms.training_preset("mosaic", 800)
