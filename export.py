@@ -69,6 +69,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output.suffix not in PACKAGES:
         raise UserError(f"--output {args.output}: end the name with {' or '.join(PACKAGES)}")
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder: name a file")
     if args.output.suffix != ".onnx" and (args.half or args.check_images):
         raise UserError("--half and --check-images are for --output FILE.onnx")
     return args

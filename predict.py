@@ -151,10 +151,8 @@ def match_annotations(images: list[InputImage], file: Path, categories: Categori
 def read(image: InputImage, max_aspect_ratio: float) -> InputImage:
     """Fill in the pixels and size of an image, or its error."""
     try:
-        if image.annotated_size:
-            pixels = read_image(image.path, *image.annotated_size)
-        else:
-            pixels = read_upright(image.path)
+        size = image.annotated_size
+        pixels = read_image(image.path, *size) if size else read_upright(image.path)
     except DataError as error:
         image.error = str(error)
         return image
@@ -375,9 +373,6 @@ def summarize(images: list[InputImage], categories: Categories) -> str:
     more = f" and {len(names) - 10} more categories" if names[10:] else ""
     by_category = f" ({', '.join(names[:10])}{more})" if names else ""
     return f"images: {len(images):,}; detections: {counts.total():,}{by_category}"
-
-
-# ------------------------------------------------------------------------------------ the run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -328,6 +328,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 
 def test_wrong_use_ends_with_one_message(saved, tmp_path, command):
     (tmp_path / "file").touch()
+    (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
     for arguments, message in (
         ((saved,), "required: --output"),
@@ -335,6 +336,7 @@ def test_wrong_use_ends_with_one_message(saved, tmp_path, command):
         ((saved, "--output", "x.safetensors", "--half"), "--half and --check-images are for"),
         (("no.pth", "--output", tmp_path / "x.onnx"), "no.pth: no such file"),
         ((tmp_path / "broken.pth", "--output", tmp_path / "x.onnx"), "broken.pth cannot be read"),
+        ((saved, "--output", tmp_path / "folder.onnx"), "folder.onnx is a folder: name a file"),
         ((saved, "--output", tmp_path / "file/x.onnx"), "x.onnx cannot be written: "),
         (
             (saved, "--output", tmp_path / "x.onnx", "--check-images", tmp_path),
@@ -346,7 +348,7 @@ def test_wrong_use_ends_with_one_message(saved, tmp_path, command):
         assert errors.startswith("export.py: error: ")
         assert message in errors
         assert errors.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.pth", "file"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.pth", "file", "folder.onnx"]
 
 
 def test_the_script_runs_from_any_folder(tmp_path):
