@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 import models
 import predict
 from internals import mixed_precision
-from internals.errors import UserError
-from reporting import drawing
+from internals.errors import RunError
+from internals.failures import run_command
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,18 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def model(trained) -> str:
-    return str(trained / "out/model_best.pth")
+def model(trained) -> Path:
+    return trained / "out/model_best.pth"
+
+
+@pytest.fixture
+def val(trained) -> Path:
+    return trained / "data/val2017"
+
+
+@pytest.fixture
+def annotations(trained) -> Path:
+    return trained / "data/annotations/instances_val2017.json"
 
 
 def detect(*arguments) -> None:
@@ -48,7 +58,7 @@ def command(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            predict.run_and_exit()
+            run_command(predict.main)
         except SystemExit as end:
             code = end.code
         return (code, *capsys.readouterr())
@@ -56,130 +66,115 @@ def command(monkeypatch, capsys):
     return command
 
 
-def detections(folder: Path) -> dict[tuple, tuple]:
-    """Box and score by image, category and rank."""
-    rows, seen, found = json.loads((folder / "detections.json").read_text()), {}, {}
-    for row in sorted(rows, key=lambda row: -row["score"]):
-        key = (row["image_id"], row["category_id"])
-        seen[key] = seen.get(key, 0) + 1
-        found[(*key, seen[key])] = (*row["bbox"], row["score"])
-    return found
+def read(file: Path):
+    return json.loads(file.read_text())
 
 
-def pictures_of(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def picture(file: Path, width: int = 64, height: int = 48, **options) -> Path:
+def write_image(file: Path, width: int = 64, height: int = 48, **options) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, **options)
     return file
 
 
-# ------------------------------------------------------------------------------ what is found
+# -------------------------------------------------------------------------------- detections
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_boxes_are_those_of_the_training_s_own_evaluation(trained, model, tmp_path, size):
-    data = trained / "data"
-    truth = data / "annotations/instances_val2017.json"
-    detect(model, data / "val2017", "--output-dir", tmp_path / "x", "--score-threshold", 0,
-           "--show-truth", truth, "--batch-size", size)  # fmt: skip
-    expected, found = detections(trained / "out"), detections(tmp_path / "x")
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_detections_equal_those_of_the_evaluation_in_training(
+    trained, model, val, annotations, tmp_path, batch_size
+):
+    def ranked(rows: list[dict]) -> dict[tuple, tuple]:
+        seen, found = {}, {}
+        for row in sorted(rows, key=lambda row: -row["score"]):
+            key = (row["image_id"], row["category_id"])
+            seen[key] = seen.get(key, 0) + 1
+            found[(*key, seen[key])] = (*row["bbox"], row["score"])
+        return found
+
+    detect(model, val, "--output-dir", tmp_path / "x", "--score-threshold", 0,
+           "--show-truth", annotations, "--batch-size", batch_size)  # fmt: skip
+    expected = ranked(read(trained / "out/detections.json"))
+    found = ranked(read(tmp_path / "x/detections.json"))
     assert len(expected) > 100
     assert expected.keys() == found.keys()
     for key, values in expected.items():
-        assert found[key] == pytest.approx(values, abs=1e-3 if size > 1 else 0)
+        assert found[key] == pytest.approx(values, abs=1e-3 if batch_size > 1 else 0)
 
 
-def test_the_threshold_leaves_out_lower_scores_and_nothing_else(trained, model, tmp_path, capsys):
-    detect(model, trained / "data/val2017", "--output-dir", tmp_path / "all",
-           "--score-threshold", 0)  # fmt: skip
-    every = json.loads((tmp_path / "all/detections.json").read_text())
-    middle = float(np.median([row["score"] for row in every]))
-    detect(model, trained / "data/val2017", "--output-dir", tmp_path / "some",
-           "--score-threshold", middle)  # fmt: skip
-    some = json.loads((tmp_path / "some/detections.json").read_text())
-    assert some == [row for row in every if row["score"] >= middle]
+def test_the_score_threshold_leaves_out_lower_scores_only(model, val, tmp_path, capsys):
+    detect(model, val, "--output-dir", tmp_path / "all", "--score-threshold", 0)
+    every = read(tmp_path / "all/detections.json")
+    median = float(np.median([row["score"] for row in every]))
+    detect(model, val, "--output-dir", tmp_path / "some", "--score-threshold", median)
+    some = read(tmp_path / "some/detections.json")
+    assert some == [row for row in every if row["score"] >= median]
     assert 0 < len(some) < len(every)
-    assert f"3 pictures, {len(some)} boxes (" in capsys.readouterr().out
+    assert f"images: 3; detections: {len(some)} (" in capsys.readouterr().out
 
 
-def test_pictures_are_numbered_and_images_json_says_which_is_which(trained, model, tmp_path):
-    detect(model, trained / "data/val2017", "--output-dir", tmp_path / "x",
-           "--score-threshold", 0)  # fmt: skip
-    truth = COCO(tmp_path / "x/images.json")
-    assert {i: image["file_name"] for i, image in truth.imgs.items()} == {
-        1: "0.png", 2: "1.png", 3: "2.png",
+def test_formats_agree(model, val, tmp_path):
+    for form in predict.WRITERS:
+        detect(model, val, "--output-dir", tmp_path / form, "--score-threshold", 0,
+               "--format", form)  # fmt: skip
+    coco = COCO(tmp_path / "coco/images.json")
+    assert {i: (image["file_name"], image["width"]) for i, image in coco.imgs.items()} == {
+        1: ("0.png", 64), 2: ("1.png", 48), 3: ("2.png", 64),
     }  # fmt: skip
-    assert (truth.imgs[2]["width"], truth.imgs[2]["height"]) == (48, 64)
-    results = truth.loadRes(str(tmp_path / "x/detections.json"))
-    assert set(results.getCatIds()) == {2, 5}
-    assert {row["category_id"] for row in results.anns.values()} <= {2, 5}
+    results = coco.loadRes(str(tmp_path / "coco/detections.json"))
+    names = {row["id"]: row["name"] for row in results.cats.values()}
+    assert names == {2: "cat", 5: "dog"}
+    rows = read(tmp_path / "coco/detections.json")
+    assert {row["category_id"] for row in rows} == {2, 5}
 
-
-def test_csv_has_a_line_for_each_box(trained, model, tmp_path):
-    for form in ("coco", "csv"):
-        detect(model, trained / "data/val2017", "--output-dir", tmp_path / form,
-               "--score-threshold", 0, "--format", form)  # fmt: skip
     with (tmp_path / "csv/detections.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    rows = json.loads((tmp_path / "coco/detections.json").read_text())
-    assert len(lines) == len(rows)
     for line, row in zip(lines, rows, strict=True):
-        assert line["file_name"] == f"{row['image_id'] - 1}.png"
-        assert int(line["category_id"]) == row["category_id"]
-        assert line["category"] == {2: "cat", 5: "dog"}[row["category_id"]]
-        box = [float(line[key]) for key in ("x", "y", "width", "height")]
-        assert box == pytest.approx(row["bbox"], rel=1e-6)
-        assert float(line["score"]) == pytest.approx(row["score"], rel=1e-6)
+        assert line["file_name"] == coco.imgs[row["image_id"]]["file_name"]
+        assert (int(line["category_id"]), line["category"]) == (
+            row["category_id"],
+            names[row["category_id"]],
+        )
+        numbers = [float(line[key]) for key in ("x", "y", "width", "height", "score")]
+        assert numbers == pytest.approx([*row["bbox"], row["score"]], rel=1e-6)
 
-
-def test_yolo_has_a_file_for_each_picture_with_shares_of_its_size(trained, model, tmp_path):
-    for form in ("coco", "yolo"):
-        detect(model, trained / "data/val2017", "--output-dir", tmp_path / form,
-               "--score-threshold", 0, "--format", form)  # fmt: skip
     assert (tmp_path / "yolo/classes.txt").read_text() == "cat\ndog\n"
-    rows = json.loads((tmp_path / "coco/detections.json").read_text())
-    for n, (width, height) in enumerate([(64, 48), (48, 64), (64, 48)]):
-        lines = (tmp_path / f"yolo/labels/{n}.txt").read_text().splitlines()
-        expected = [row for row in rows if row["image_id"] == n + 1]
-        assert len(lines) == len(expected) > 0
-        for line, row in zip(lines, expected, strict=True):
+    for i, image in coco.imgs.items():
+        text = (tmp_path / f"yolo/labels/{Path(image['file_name']).stem}.txt").read_text()
+        expected = [row for row in rows if row["image_id"] == i]
+        assert text.count("\n") == len(expected) > 0
+        for line, row in zip(text.splitlines(), expected, strict=True):
             x, y, w, h = row["bbox"]
+            width, height = image["width"], image["height"]
+            box = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
+            label = {2: 0, 5: 1}[row["category_id"]]
             numbers = [float(number) for number in line.split()]
-            assert numbers == pytest.approx(
-                [
-                    {2: 0, 5: 1}[row["category_id"]],
-                    *((x + w / 2) / width, (y + h / 2) / height, w / width, h / height),
-                    row["score"],
-                ],
-                abs=1e-6,
-            )
+            assert numbers == pytest.approx([label, *box, row["score"]], abs=1e-6)
 
 
-def test_a_picture_without_boxes_has_an_empty_file(model, tmp_path, capsys):
-    picture(tmp_path / "in/a.png")
-    detect(model, tmp_path / "in", "--output-dir", tmp_path / "x", "--score-threshold", 1,
-           "--format", "yolo")  # fmt: skip
-    assert (tmp_path / "x/labels/a.txt").read_text() == ""
-    assert "1 picture, 0 boxes: " in capsys.readouterr().out
-    detect(model, tmp_path / "in", "--output-dir", tmp_path / "y", "--score-threshold", 1)
-    assert json.loads((tmp_path / "y/detections.json").read_text()) == []
+def test_no_detections_give_empty_files(model, val, tmp_path, capsys):
+    for form in ("coco", "yolo"):
+        detect(model, val / "0.png", "--output-dir", tmp_path / form, "--score-threshold", 1,
+               "--format", form)  # fmt: skip
+        assert "images: 1; detections: 0; " in capsys.readouterr().out
+    assert read(tmp_path / "coco/detections.json") == []
+    assert (tmp_path / "yolo/labels/0.txt").read_text() == ""
 
 
-def test_amp_runs_in_the_precision_that_it_names(trained, model, tmp_path, monkeypatch, capsys):
+def test_amp_uses_the_precision_that_is_logged(model, val, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mixed_precision, "_cpu_has_bfloat16", lambda: True)
-    seen = []
-    autocast = predict.autocast
-    monkeypatch.setattr(predict, "autocast", lambda *a: seen.append(a[1]) or autocast(*a))
-    detect(model, trained / "data/val2017/0.png", "--output-dir", tmp_path / "x", "--amp")
-    assert seen == [torch.bfloat16]
+    used, autocast = [], predict.autocast
+    monkeypatch.setattr(predict, "autocast", lambda *a: used.append(a[1]) or autocast(*a))
+    detect(model, val / "0.png", "--output-dir", tmp_path / "x", "--amp")
+    assert used == [torch.bfloat16]
     assert "mixed, bfloat16" in capsys.readouterr().out
 
 
-def test_torchvision_s_own_weights_by_name(trained, tmp_path, monkeypatch):
+def test_weights_of_torchvision_by_name(val, tmp_path, monkeypatch):
     asked = []
 
     def pretrained(name, weights):
@@ -190,62 +185,37 @@ def test_torchvision_s_own_weights_by_name(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(models, "pretrained", pretrained)
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    detect("COCO_V1", trained / "data/val2017/0.png", "--model", name, "--score-threshold", 0,
+    detect("COCO_V1", val / "0.png", "--model", name, "--score-threshold", 0,
            "--output-dir", tmp_path / "x")  # fmt: skip
     assert asked == [(name, "COCO_V1")]
-    rows = json.loads((tmp_path / "x/detections.json").read_text())
-    assert {row["category_id"] for row in rows} <= {17}
+    assert {row["category_id"] for row in read(tmp_path / "x/detections.json")} <= {17}
 
 
-# --------------------------------------------------------------------------- files and names
+# ------------------------------------------------------------------------------ output files
 
 
 def test_equal_names_in_two_folders_stay_apart(model, tmp_path):
     for n, name in enumerate(("day1/a.png", "day2/a.png", "day2/a.bmp", "day2/deep/A.png")):
-        picture(tmp_path / name, 64 + 8 * n)
-    detect(model, tmp_path / "day1", tmp_path / "day2", "--output-dir", tmp_path / "x")
-    images = json.loads((tmp_path / "x/images.json").read_text())["images"]
+        write_image(tmp_path / name, 64 + 8 * n)
+    detect(model, tmp_path / "day1", tmp_path / "day2", "--output-dir", tmp_path / "x y/[out]")
+    images = read(tmp_path / "x y/[out]/images.json")["images"]
     assert [image["file_name"] for image in images] == [
         "day1/a.png", "day2/a.bmp", "day2/a.png", "day2/deep/A.png",
     ]  # fmt: skip
-    drawn = ["day1/a.jpg", "day2/a-2.jpg", "day2/a.jpg", "day2/deep/A.jpg"]
-    assert pictures_of(tmp_path / "x/pictures") == drawn
-    widths = {name: Image.open(tmp_path / "x/pictures" / name).width for name in drawn}
-    assert widths == {
+    drawn = {
+        name: Image.open(tmp_path / "x y/[out]/pictures" / name).width
+        for name in files_in(tmp_path / "x y/[out]/pictures")
+    }
+    assert drawn == {  # small images are enlarged
         "day1/a.jpg": 64 * 8, "day2/a.jpg": 80 * 6, "day2/a-2.jpg": 72 * 7,
         "day2/deep/A.jpg": 88 * 6,
     }  # fmt: skip
 
 
-def test_names_that_differ_in_capitals_alone_stay_apart():
-    taken = set()
-    stems = [predict.unused(stem, taken) for stem in ("a", "A", "a-2", "b", "a")]
-    assert stems == ["a", "A-2", "a-2-2", "b", "a-3"]
-
-
-def test_files_folders_and_patterns_each_picture_once(model, tmp_path, monkeypatch):
-    for name in ("in/b [1].png", "in/a b.jpg", "in/c1.png", "in/c2.png", "in/deep/d.gif"):
-        picture(tmp_path / name)
-    (tmp_path / "in/notes.txt").write_text("no picture")
-    monkeypatch.chdir(tmp_path)
-
-    def names(*arguments):
-        return [(p.file_name, p.image_id) for p in predict.find_pictures(list(arguments))]
-
-    assert names("in/b [1].png") == [("b [1].png", 1)]  # a file, not a pattern
-    assert names("in/c?.png", "in/c1.png") == [("c1.png", 1), ("c2.png", 2)]
-    assert names("in/[ab]*") == [("a b.jpg", 1), ("b [1].png", 2)]
-    assert names("in/**/*.gif") == [("d.gif", 1)]
-    everything = ["a b.jpg", "b [1].png", "c1.png", "c2.png", "deep/d.gif"]
-    assert [name for name, _ in names("in", "in/c2.png")] == everything
-    detect(model, "in", "--output-dir", "x y/[out]")
-    assert len(pictures_of(tmp_path / "x y/[out]/pictures")) == 5
-
-
-def test_drawn_pictures_show_the_boxes(model, trained, tmp_path):
-    source = trained / "data/val2017/0.png"
+def test_boxes_are_drawn(model, val, tmp_path):
     for name, threshold in (("none", 1), ("all", 0)):
-        detect(model, source, "--output-dir", tmp_path / name, "--score-threshold", threshold)
+        detect(model, val / "0.png", "--output-dir", tmp_path / name,
+               "--score-threshold", threshold)  # fmt: skip
     plain, boxes = (
         np.asarray(Image.open(tmp_path / name / "pictures/0.jpg")).astype(int)
         for name in ("none", "all")
@@ -255,68 +225,79 @@ def test_drawn_pictures_show_the_boxes(model, trained, tmp_path):
 
 
 def test_nothing_is_written_over(command, model, tmp_path):
-    source = picture(tmp_path / "in/a.png")
+    source = write_image(tmp_path / "in/a.png")
     before = source.read_bytes()
     for folder in ("in", "."):
         code, _, errors = command(model, source, "--output-dir", tmp_path / folder)
         assert code == 2
         assert "is not empty, and nothing is written over" in errors
     assert source.read_bytes() == before
-    assert pictures_of(tmp_path) == ["in/a.png"]
+    assert files_in(tmp_path) == ["in/a.png"]
 
 
-def test_a_phone_s_picture_is_seen_upright(model, tmp_path):
+def test_exif_orientation_is_followed(model, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(tmp_path / "a.jpg", 64, 48, exif=exif)
-    detect(model, tmp_path / "a.jpg", "--output-dir", tmp_path / "x")
-    image = json.loads((tmp_path / "x/images.json").read_text())["images"][0]
+    detect(model, write_image(tmp_path / "a.jpg", 64, 48, exif=exif),
+           "--output-dir", tmp_path / "x")  # fmt: skip
+    image = read(tmp_path / "x/images.json")["images"][0]
     assert (image["width"], image["height"]) == (48, 64)
 
 
-def test_bad_pictures_are_named_and_the_rest_goes_on(command, model, tmp_path):
-    picture(tmp_path / "in/good.png")
-    picture(tmp_path / "in/narrow.png", 2000, 2)
-    (tmp_path / "in/broken.jpg").write_bytes(b"no picture")
+def test_unusable_images_are_named_and_skipped(command, model, tmp_path):
+    write_image(tmp_path / "in/good.png")
+    write_image(tmp_path / "in/narrow.png", 2000, 2)
+    (tmp_path / "in/broken.jpg").write_bytes(b"no image")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "in/huge.png")
     code, output, errors = command(model, tmp_path / "in", "--output-dir", tmp_path / "x")
     assert code == 2
-    lines = errors.splitlines()
-    assert len(lines) == 4
     for line, words in zip(
-        lines,
+        errors.splitlines(),
         ("broken.jpg cannot be read", "huge.png: 10000 x 10000 pixels", "narrow.png: 2000 x 2",
-         "error: 3 of 4 pictures could not be used"),
+         "error: 3 of 4 images could not be used"),
         strict=True,
     ):  # fmt: skip
         assert words in line
-    assert "1 picture, " in output
-    images = json.loads((tmp_path / "x/images.json").read_text())["images"]
+    assert "images: 1; " in output
+    images = read(tmp_path / "x/images.json")["images"]
     assert [image["file_name"] for image in images] == ["good.png"]
-    assert pictures_of(tmp_path / "x/pictures") == ["good.jpg"]
+    assert files_in(tmp_path / "x/pictures") == ["good.jpg"]
 
 
-def test_nothing_but_bad_pictures_leaves_empty_results(command, model, tmp_path):
+def test_results_are_empty_if_no_image_is_usable(command, model, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     code, _, errors = command(model, tmp_path / "a.png", "--output-dir", tmp_path / "x")
     assert code == 2
-    assert "1 of 1 pictures could not be used" in errors
-    assert json.loads((tmp_path / "x/detections.json").read_text()) == []
+    assert "1 of 1 images could not be used" in errors
+    assert read(tmp_path / "x/detections.json") == []
 
 
-# ------------------------------------------------------------------------------------- truth
+def test_an_interrupted_run_writes_what_is_done(model, val, tmp_path, monkeypatch):
+    detector, calls = predict.Detector.__call__, []
+
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return detector(self, batch)
+
+    monkeypatch.setattr(predict.Detector, "__call__", interrupted)
+    monkeypatch.setattr(predict.os, "cpu_count", lambda: 0)
+    with pytest.raises(RunError, match=r"interrupted after \d of 3 images"):
+        detect(model, val, "--output-dir", tmp_path / "x")
+    assert (tmp_path / "x/detections.json").exists()
 
 
-def test_truth_is_drawn_on_the_left_and_the_unlisted_are_named(command, trained, model, tmp_path):
-    data = trained / "data"
-    stray = picture(tmp_path / "stray.png")
-    truth = data / "annotations/instances_val2017.json"
+# ------------------------------------------------------------------------------ ground truth
+
+
+def test_ground_truth_is_drawn_on_the_left(command, model, val, annotations, tmp_path):
     code, output, errors = command(
-        model, data / "val2017", stray, "--show-truth", truth,
+        model, val, write_image(tmp_path / "stray.png"), "--show-truth", annotations,
         "--output-dir", tmp_path / "x", "--score-threshold", 1,
     )  # fmt: skip
     assert code == 0, errors
-    assert f"drawn without truth, as {truth} does not list them: " in output
+    assert f"drawn without ground truth, as {annotations} does not list them: " in output
     drawn = {p.name: p for p in (tmp_path / "x/pictures").rglob("*.jpg")}
     assert Image.open(drawn["stray.jpg"]).width == 512
     both = np.asarray(Image.open(drawn["0.jpg"])).astype(int)
@@ -326,63 +307,59 @@ def test_truth_is_drawn_on_the_left_and_the_unlisted_are_named(command, trained,
     differ = np.abs(left - right).max(axis=2) > 60
     assert differ[4 * 8 + 1, 4 * 8 : 34 * 8].mean() > 0.9  # the upper side of the true box
     assert differ[24 * 8 + 20 :].mean() == 0  # nothing is below it
-    images = json.loads((tmp_path / "x/images.json").read_text())["images"]
+    images = read(tmp_path / "x/images.json")["images"]
     assert {image["id"] for image in images} == {100, 101, 102, 103}
 
 
-def test_truth_is_found_by_the_end_of_the_path(trained, tmp_path):
-    data = trained / "data"
-    content = json.loads((data / "annotations/instances_val2017.json").read_text())
+def test_annotations_are_matched_by_the_end_of_the_path(command, model, annotations, tmp_path):
+    content = read(annotations)
     for name, row in zip(("day1/0.png", "0.png", "./sub/2.png"), content["images"], strict=True):
         row["file_name"] = name
-        picture(tmp_path / "in" / name, row["width"], row["height"])
+        write_image(tmp_path / "in" / name, row["width"], row["height"])
     (tmp_path / "truth.json").write_text(json.dumps(content))
-    index = predict.coco_utils.CocoIndex(
-        predict.coco_utils.Split(tmp_path / "truth.json", tmp_path)
-    )
-    found = predict.find_pictures([str(tmp_path / "in")])
-    predict.find_truth(found, index)
-    assert {p.path.relative_to(tmp_path / "in").as_posix(): p.image_id for p in found} == {
-        "day1/0.png": 100, "0.png": 101, "sub/2.png": 102,
+    options = ("--show-truth", tmp_path / "truth.json", "--output-dir", tmp_path / "x")
+    detect(model, tmp_path / "in", *options)
+    images = read(tmp_path / "x/images.json")["images"]
+    assert {image["file_name"]: image["id"] for image in images} == {
+        "day1/0.png": 100, "0.png": 101, "./sub/2.png": 102,
     }  # fmt: skip
-    picture(tmp_path / "in/day3/0.png")
-    with pytest.raises(UserError, match=r"lists 0.png once \(id 101\)"):
-        predict.find_truth(predict.find_pictures([str(tmp_path / "in")]), index)
-    others = predict.find_pictures([str(picture(tmp_path / "else.png"))])
-    with pytest.raises(UserError, match="lists none of the pictures"):
-        predict.find_truth(others, index)
+    write_image(tmp_path / "in/day3/0.png")
+    code, _, errors = command(model, tmp_path / "in", *options)
+    assert code == 2
+    assert "lists 0.png once (id 101), but it may be " in errors
+    code, _, errors = command(model, write_image(tmp_path / "else.png"), *options)
+    assert code == 2
+    assert "lists none of the images" in errors
 
 
-def test_the_annotation_file_s_size_decides(command, trained, model, tmp_path):
-    content = json.loads((trained / "data/annotations/instances_val2017.json").read_text())
+def test_an_image_of_another_size_than_annotated_is_skipped(
+    command, model, val, annotations, tmp_path
+):
+    content = read(annotations)
     content["images"][0]["width"] = 65
     (tmp_path / "truth.json").write_text(json.dumps(content))
     code, _, errors = command(
-        model, trained / "data/val2017", "--show-truth", tmp_path / "truth.json",
-        "--output-dir", tmp_path / "x",
-    )  # fmt: skip
+        model, val, "--show-truth", tmp_path / "truth.json", "--output-dir", tmp_path / "x"
+    )
     assert code == 2
     assert "0.png is 64 x 48 pixels, its annotation file says 65 x 48" in errors
 
 
-# ------------------------------------------------------------------------------ what is wrong
+# ------------------------------------------------------------------------------ command line
 
 
-def test_mistakes_end_with_one_message_before_anything_is_written(
-    command, model, trained, tmp_path
+def test_wrong_use_ends_with_one_message_before_anything_is_written(
+    command, model, trained, annotations, tmp_path
 ):
     image = trained / "data/val2017/0.png"
     truth = tmp_path / "truth.json"
-    content = json.loads((trained / "data/annotations/instances_val2017.json").read_text())
+    content = read(annotations)
     content["categories"][0]["name"] = "horse"
     truth.write_text(json.dumps(content))
-    (tmp_path / "empty").mkdir()
     out = ("--output-dir", tmp_path / "x")
     for arguments, message in (
         ((model, image), "required: --output-dir"),
         ((model, tmp_path / "no.png", *out), "no.png: no such file or folder"),
-        ((model, tmp_path / "*.gif", *out), "*.gif: no file has a name like this"),
-        ((model, tmp_path / "empty", *out), "there is no picture in the folder"),
         ((tmp_path / "no.pth", image, *out), "no.pth: no such file. For torchvision's own"),
         ((trained / "out", image, *out), "is a folder: give a checkpoint in it"),
         ((image, image, *out), "0.png cannot be read: it is not a file of torch.save"),
@@ -403,77 +380,15 @@ def test_mistakes_end_with_one_message_before_anything_is_written(
         assert not (tmp_path / "x").exists()
 
 
-def test_the_script_runs_from_any_folder_and_ends_with_its_own_code(tmp_path):
+def test_the_script_runs_from_any_folder(tmp_path):
     script = ROOT / "predict.py"
     done = run(sys.executable, script, "x.pth", "no.png", "--output-dir", "y", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "predict.py: error: no.png: no such file or folder\n"
 
 
-def test_help_is_complete(command):
+def test_help_names_flags_files_and_exit_codes(command):
     code, output, _ = command("--help")
     assert code == 0
     for words in ("CHECKPOINT", "--show-truth FILE", "images.json", "Exit codes"):
         assert words in output
-
-
-def test_an_interrupted_run_keeps_what_it_has(model, trained, tmp_path, monkeypatch):
-    detector = predict.Detector.__call__
-    calls = []
-
-    def interrupted(self, batch):
-        calls.append(batch)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return detector(self, batch)
-
-    monkeypatch.setattr(predict.Detector, "__call__", interrupted)
-    monkeypatch.setattr(predict.os, "cpu_count", lambda: 0)
-    with pytest.raises(predict.Interrupted, match=r"interrupted after \d of 3 pictures"):
-        detect(model, trained / "data/val2017", "--output-dir", tmp_path / "x")
-    assert (tmp_path / "x/detections.json").exists()
-
-
-# ----------------------------------------------------------------------------------- drawing
-
-
-@pytest.mark.parametrize(("width", "height"), [(100, 80), (1, 1), (3000, 30), (640, 480)])
-def test_any_size_can_be_drawn_on(width, height):
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
-    boxes = torch.tensor([[-5.0, -5, width + 9, height + 9], [0, 0, 0.2, 0.2], [0, 0, 0, 0]])
-    drawn = drawing.draw_boxes(image, boxes, ["a box", "", "g"], [drawing.colour(0)] * 3)
-    factor = max(1, -(-480 // max(width, height)))
-    assert drawn.shape == (3, factor * height, factor * width)
-    assert drawn.dtype == torch.uint8
-    assert not image.any()
-    assert drawn.any()
-    assert drawing.draw_boxes(image, boxes[:0], [], []).shape == drawn.shape
-
-
-def test_touching_boxes_of_one_colour_have_a_dark_line_between_them():
-    image = torch.full((3, 480, 480), 128, dtype=torch.uint8)
-    boxes = torch.tensor([[100.0, 100, 200, 200], [200, 100, 300, 200]])
-    drawn = drawing.draw_boxes(image, boxes, ["", ""], [(250, 0, 0)] * 2)
-    across = drawn[0, 150, 190:210].tolist()
-    assert across.count(250) >= 3
-    begin, end = across.index(250), len(across) - across[::-1].index(250)
-    assert min(across[begin:end]) < 30
-
-
-def test_texts_do_not_hide_each_other_where_there_is_room():
-    image = torch.zeros(3, 480, 480, dtype=torch.uint8)
-    boxes = torch.tensor([[50.0, 50, 300, 300], [52, 50, 300, 300]])
-    shades = [(250, 0, 0), (0, 0, 250)]
-    both = drawing.draw_boxes(image, boxes, ["some text"] * 2, shades)
-    for n, channel in ((0, 0), (1, 2)):
-        one = slice(n, n + 1)
-        alone = drawing.draw_boxes(image, boxes[one], ["some text"], shades[one])
-        # The ground of the text, above the boxes, where their frames do not count.
-        grounds = [(d[channel, :46] == 250) & (d[2 - channel, :46] == 0) for d in (both, alone)]
-        assert grounds[0].sum() == grounds[1].sum() > 300
-
-
-def test_neighbouring_colours_differ():
-    shades = np.array([drawing.colour(n) for n in range(30)])
-    assert np.abs(np.diff(shades, axis=0)).sum(axis=1).min() > 150
-    assert len({tuple(shade) for shade in shades}) == 30
