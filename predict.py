@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.ops import box_convert
 from tqdm import tqdm
 
 import checkpoint
@@ -176,15 +175,13 @@ def load_model(weights: str, name: str | None) -> tuple[nn.Module, Categories]:
     if name:
         if path.exists():
             raise UserError(f"--model is for torchvision's weights: {path} knows its own model")
-        model, rows = models.pretrained(name, weights)
-    elif path.is_dir():
+        return models.torchvision_detector(name, weights)
+    if path.is_dir():
         raise UserError(f"{path} is a folder: give a checkpoint in it, {path / checkpoint.BEST}")
-    elif not path.exists():
+    if not path.exists():
         raise UserError(f"{path}: no such file. For torchvision's own weights say --model, too")
-    else:
-        saved = checkpoint.load(path)
-        model, rows = models.from_checkpoint(saved), saved["categories"]
-    return model, Categories.from_list(rows)
+    saved = checkpoint.load(path)
+    return models.from_checkpoint(saved), Categories.from_list(saved["categories"])
 
 
 @dataclass
@@ -260,14 +257,11 @@ def draw_image(
     image: InputImage, folder: Path, categories: Categories, index: CocoIndex | None
 ) -> InputImage:
     """Write an image with its detections, and the ground truth beside them if `index` has it."""
-    rows = image.detections
-    scores = [f" {score:.2f}" for score in rows[:, 5]]
-    drawn = draw_boxes(image.pixels, rows[:, 1:5], rows[:, 6], scores, categories)
-    if image.row is not None:
-        boxes, ids, notes = ground_truth(index, image.row, categories)
-        truth = draw_boxes(image.pixels, boxes, ids, notes, categories)
-        captions = [f"ground truth: {len(boxes):,}", f"detections: {len(rows):,}"]
-        drawn = drawing.side_by_side([truth, drawn], captions)
+    content = (image.detections, categories)
+    if image.row is None:
+        drawn = drawing.draw_detections(image.pixels, *content)
+    else:
+        drawn = drawing.draw_comparison(image.pixels, index, image.row, *content)
     image.pixels = None
     suffix = ".png" if max(drawn.shape) > JPEG_LONGEST else ".jpg"
     file = folder / (image.stem + suffix)
@@ -276,33 +270,6 @@ def draw_image(
     options = {"quality": 90, "subsampling": 0} if suffix == ".jpg" else {}
     Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy()).save(file, **options)
     return image
-
-
-def draw_boxes(
-    pixels: torch.Tensor,
-    xywh: np.ndarray,
-    category_ids: np.ndarray,
-    notes: list[str],
-    categories: Categories,
-) -> torch.Tensor:
-    """Draw boxes `[N, 4]`, the first on top, each with the name of its category and a note."""
-    names = categories.id_to_name
-    texts = [names[i] + note for i, note in zip(category_ids, notes, strict=True)]
-    colours = [drawing.colour(categories.ids.index(i)) for i in category_ids]
-    xyxy = box_convert(torch.from_numpy(xywh), "xywh", "xyxy").float()
-    return drawing.draw_boxes(pixels, xyxy.flip(0), texts[::-1], colours[::-1])
-
-
-def ground_truth(
-    index: CocoIndex, row: int, categories: Categories
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return boxes `[N, 4]`, category ids and notes of an image, those that can be drawn."""
-    rows = index.box_range(row)
-    boxes, ids = index.boxes[rows], index.category_ids[rows]
-    drawable = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
-    drawable &= np.isin(ids, categories.ids)
-    notes = [" (crowd)" if crowd else "" for crowd in index.iscrowd[rows][drawable]]
-    return boxes[drawable], ids[drawable], notes
 
 
 # --------------------------------------------------------------------------------- the results

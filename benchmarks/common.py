@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,15 +118,8 @@ def status(field: str, process: str = "self") -> float | None:
 
 def machine() -> dict:
     """What a figure depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    packages = ("torch", "torchvision", "numpy", "pillow", "pycocotools")
-    for name in (*packages, "msgspec", "faster-coco-eval"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # the last two are optional
-            versions[name] = None
+    names = ("torch", "torchvision", "numpy", "pillow", "msgspec", "hotcoco", "pycocotools")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

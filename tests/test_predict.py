@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 
 import models
 import predict
+from coco_utils import Categories
 from internals import mixed_precision
 from internals.errors import RunError
 from internals.failures import run_command
@@ -177,13 +178,13 @@ def test_amp_uses_the_precision_that_is_logged(model, val, tmp_path, monkeypatch
 def test_weights_of_torchvision_by_name(val, tmp_path, monkeypatch):
     asked = []
 
-    def pretrained(name, weights):
+    def torchvision_detector(name, weights):
         asked.append((name, weights))
         torch.manual_seed(0)
         made = models.build_model(name, 91, pretrained=None, min_sizes=(64,), max_size=107)
-        return made.eval(), [{"id": 17, "name": "cat", "label": 17}]
+        return made.eval(), Categories((17,), ("cat",), (17,))
 
-    monkeypatch.setattr(models, "pretrained", pretrained)
+    monkeypatch.setattr(models, "torchvision_detector", torchvision_detector)
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
     detect("COCO_V1", val / "0.png", "--model", name, "--score-threshold", 0,
            "--output-dir", tmp_path / "x")  # fmt: skip
