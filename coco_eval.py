@@ -22,10 +22,6 @@ from internals.errors import RunError, UserError
 
 EVALUATORS = ("hotcoco", "pycocotools", "both")
 
-METRICS = (
-    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
-)
 MEANING = {
     "AP": "AP at IoU 0.50:0.95",
     "AP50": "AP at IoU 0.50",
@@ -40,6 +36,7 @@ MEANING = {
     "ARm": "AR, medium boxes",
     "ARl": "AR, large boxes",
 }
+METRICS = tuple(MEANING)
 
 
 def detection_rows(

@@ -19,6 +19,7 @@ import transforms
 from internals.annotations import MAX_EXAMPLES, AnnotationColumns, DataIssue, read_annotations
 from internals.errors import DataError
 from internals.images import read_image
+from internals.packed_images import PackedImages
 
 # The ids of COCO's 80 categories leave gaps between 1 and 90; torchvision's COCO weights have one
 # output for each number from 0 (background) to 90.
@@ -348,35 +349,6 @@ class CocoDetection(Dataset):
             "area": torch.from_numpy(self.index.areas[rows][keep].astype(np.float32)),
             "iscrowd": torch.zeros(np.count_nonzero(keep), dtype=torch.int64),
         }
-
-
-class PackedImages:
-    """The images of a batch in one uint8 tensor, which goes to the device as one copy.
-
-    uint8 is a quarter of the bytes of float32.
-    """
-
-    def __init__(self, images: Sequence[torch.Tensor]):
-        """Pack `images`, each uint8 `[3, H, W]`."""
-        self.sizes = [tuple(image.shape[-2:]) for image in images]
-        self.pixels = torch.cat([image.permute(1, 2, 0).reshape(-1) for image in images])
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def pin_memory(self) -> "PackedImages":
-        """Called by the DataLoader where the device is a CUDA one."""
-        self.pixels = self.pixels.pin_memory()
-        return self
-
-    def to(self, device: torch.device) -> list[torch.Tensor]:
-        """The images on the device, each float32 `[3, H, W]` in [0, 1]."""
-        pixels = self.pixels.to(device, non_blocking=True)
-        parts = pixels.split([3 * height * width for height, width in self.sizes])
-        return [
-            part.view(height, width, 3).permute(2, 0, 1).float().div_(255)
-            for part, (height, width) in zip(parts, self.sizes, strict=True)
-        ]
 
 
 def collate(batch: list[tuple[torch.Tensor, dict]]) -> tuple[PackedImages, list[dict]]:

@@ -12,10 +12,11 @@ from torch.optim.swa_utils import AveragedModel
 
 import coco_eval
 import utils
-from coco_utils import Categories, PackedImages
+from coco_utils import Categories
 from internals import preemption
 from internals.mixed_precision import autocast
 from internals.monitoring import LossMeter, SkippedSteps, explain_oom, loss_name
+from internals.packed_images import PackedImages
 
 # ------------------------------------------------------------------------------ learning rate
 
@@ -159,7 +160,7 @@ def train_one_epoch(
 
     Args:
         state: is brought forward.
-        loader: begins with the batch of `state.step`; `loader.batch_sampler` is a plan of epochs.
+        loader: begins with the batch of `state.step`; its `batch_sampler` has the epoch's length.
         args: of them `seed, accumulate_steps, clip_grad_norm, print_freq`.
         last_step: where to end, inside or at the end of the epoch.
         log_step: called every `print_freq` steps with `(state, progress, losses, rate, images)`.
@@ -171,7 +172,6 @@ def train_one_epoch(
     """
     model, optimizer, scaler = state.ddp_model or state.model, state.optimizer, state.scaler
     model.train()
-    rate = state.set_learning_rate()
     meter, skipped = LossMeter(state.device), SkippedSteps(optimizer, state.device)
     first_step = state.epoch * len(loader.batch_sampler)
     progress = utils.Progress(
@@ -182,6 +182,7 @@ def train_one_epoch(
             image_ids = [target["image_id"] for target in targets]
             seeds = utils.seed_step(args.seed, state.step, len(images))
             images, targets = to_device(images, targets, state.device, seeds)
+            rate = state.set_learning_rate()
 
             optimizer.zero_grad()
             for *batch, is_last in split_micro_batches(images, targets, args.accumulate_steps):
@@ -203,7 +204,6 @@ def train_one_epoch(
             if state.step % args.print_freq == 0 or state.step == last_step:
                 averages = {**meter.read(), "skipped_steps": skipped.read(state.step)}
                 log_step(state, progress, averages, rate, len(images))
-            rate = state.set_learning_rate()
             if state.step == last_step:
                 break
             on_step_end(state.step, meter.check)

@@ -35,14 +35,15 @@ import checkpoint
 import coco_eval
 import models
 import utils
-from arguments import choose_device
-from coco_utils import Categories, CocoIndex, PackedImages, Split
+from coco_utils import Categories, CocoIndex, Split
 from internals.command_line import ArgumentParser, positive_int, prepare_output_dir
+from internals.devices import choose_device
 from internals.errors import DataError, RunError, UserError
 from internals.failures import run_command
 from internals.image_arguments import find_images
 from internals.images import read_image, read_upright
 from internals.mixed_precision import autocast, resolve_precision
+from internals.packed_images import PackedImages
 from reporting import drawing
 
 JPEG_LONGEST = 65_500  # pixels: the format has no more

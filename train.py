@@ -32,7 +32,6 @@ import transforms
 import utils
 from arguments import (
     base_learning_rate,
-    choose_device,
     default_workers,
     parse_arguments,
     resolve_defaults,
@@ -41,6 +40,7 @@ from arguments import (
 )
 from internals import batch_size, data_checks, failures, preemption, run_log
 from internals.command_line import prepare_output_dir
+from internals.devices import choose_device
 from internals.errors import UserError
 from internals.mixed_precision import resolve_precision
 
@@ -49,8 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     args = parse_arguments(argv)
     if args.check_data:
-        check_data(args)
-        return
+        return check_data(args)
     device = choose_device(args.device)
     prepare_output_dir(args.output_dir)
     indexes = load_indexes(args)
@@ -71,8 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     # Optimizer
     state = None if args.test_only else build_state(args, model, train_loader, amp_dtype)
     if args.find_batch_size:
-        batch_size.find(state, train_loader, args, engine.to_device)
-        return
+        return batch_size.find(state, train_loader, args, engine.to_device)
 
     # Outputs
     tensorboard = open_tensorboard(args, saved)
@@ -87,8 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         step = saved and saved["step"]
         epoch = saved and max(0, step - 1) // saved["args"]["steps_per_epoch"]
         evaluate(model, epoch=epoch, step=step)
-        write_report(args)
-        return
+        return write_report(args)
 
     # Resume
     plan = train_loader.batch_sampler
@@ -106,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     timer = preemption.CheckpointTimer(args.checkpoint_every, args.checkpoint_minutes, save)
     train(args, state, train_loader, timer, evaluate, partial(run_log.log_step, metrics))
     run_log.log_end(metrics, args.output_dir, state.best_AP, begin, timer.seconds_saving)
-    write_report(args)
+    return write_report(args)
 
 
 def train(args, state, loader, timer, evaluate, log_step) -> None:

@@ -43,7 +43,13 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-_store = None  # where processes leave messages for each other, even when collectives fail
+DistError = dist.DistError
+_store = None
+
+
+def message_store() -> dist.Store | None:
+    """Where processes leave messages for each other, even when collectives fail; None if alone."""
+    return _store
 
 
 def init_distributed(
@@ -70,11 +76,6 @@ def cleanup_distributed() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def is_distributed() -> bool:
-    """Whether this process has joined others."""
-    return dist.is_initialized()
 
 
 def barrier() -> None:
@@ -127,17 +128,12 @@ def run_on_rank_0(function: Callable[[], object]) -> object:
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray | None:
-    """The rows of every process, float64 `[sum of N, C]`, on rank 0; None on the others."""
+    """The rows of every process, `[sum of N, C]`, on rank 0; None on the others."""
     if not dist.is_initialized():
         return rows
-    lengths = gather_objects(len(rows))
-    padded = torch.zeros(max(lengths), rows.shape[1], dtype=torch.float64)
-    padded[: len(rows)] = torch.from_numpy(rows)
-    gathered = [torch.empty_like(padded) for _ in lengths] if rank() == 0 else None
-    dist.gather(padded, gathered)
-    if gathered is None:
-        return None
-    return np.concatenate([part[:n].numpy() for part, n in zip(gathered, lengths, strict=True)])
+    parts = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(rows, parts)
+    return np.concatenate(parts) if parts else None
 
 
 def wrap_ddp(model: torch.nn.Module, sync_buffers: bool) -> torch.nn.Module | None:
@@ -160,9 +156,7 @@ def wrap_ddp(model: torch.nn.Module, sync_buffers: bool) -> torch.nn.Module | No
 
 
 def ddp_sync(model: torch.nn.Module, enabled: bool):
-    """A context in which DDP averages gradients over the processes only if `enabled`; else they add
-    up in each, for a later backward pass to share.
-    """
+    """A context in which DDP averages gradients over the processes; if not, they add up in each."""
     return nullcontext() if enabled or world_size() == 1 else model.no_sync()
 
 
@@ -171,43 +165,6 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-# ----------------------------------------------------------------------------- failing together
-
-# What Gloo's errors have in their text, which is all that tells them from others.
-LOST = ("gloo", "connection closed by peer", "connection reset", "pair closure", "timed out")
-
-
-def lost_connection(error: BaseException) -> bool:
-    """Whether the error only says that another process is gone or does not answer."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(words in text for words in LOST)
-    )
-
-
-def report_failure(message: str) -> bool:
-    """Leave for the other processes why this one ends; False if another one was first."""
-    message = f"rank {rank()}: {message}"
-    try:
-        return _store is None or _store.compare_set("failure", "", message).decode() == message
-    except dist.DistError:  # the store went with its host
-        return True
-
-
-def first_failed_rank(timeout_seconds: float = 2) -> str:
-    """After contact was lost: what the first process to fail has left, or which ones are silent."""
-    try:
-        _store.set(f"waiting/{rank()}", "")
-        time.sleep(timeout_seconds)  # the others lose contact at about the same time
-        if _store.check(["failure"]):
-            return _store.get("failure").decode()
-        silent = [r for r in range(world_size()) if not _store.check([f"waiting/{r}"])]
-    except dist.DistError:
-        silent = []
-    names = ", ".join(map(str, silent)) or "0 or its machine"
-    return f"rank {names}: gone, or did not answer in time (--timeout-minutes)"
 
 
 # ------------------------------------------------------------------------------------ seeding

@@ -19,7 +19,7 @@ import engine
 import internals.fast
 import models
 import utils
-from arguments import choose_device
+from internals.devices import choose_device
 from internals.mixed_precision import resolve_precision
 
 NAME = "fasterrcnn_resnet50_fpn"

@@ -35,8 +35,8 @@ def run_command(main: Callable[[], None]) -> None:
     except Exception as error:
         if remedy := remedy_for(error):
             abort(remedy, FAILED)
-        if utils.lost_connection(error):
-            abort(f"ended because of {utils.first_failed_rank()}\n({error})", FAILED)
+        if lost_connection(error):
+            abort(f"ended because of {first_failed_rank()}\n({error})", FAILED)
         abort(f"{type(error).__name__}: {error}", FAILED, traceback.format_exc())
 
 
@@ -70,8 +70,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def abort(message: str, exit_code: int, details: str = "") -> None:
     """End this process with the one message of all processes, unless another one has given it."""
     preemption.restore_signal_handlers()
-    together = utils.is_distributed()
-    if utils.report_failure(message) and (together or utils.rank() == 0):
+    together = utils.message_store() is not None
+    if report_failure(message) and (together or utils.rank() == 0):
         where = f" of rank {utils.rank()}" if details and together else ""
         command = Path(sys.argv[0]).name
         print(f"{details}{command}: error{where}: {message}", file=sys.stderr, flush=True)
@@ -104,3 +104,41 @@ def exit_if_already_finished() -> None:
         sys.exit(exit_code)
     if file and utils.local_rank() == 0:
         file.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------- failing with other processes
+
+# What Gloo's errors have in their text, which is all that tells them from others.
+LOST = ("gloo", "connection closed by peer", "connection reset", "pair closure", "timed out")
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether the error only says that another process is gone or does not answer."""
+    text = str(error).lower()
+    return isinstance(error, utils.DistError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in LOST)
+    )
+
+
+def report_failure(message: str) -> bool:
+    """Leave for the other processes why this one ends; False if another one was first."""
+    message, store = f"rank {utils.rank()}: {message}", utils.message_store()
+    try:
+        return store is None or store.compare_set("failure", "", message).decode() == message
+    except utils.DistError:  # the store went with its host
+        return True
+
+
+def first_failed_rank(timeout_seconds: float = 2) -> str:
+    """After contact was lost: what the first process to fail has left, or which ones are silent."""
+    store = utils.message_store()
+    try:
+        store.set(f"waiting/{utils.rank()}", "")
+        time.sleep(timeout_seconds)  # the others lose contact at about the same time
+        if store.check(["failure"]):
+            return store.get("failure").decode()
+        silent = [r for r in range(utils.world_size()) if not store.check([f"waiting/{r}"])]
+    except utils.DistError:
+        silent = []
+    names = ", ".join(map(str, silent)) or "0 or its machine"
+    return f"rank {names}: gone, or did not answer in time (--timeout-minutes)"
