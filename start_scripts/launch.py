@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Run train.py on every device of this machine, or of several, through torchrun.
 
-What torchrun lacks is added here: a signal lets the processes finish their step and save, however
-long that takes, and the exit code is the one that train.py chose.
+What torchrun lacks at the oldest torch that is required is added here: a signal lets the processes
+finish their step and save, however long that takes (its --shutdown-timeout came later), and the
+exit code is the one that train.py chose.
 
 Environment: NPROC_PER_NODE, processes on this machine; MAX_RESTARTS, how often torchrun may start
 them again after a failure; on several machines also NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
@@ -27,24 +28,24 @@ sys.path.insert(0, str(PROJECT))
 from internals import preemption  # noqa: E402
 
 
-def listen(folder: Path) -> None:
+def install_signal_handlers(folder: Path) -> None:
     """Hand signals on as a file; at the second one torchrun ends the processes in 30 seconds."""
 
-    def note(number: int, frame: object) -> None:
-        name, told = signal.Signals(number).name, folder / "stop"
-        if told.exists():
+    def note_signal(number: int, frame: object) -> None:
+        name, file = signal.Signals(number).name, folder / "stop"
+        if file.exists():
             raise SignalException(f"{name} again", signal.SIGTERM)
-        told.write_text(name)
+        file.write_text(name)
 
     for name in preemption.STOP_SIGNALS:
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), note)
+            signal.signal(getattr(signal, name), note_signal)
     # torchrun would set handlers of its own for these signals: leave it the other ones.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
 
 
-def meeting_point(environment: dict) -> list[str]:
-    """torchrun's flags for where the machines meet: a port of the one with NODE_RANK 0."""
+def rendezvous_flags(environment: dict) -> list[str]:
+    """torchrun's flags for the rendezvous: a port of the machine with NODE_RANK 0."""
     nodes = int(environment.get("NNODES") or 1)
     if nodes == 1:
         return ["--standalone"]
@@ -72,7 +73,7 @@ def run(folder: Path) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     os.environ[preemption.LAUNCH_FOLDER] = str(folder)
     flags = [
-        *(*meeting_point(os.environ), f"--nproc-per-node={processes}"),
+        *(*rendezvous_flags(os.environ), f"--nproc-per-node={processes}"),
         f"--max-restarts={os.environ.get('MAX_RESTARTS') or 0}",
     ]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -81,9 +82,9 @@ def run(folder: Path) -> int:
         failure = None
     except (ChildFailedError, SignalException) as error:
         failure = error
-    told = folder / "exit"
-    if told.exists():
-        return int(told.read_text() or 1)
+    file = folder / "exit"
+    if file.exists():
+        return int(file.read_text() or 1)
     if failure:
         print(failure, file=sys.stderr)
     return 1 if failure else 0
@@ -91,7 +92,7 @@ def run(folder: Path) -> int:
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="faster-rcnn-"))
-    listen(folder)
+    install_signal_handlers(folder)
     try:
         exit_code = run(folder)
     finally:
