@@ -12,6 +12,7 @@ import transforms
 import utils
 from internals.command_line import (
     ArgumentParser,
+    evaluator_name,
     fraction,
     int_at_least_2,
     non_negative_float,
@@ -150,7 +151,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--print-freq", type=positive_int, default=20, metavar="N",
         help="steps from one report of losses to the next (default: %(default)s)")
     add("--tensorboard", action="store_true",
-        help="losses, AP and some pictures for TensorBoard, too, in tensorboard/")
+        help="losses, AP and some images for TensorBoard, too, in tensorboard/")
     add("--no-report", action="store_true", help="write no report.html at the end")
     add("--checkpoint-every", type=positive_int, metavar="N",
         help="save every N steps, besides after each epoch (default: by the clock alone)")
@@ -171,7 +172,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="images of one size evaluated together; changes nothing but speed and memory "
         "(default: 8 on CUDA, 1 on a CPU)")
     add("--val-loss", action="store_true", help="compute the losses on the validation set, too")
-    add("--evaluator", choices=coco_eval.EVALUATORS, default=coco_eval.EVALUATORS[0],
+    add("--evaluator", type=evaluator_name, choices=coco_eval.EVALUATORS, default="hotcoco",
         help="what computes COCO's numbers; both: with hotcoco and pycocotools, and fail if a "
         "number differs (default: %(default)s)")
 

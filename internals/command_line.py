@@ -41,6 +41,11 @@ def fraction(text: str) -> float:
     return value
 
 
+def evaluator_name(text: str) -> str:
+    """An argparse type: faster-coco-eval, which hotcoco has replaced, still stands for it."""
+    return "hotcoco" if text == "faster-coco-eval" else text
+
+
 def prepare_output_dir(folder: Path, must_be_empty: bool = False) -> None:
     """Make the output folder, and fail now if it cannot be written.
 

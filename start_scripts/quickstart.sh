@@ -14,9 +14,9 @@ bash "$ROOT/start_scripts/train_fasterrcnn_resnet50_amp_torch.sh" --data-path "$
 cat << END
 
 In that folder:
-  report.html       open it in a browser: curves, mistakes, pictures with boxes
+  report.html       open it in a browser: curves, errors, images with boxes
   model_best.pth    the detector with the best AP
-  detections.json   its boxes on the validation pictures, in COCO's results format
+  detections.json   its boxes on the validation images, in COCO's results format
   metrics.jsonl     every loss and every AP
-Train on your own pictures next: README.md, "Your own data".
+Train on your own images next: README.md, "Your own data".
 END
