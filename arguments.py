@@ -33,17 +33,17 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="COCO 2017's layout, or train/ and valid/ (or val/) with _annotations.coco.json "
         "beside the images (default: datasets/coco)")
     add("--dataset", choices=["coco"], default="coco", help="format of the data; there is only one")
-    for part in ("train", "val"):
-        add(f"--{part}-annotations", type=Path, metavar="FILE",
+    for split in ("train", "val"):
+        add(f"--{split}-annotations", type=Path, metavar="FILE",
             help="annotation file elsewhere")
-        add(f"--{part}-images", type=Path, metavar="FOLDER", help="its images")
+        add(f"--{split}-images", type=Path, metavar="FOLDER", help="its images")
     add("--overfit", type=positive_int, metavar="N",
         help="train and evaluate on the first N training images with boxes: what cannot learn "
         "these by heart has a fault")
     add("--keep-empty", action="store_true", help="train on images without a usable box, too")
     add("--data-augmentation", choices=transforms.PRESETS,
-        help="hflip: mirror every second image; multiscale: and draw the size from 0.6 to 1 x "
-        "--min-size; lsj: large-scale jitter in squares of --min-size (then 1024); ssd and "
+        help="hflip: mirror images with probability 0.5; multiscale: and draw the size from 0.6 to "
+        "1 x --min-size; lsj: large-scale jitter in squares of --min-size (then 1024); ssd and "
         "ssdlite: crops, with colours and zoom-out in ssd; none (default: hflip; none with "
         "--overfit)")
     add("--aspect-ratio-group-factor", type=int, default=3, metavar="K",
@@ -197,7 +197,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# The flags that shape the model: left out, they are taken from the checkpoint of --resume.
+# The flags that shape the model: left out, they are taken from the checkpoint of --resume. What
+# else must not change is in checkpoint.RESUME_INVARIANTS.
 MODEL_ARGS = (
     "model",
     "weights",

@@ -15,8 +15,8 @@ import torch
 
 import utils
 from coco_utils import CocoIndex
-from engine import TrainState
 from internals.errors import CheckpointError, RunError, UserError
+from internals.train_state import TrainState
 from internals.weights import load_weights_file
 from samplers import TrainingPlan
 
@@ -24,7 +24,7 @@ FORMAT = 1
 NEWEST, BEST = "checkpoint.pth", "model_best.pth"
 
 # What has to be as it was for a resumed run to end as an undisturbed one: arguments, and facts that
-# train.py adds to them.
+# `add_resume_facts` adds. What shapes the model is in arguments.MODEL_ARGS.
 RESUME_INVARIANTS = (
     "seed",
     "global_batch",
@@ -69,8 +69,7 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
 
     Args:
         folder: where to.
-        state: with the keys `model, optimizer, scaler, epoch, step, best_AP, categories, args`;
-            `format` is added here.
+        state: of `TrainState.state_dict`, with `categories` and `args`; `format` is added here.
         keep: how many numbered checkpoints to keep.
         best: whether to give it the name of the best one, too.
 
@@ -90,7 +89,7 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
             _hard_link(path, name)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        while error.__context__:  # torch.save turns what hinders it into a RuntimeError
+        while error.__context__:  # torch.save turns an OSError into a RuntimeError
             error = error.__context__
         if not isinstance(error, OSError):
             raise error from None
@@ -98,8 +97,8 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
             f"checkpoint not saved: {path}: {error.strerror}. The ones before are intact: make "
             "room, then go on with --resume auto"
         ) from error
-    # One with more steps is of a plan that was given up (--resume-anyway): it would prune the new
-    # ones and be taken for the newest.
+    # One with more steps is left from before --resume-anyway restarted an epoch: it would be taken
+    # for the newest.
     paths = list_numbered(folder)
     kept = paths[paths.index(path) :][:keep]
     for old in [*(set(paths) - set(kept)), *folder.glob("checkpoint_*.partial")]:
@@ -119,7 +118,7 @@ def _hard_link(path: Path, name: str) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Bring a change of names to the disk, on systems where that is a thing to do."""
+    """Bring a change of names to the disk; Windows has no such call."""
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         try:

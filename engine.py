@@ -3,12 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 import coco_eval
 import utils
@@ -17,6 +15,7 @@ from internals import preemption
 from internals.mixed_precision import autocast
 from internals.monitoring import LossMeter, SkippedSteps, explain_oom, loss_name
 from internals.packed_images import PackedImages
+from internals.train_state import TrainState
 
 # ------------------------------------------------------------------------------ learning rate
 
@@ -43,82 +42,6 @@ def learning_rate_factor(
 # ----------------------------------------------------------------------------------- training
 
 
-@dataclass
-class TrainState:
-    """What a training changes as it goes, and what a checkpoint holds of it.
-
-    `learning_rate(step)` is the rate of a step; `amp_dtype` is the type of autocast, None for
-    float32; `epoch` and `step` are those to go on with, counted from 0.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    learning_rate: Callable[[int], float]
-    amp_dtype: torch.dtype | None = None
-    ema: AveragedModel | None = None
-    epoch: int = 0
-    step: int = 0
-    best_AP: float | None = None
-    evaluations_since_best: int = 0
-    ddp_model: nn.Module | None = None  # what a step calls where there are several processes
-    scaler: torch.amp.GradScaler = field(init=False)
-
-    def __post_init__(self):
-        self.device = next(self.model.parameters()).device
-        enabled = self.amp_dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
-
-    @property
-    def eval_model(self) -> nn.Module:
-        """The model to evaluate, and to load elsewhere: the moving average if there is one."""
-        return self.ema.module if self.ema else self.model
-
-    def set_learning_rate(self) -> float:
-        """Give the rate of the step to come to every parameter group; return it."""
-        rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
-
-    def update_best(self, AP: float | None) -> bool:
-        """Note what an evaluation found; return whether no AP so far was as high."""
-        best = AP is not None and (self.best_AP is None or self.best_AP < AP)
-        if best:
-            self.best_AP = AP
-        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
-        return best
-
-    def should_stop_early(self, patience: int | None) -> bool:
-        """Whether AP has not risen for `patience` evaluations (--early-stop-patience)."""
-        waited = self.evaluations_since_best
-        if not patience or waited < patience:
-            return False
-        utils.log(f"no better AP in {waited} evaluations (--early-stop-patience {patience}): done")
-        return True
-
-    def state_dict(self) -> dict:
-        names = ("epoch", "step", "best_AP", "evaluations_since_best")
-        state = {
-            "model": self.eval_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in names},
-        }
-        if self.ema:
-            state["raw_model"] = self.model.state_dict()
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` gave, but for the weights, which the model has already."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step, self.best_AP = state["epoch"], state["step"], state["best_AP"]
-        self.evaluations_since_best = state.get("evaluations_since_best", 0)
-        if self.ema and "raw_model" in state:
-            self.ema.module.load_state_dict(state["model"])
-            self.ema.n_averaged.fill_(self.step)
-
-
 def to_device(
     images: PackedImages,
     targets: list[dict],
@@ -134,8 +57,9 @@ def to_device(
         {key: torch.from_numpy(target[key]).to(device, non_blocking=True) for key in keys}
         for target in targets
     ]
-    for target, seed in zip(on_device, seeds or (), strict=bool(seeds)):
-        target["seed"] = seed
+    if seeds is not None:
+        for target, seed in zip(on_device, seeds, strict=True):
+            target["seed"] = seed
     return images.to(device), on_device
 
 
@@ -168,16 +92,15 @@ def train_one_epoch(
 
     Raises:
         RunError: a loss is not finite, or memory runs out.
-        StopRequested: from `on_step_end`.
     """
     model, optimizer, scaler = state.ddp_model or state.model, state.optimizer, state.scaler
     model.train()
-    meter, skipped = LossMeter(state.device), SkippedSteps(optimizer, state.device)
+    meter = LossMeter(state.device)
     first_step = state.epoch * len(loader.batch_sampler)
     progress = utils.Progress(
         loader, last_step - first_step, state.step - first_step, f"epoch {state.epoch}"
     )
-    with explain_oom(progress, "--batch-size"), skipped:
+    with explain_oom(progress, "--batch-size"), SkippedSteps(optimizer, state.device) as skipped:
         for images, targets in progress:
             image_ids = [target["image_id"] for target in targets]
             seeds = utils.seed_step(args.seed, state.step, len(images))
@@ -185,10 +108,11 @@ def train_one_epoch(
             rate = state.set_learning_rate()
 
             optimizer.zero_grad()
-            for *batch, is_last in split_micro_batches(images, targets, args.accumulate_steps):
+            for part in split_micro_batches(images, targets, args.accumulate_steps):
+                micro_images, micro_targets, is_last = part
                 with utils.ddp_sync(model, enabled=is_last):
                     with autocast(state.device, state.amp_dtype):
-                        losses = model(*batch)
+                        losses = model(micro_images, micro_targets)
                     meter.add(losses, state.step, image_ids)
                     scaler.scale(sum(losses.values()) / args.accumulate_steps).backward()
             if args.clip_grad_norm is not None:
@@ -199,8 +123,7 @@ def train_one_epoch(
             if state.ema:
                 state.ema.update_parameters(state.model)
             state.step += 1
-
-            # The one place where the host waits for the device.
+            # On a GPU, reading a number makes the host wait, so it is done in these steps alone.
             if state.step % args.print_freq == 0 or state.step == last_step:
                 averages = {**meter.read(), "skipped_steps": skipped.read(state.step)}
                 log_step(state, progress, averages, rate, len(images))
@@ -234,8 +157,8 @@ def evaluate(
         amp_dtype: the type of autocast, None for float32.
         metrics: gets an "eval" line.
         tensorboard: a `reporting.tensorboard.TensorBoardWriter` for the first images, or None.
-        epoch: for the log, as `step`: the number of steps that the model was trained for.
-        step: see `epoch`.
+        epoch: the last one that the model was trained in, for the log.
+        step: the number of steps that it was trained for, for the log.
 
     Returns:
         AP, on every process; None where there is no ground truth.
@@ -245,22 +168,21 @@ def evaluate(
         RunError: memory runs out, or two evaluators differ.
     """
     detections, seconds = detect(model, loader, categories, amp_dtype)
-    losses = {}
-    if args.val_loss:
-        losses["val_loss"] = validation_loss(model, loader, amp_dtype=amp_dtype)
+    val_loss = validation_loss(model, loader, amp_dtype=amp_dtype) if args.val_loss else None
 
     def score() -> float | None:
         index, begin = loader.dataset.index, time.perf_counter()
         coco_eval.write_results(detections, args.output_dir / "detections.json")
         scores = coco_eval.evaluate_detections(index, detections, args.evaluator)
+        losses = {"val_loss": val_loss} if val_loss else {}
         metrics.write("eval", epoch=epoch, step=step, **scores, **losses)
         utils.log(
             f"evaluation: {len(index):,} images in {seconds:.1f} s, "
             f"{len(index) / seconds:.2f} images/s; {len(detections):,} detections, scored by "
             f"{args.evaluator} in {time.perf_counter() - begin:.1f} s"
         )
-        for loss in losses.values():
-            terms = [f"{name.removeprefix('loss_')} {x:.4f}" for name, x in loss.items()]
+        if val_loss:
+            terms = [f"{name.removeprefix('loss_')} {x:.4f}" for name, x in val_loss.items()]
             utils.log(f"validation {terms[0]}  ({', '.join(terms[1:])})")
         utils.log(coco_eval.table(scores))
         if tensorboard:
@@ -283,7 +205,8 @@ def detect(
     model.eval()
     utils.broadcast_buffers(model)
     device = next(model.parameters()).device
-    category_ids, rows = categories.ids_of_labels(), [np.empty((0, 7))]
+    category_ids = categories.ids_of_labels()
+    rows = [np.empty((0, 7))]  # so that a process without images has something to concatenate
     progress = utils.Progress(loader, len(loader), 0, "evaluation")
     with explain_oom(progress, "--eval-batch-size"):
         for images, targets in progress:
@@ -314,17 +237,22 @@ def validation_loss(model: nn.Module, loader, *, amp_dtype: torch.dtype | None) 
             module.eval()
     device = next(model.parameters()).device
     sums, images_seen = {}, 0
-    for images, targets in utils.Progress(loader, len(loader), 0, "validation loss"):
-        seeds = [utils.draw_seed(0, 0, target["image_id"] % 2**62) for target in targets]
-        images, targets = to_device(images, targets, device, seeds)
-        with autocast(device, amp_dtype):
-            losses = model(images, targets)
-        images_seen += len(images)
-        for name, loss in losses.items():
-            name = loss_name(name)
-            sums[name] = sums.get(name, 0) + loss.double() * len(images)
+    progress = utils.Progress(loader, len(loader), 0, "validation loss")
+    with explain_oom(progress, "--eval-batch-size"):
+        for images, targets in progress:
+            if preemption.stop_requested():
+                break
+            seeds = [utils.draw_seed(0, 0, target["image_id"] % 2**62) for target in targets]
+            images, targets = to_device(images, targets, device, seeds)
+            with autocast(device, amp_dtype):
+                losses = model(images, targets)
+            images_seen += len(images)
+            for name, loss in losses.items():
+                name = loss_name(name)
+                sums[name] = sums.get(name, 0) + loss.double() * len(images)
+    preemption.raise_if_stop_requested()
     shares = utils.gather_objects(({k: float(v) for k, v in sums.items()}, images_seen))
     total = sum(count for _, count in shares)
-    names = next(names for names, count in shares if count)
+    names = next(sums for sums, count in shares if count)  # some process may have no images
     terms = {name: sum(share.get(name, 0) for share, _ in shares) / total for name in names}
     return {"loss": sum(terms.values()), **terms}

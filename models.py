@@ -1,4 +1,4 @@
-"""Build a torchvision detector, give it weights, and keep its numbers right under autocast.
+"""Build a torchvision detector and give it weights.
 
 The class, the parameter names and the state_dict are torchvision's own: `build_model` calls
 torchvision's builder of that name, which decides what is frozen, but needs no download for it.
@@ -33,11 +33,13 @@ class Recipe(NamedTuple):
 
     backbone: WeightsEnum  # that training starts from
     sizes: tuple[int, int] = (800, 1333)  # shortest side, bound of the longest, in pixels
-    resizable: bool = True  # or every image is stretched to a square
+    resizable: bool = True  # False: every image is stretched to a square
     lr: float = 0.02  # of SGD for 16 images in a step, as in torchvision's references
     reduced_tail: bool = False  # without a backbone's weights the last stage has half the channels
 
 
+# A box detector of torchvision's needs a row here, its layers of classes in CLASS_HEAD_PATTERN, and
+# its head in internals.mixed_precision.HEADS.
 RESNET, MOBILENET = ResNet50_Weights.IMAGENET1K_V1, MobileNet_V3_Large_Weights.IMAGENET1K_V1
 RECIPES = {
     "fasterrcnn_resnet50_fpn": Recipe(RESNET),
@@ -47,8 +49,12 @@ RECIPES = {
     "retinanet_resnet50_fpn": Recipe(RESNET, lr=0.01),
     "retinanet_resnet50_fpn_v2": Recipe(RESNET, lr=0.01),
     "fcos_resnet50_fpn": Recipe(RESNET, lr=0.01),
-    "ssd300_vgg16": Recipe(VGG16_Weights.IMAGENET1K_FEATURES, (300, 300), False, lr=0.001),
-    "ssdlite320_mobilenet_v3_large": Recipe(MOBILENET, (320, 320), False, 0.0125, True),
+    "ssd300_vgg16": Recipe(
+        VGG16_Weights.IMAGENET1K_FEATURES, (300, 300), resizable=False, lr=0.001
+    ),
+    "ssdlite320_mobilenet_v3_large": Recipe(
+        MOBILENET, (320, 320), resizable=False, lr=0.0125, reduced_tail=True
+    ),
 }
 MODELS = tuple(RECIPES)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -105,7 +111,7 @@ def build_model(
                 num_classes=num_classes,
                 **options,
             )
-    except ValueError as error:  # this number is all that it checks
+    except ValueError as error:  # torchvision raises it for a number of layers out of range only
         raise UserError(f"--trainable-backbone-layers: {str(error).strip()}") from error
     except RuntimeError as error:
         raise UserError(_misfit("--weights-backbone", error)) from error
@@ -127,7 +133,7 @@ def from_checkpoint(saved: dict, stock: bool = False) -> nn.Module:
     args = saved["args"]
     model = build_model(
         args["model"],
-        1 + max(row["label"] for row in saved["categories"]),
+        Categories.from_list(saved["categories"]).num_classes,
         pretrained=pretrained_kind(args["weights"], args["weights_backbone"]),
         freeze_backbone=args.get("freeze_backbone", False),
         min_sizes=(args["min_size"],),
@@ -153,9 +159,10 @@ def torchvision_detector(name: str, weights: str) -> tuple[nn.Module, Categories
     names = member.meta["categories"]
     model = build_model(name, len(names), pretrained="detector")
     state = download(member, "or use a checkpoint of your own, without --model")
-    load_detector(model, state, True, weights)
-    real = {i: text for i, text in enumerate(names) if text not in ("__background__", "N/A")}
-    return model.eval(), Categories(tuple(real), tuple(real.values()), tuple(real))
+    load_detector(model, state, keep_head=True, source=weights)
+    named = {i: text for i, text in enumerate(names) if text not in ("__background__", "N/A")}
+    ids = tuple(named)
+    return model.eval(), Categories(ids=ids, names=tuple(named.values()), labels=ids)
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -182,7 +189,10 @@ def parameter_groups(
     for module in model.modules():
         special = norm_weight_decay is not None and isinstance(module, NORMS)
         mine = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        (norm if special else other).extend(mine)
+        if special:
+            norm += mine
+        else:
+            other += mine
     groups = [{"params": other, "weight_decay": weight_decay}]
     return groups + ([{"params": norm, "weight_decay": norm_weight_decay}] if norm else [])
 
@@ -256,7 +266,7 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> Non
 
 
 def _misfit(source: str, error: RuntimeError) -> str:
-    reasons = [line.strip() for line in str(error).splitlines()[1:]]
+    reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
     return (
         f"{source} does not fit this model: {reasons[0][:300]}{more}. "

@@ -38,17 +38,20 @@ from arguments import (
     to_plain_dict,
     validate_args,
 )
-from internals import batch_size, data_checks, failures, preemption, run_log
+from internals import batch_size as batch_size_search
+from internals import data_checks, failures, preemption, run_log
 from internals.command_line import prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import UserError
 from internals.mixed_precision import resolve_precision
+from internals.train_state import TrainState
 
 
 def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     args = parse_arguments(argv)
     if args.check_data:
+        preemption.restore_signal_handlers()  # there is nothing to save
         return check_data(args)
     device = choose_device(args.device)
     prepare_output_dir(args.output_dir)
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     # Optimizer
     state = None if args.test_only else build_state(args, model, train_loader, amp_dtype)
     if args.find_batch_size:
-        return batch_size.find(state, train_loader, args, engine.to_device)
+        return batch_size_search.find(state, train_loader, args, engine.to_device)
 
     # Outputs
     tensorboard = open_tensorboard(args, saved)
@@ -106,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     return write_report(args)
 
 
-def train(args, state, loader, timer, evaluate, log_step) -> None:
+def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step) -> None:
     """All epochs from where `state` is, each followed by an evaluation and a checkpoint."""
     plan = loader.batch_sampler
     steps_per_epoch = len(plan)
@@ -123,7 +126,7 @@ def train(args, state, loader, timer, evaluate, log_step) -> None:
                 log_step=log_step,
                 on_step_end=timer.after_step,
             )
-            timer.save()  # where the evaluation is interrupted, no step is taken again
+            timer.save()  # so that a run that is interrupted while evaluating repeats no step
         AP = evaluate(state.eval_model, epoch=state.epoch, step=state.step)
         best = state.update_best(AP)
         state.epoch = state.step // steps_per_epoch
@@ -145,22 +148,23 @@ def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
 
     With --overfit both are the first few training images.
     """
-    indexes = {}
-    for split in ("train",) if args.overfit else ("val",) if args.test_only else ("val", "train"):
-        index = load_index(args, split)
-        if args.overfit:
-            index = index.first_with_boxes(args.overfit)
-        data_checks.check_before_training(index, split, ignore_missing=args.max_bad_images > 0)
-        if split == "train":
-            select_images(args, index)
-        indexes[split] = index
-    return {"val": indexes["train"], **indexes} if args.overfit else indexes
+    if args.overfit:
+        index = load_index(args, "train").first_with_boxes(args.overfit)
+        indexes = {"train": index, "val": index}
+    else:
+        splits = ("val",) if args.test_only else ("val", "train")
+        indexes = {split: load_index(args, split) for split in splits}
+    for split, index in indexes.items():
+        data_checks.check_annotations(index, split, ignore_missing=args.max_bad_images > 0)
+    if not args.test_only:
+        select_images(args, indexes["train"])  # here only for its errors, before processes meet
+    return indexes
 
 
 def select_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.ndarray:
     """The positions of the images to train on; raises UserError if there are too few."""
-    share = args.batch_size * args.accumulate_steps
-    return samplers.select_train_images(index, args.keep_empty, share, utils.world_size())
+    batch_size = args.batch_size * args.accumulate_steps
+    return samplers.select_train_images(index, args.keep_empty, batch_size, utils.world_size())
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -218,9 +222,9 @@ def build_loaders(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # of its own, so that it draws nothing from the global one
     )
-    processes, rank = utils.world_size(), utils.rank()
+    world_size, rank = utils.world_size(), utils.rank()
     val = indexes["val"]
-    batches = samplers.evaluation_batches(val.sizes, args.eval_batch_size, processes, rank)
+    batches = samplers.evaluation_batches(val.sizes, args.eval_batch_size, world_size, rank)
     val_loader = make_loader(coco_utils.CocoDetection(val, categories), batch_sampler=batches)
     if args.test_only:
         return None, val_loader
@@ -229,8 +233,8 @@ def build_loaders(
     dataset = coco_utils.CocoDetection(indexes["train"], categories, images, augmentation)
     widths, heights = indexes["train"].sizes[images].T
     groups = samplers.aspect_ratio_groups(widths, heights, args.aspect_ratio_group_factor)
-    share = args.batch_size * args.accumulate_steps
-    plan = samplers.TrainingPlan(groups, share, processes, rank, args.seed)
+    batch_size = args.batch_size * args.accumulate_steps
+    plan = samplers.TrainingPlan(groups, batch_size, world_size, rank, args.seed)
     return make_loader(dataset, batch_sampler=plan), val_loader
 
 
@@ -262,7 +266,7 @@ def build_model(
     )
     if saved:
         state = saved["model"] if args.test_only else saved.get("raw_model", saved["model"])
-        models.load_detector(model, state, True, str(args.resume))
+        models.load_detector(model, state, keep_head=True, source=args.resume)
     elif args.weights:
         with utils.first_on_each_machine():
             models.load_pretrained_detector(
@@ -280,21 +284,21 @@ def build_model(
 
 def build_state(
     args: argparse.Namespace, model: nn.Module, loader: DataLoader, amp_dtype: torch.dtype | None
-) -> engine.TrainState:
+) -> TrainState:
     """A training before its first step."""
     steps_per_epoch, epoch = len(loader.batch_sampler), args.start_epoch or 0
-    if args.warmup_steps is None:
+    if args.warmup_steps is None:  # which has to know the length of an epoch
         args.warmup_steps = min(1000, steps_per_epoch)
     factor = partial(
         engine.learning_rate_factor,
         steps_per_epoch=steps_per_epoch,
         epochs=args.epochs,
         warmup_steps=args.warmup_steps,
-        milestones=args.lr_steps,
+        milestones=args.lr_steps if args.lr_scheduler == "multisteplr" else None,
         gamma=args.lr_gamma,
     )
     average = get_ema_multi_avg_fn(args.ema) if args.ema else None
-    return engine.TrainState(
+    return TrainState(
         model=model,
         optimizer=build_optimizer(args, model),
         learning_rate=lambda step: args.lr * factor(step),
@@ -365,7 +369,7 @@ def write_report(args: argparse.Namespace) -> None:
 
 @record
 def run_and_exit() -> None:
-    """Run `main` as the one process that it is, or as one of many."""
+    """Run `main`, in every process under torchrun: with signals, exit codes and cleaning up."""
     failures.exit_if_already_finished()
     preemption.install_signal_handlers()
     preemption.use_forked_workers()

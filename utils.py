@@ -237,6 +237,7 @@ class Progress:
 
     def __init__(self, batches: Iterable, total: int, done: int, label: str):
         self.batches, self.done, self.total, self.label = batches, done, total, label
+        self.batch = None
         self.bar = tqdm(
             total=total,
             initial=done,
@@ -269,7 +270,7 @@ class Progress:
         iterator = iter(self.batches)
         try:
             while True:
-                asked = time.perf_counter()
+                asked, self.batch = time.perf_counter(), None
                 self.batch = next(iterator, None)
                 if self.batch is None:
                     return

@@ -21,6 +21,7 @@ import models
 import utils
 from internals.devices import choose_device
 from internals.mixed_precision import resolve_precision
+from internals.train_state import TrainState
 
 NAME = "fasterrcnn_resnet50_fpn"
 # What `ours` can be measured without, to see what each brings.
@@ -89,7 +90,7 @@ def make_optimizer(model: nn.Module, ours: bool, lr: float) -> torch.optim.Optim
 def run_ours(model, batches, optimizer, device, amp_dtype, seed=0, factor=None, clip=None) -> list:
     """The losses of the steps that are logged, through this project's loop."""
     lr, losses = optimizer.param_groups[0]["lr"], []
-    state = engine.TrainState(
+    state = TrainState(
         model, optimizer, lambda step: lr * (factor(step) if factor else 1.0), amp_dtype
     )
     args = argparse.Namespace(

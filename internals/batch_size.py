@@ -14,15 +14,18 @@ import utils
 from internals import preemption
 from internals.errors import UserError
 from internals.mixed_precision import autocast
+from internals.train_state import TrainState
 
 SHARE = 0.95  # of the memory may be used: allocators leave gaps
 
 
-def find(state, loader, args: argparse.Namespace, to_device: Callable[..., tuple]) -> None:
+def find(
+    state: TrainState, loader, args: argparse.Namespace, to_device: Callable[..., tuple]
+) -> None:
     """Log the largest batch of the hardest images that fits into memory in a training step.
 
     Args:
-        state: an `engine.TrainState`, whose weights are changed.
+        state: its weights are changed.
         loader: of a `coco_utils.CocoDetection`, with a `samplers.TrainingPlan`.
         args: of them `min_size, max_size, data_augmentation`.
         to_device: `engine.to_device`.
@@ -58,7 +61,9 @@ def find(state, loader, args: argparse.Namespace, to_device: Callable[..., tuple
     utils.log(f"--batch-size {fit} is the largest that fits, {how}")
 
 
-def measure_peak_memory(state, images: list[torch.Tensor], targets: list[dict]) -> int | None:
+def measure_peak_memory(
+    state: TrainState, images: list[torch.Tensor], targets: list[dict]
+) -> int | None:
     """The most memory in MiB that training has taken, after a step with this batch.
 
     None if the batch does not fit. Changes the weights.

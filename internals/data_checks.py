@@ -1,8 +1,9 @@
 """What is in a COCO-format data set, and everything that is wrong with it, by kind.
 
-`find_issues` needs the annotation file and a listing of the image folder, so it runs before every
-training; `unreadable_images` opens every image, which takes minutes for a large data set. `index`
-is a `coco_utils.CocoIndex` throughout.
+Three occasions: `check_annotations`, before every training, needs the annotation file and a listing
+of the image folder; `check_all` (--check-data) and `drop_bad_images` (--max-bad-images) open every
+image, which takes minutes for a large data set. An image that turns out bad during a training ends
+it (`coco_utils.CocoDetection`). `index` is a `coco_utils.CocoIndex` throughout.
 """
 
 import contextlib
@@ -193,7 +194,7 @@ def _images_of(index, rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(index.offsets, rows, side="right") - 1
 
 
-def check_before_training(index, split: str, ignore_missing: bool) -> None:
+def check_annotations(index, split: str, ignore_missing: bool) -> None:
     """Log what is in a split and what of it does not train, without opening an image.
 
     Raises:

@@ -110,7 +110,7 @@ def explain_oom(progress: utils.Progress, batch_flag: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not failures.is_out_of_memory(error):
+        if progress.batch is None or not failures.is_out_of_memory(error):
             raise
         images, targets = progress.batch
         shapes = ", ".join(

@@ -1,6 +1,9 @@
 """Being asked to stop, by a signal or by the launcher, and agreeing on it between two steps.
 
-A signal is only noted; between two steps all processes agree to save and to stop.
+A signal is only noted; between two steps all processes agree to save and to stop. Under
+`start_scripts/launch.py` processes tell each other by files: `stop`, from the launcher to all;
+`asked`, from a process that got a signal itself to the others; `exit`, the exit code, from the
+first process to end to the launcher (see `failures.exit_with_code`).
 """
 
 import multiprocessing
@@ -18,7 +21,7 @@ from internals.errors import StopRequested
 
 # The launcher hands on what it is sent as a file in this folder, because torchrun would kill the
 # processes after 30 seconds (`--shutdown-timeout` is newer than the torch that is required).
-LAUNCH_FOLDER = "FASTER_RCNN_LAUNCH"
+LAUNCH_FOLDER_VARIABLE = "FASTER_RCNN_LAUNCH"
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is Slurm's usual warning
 
 
@@ -59,7 +62,7 @@ def _note_signal(number: int, frame: object) -> None:
 
 def launch_file(name: str) -> Path | None:
     """A file by which the launcher and its processes tell each other something."""
-    folder = os.environ.get(LAUNCH_FOLDER)
+    folder = os.environ.get(LAUNCH_FOLDER_VARIABLE)
     return Path(folder) / name if folder else None
 
 
@@ -127,13 +130,17 @@ class CheckpointTimer:
         if action == self.STOP:
             raise StopRequested
         if action:
-            raise_if_stop_requested()  # meanwhile: what was saved need not be saved again
+            raise_if_stop_requested()  # a request during the save needs no second one
         self.last_step = time.monotonic()
 
     def _sync_action(self, due: bool) -> int:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._launcher:
             raise RuntimeError("the launcher of this process is gone")
-        action = self.STOP if stop_requested() else self.SAVE * (due and utils.rank() == 0)
+        action = 0
+        if stop_requested():
+            action = self.STOP
+        elif due and utils.rank() == 0:  # whose clock decides
+            action = self.SAVE
         return int(utils.all_reduce(torch.tensor(action), "max"))
 
 

@@ -9,6 +9,7 @@ import torch
 import torchvision
 
 import utils
+from internals.train_state import TrainState
 
 
 def run_metadata(
@@ -32,7 +33,7 @@ def run_metadata(
     }
 
 
-def log_training_setup(args: argparse.Namespace, base_lr: float, plan, state) -> None:
+def log_training_setup(args: argparse.Namespace, base_lr: float, plan, state: TrainState) -> None:
     """Say what is about to happen before the first step, with the arithmetic.
 
     `base_lr` is the learning rate for 16 images in a step, `plan` a `samplers.TrainingPlan`.
@@ -63,7 +64,7 @@ def log_training_setup(args: argparse.Namespace, base_lr: float, plan, state) ->
 
 def log_step(
     metrics: utils.MetricsFile,
-    state,
+    state: TrainState,
     progress: utils.Progress,
     averages: dict[str, float],
     rate: float,

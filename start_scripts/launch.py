@@ -71,7 +71,7 @@ def run(folder: Path) -> int:
         print(f"no CUDA device was found: {processes} processes share the CPU", flush=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ[preemption.LAUNCH_FOLDER] = str(folder)
+    os.environ[preemption.LAUNCH_FOLDER_VARIABLE] = str(folder)
     flags = [
         *(*rendezvous_flags(os.environ), f"--nproc-per-node={processes}"),
         f"--max-restarts={os.environ.get('MAX_RESTARTS') or 0}",

@@ -2,9 +2,11 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers import rewrite, split_of
 
 import samplers
-from internals.errors import UserError
+from coco_utils import CocoIndex
+from internals.errors import DataError, UserError
 from samplers import TrainingPlan
 
 
@@ -73,9 +75,19 @@ def test_augmentation_seeds_differ_by_seed_epoch_and_image():
     assert len(seeds) == 27
 
 
-def test_fewer_images_than_a_global_batch_are_refused():
-    with pytest.raises(UserError, match=r"7 usable images.*8 .4 images on each of 2"):
-        TrainingPlan(groups_of(7), 4, 2)
+def test_images_without_boxes_train_only_if_asked(tiny):
+    rewrite(split_of(tiny), lambda data: data.update(annotations=data["annotations"][:3]))
+    index = CocoIndex(split_of(tiny))
+    assert samplers.select_train_images(index, False, 1, 2).tolist() == [0, 1]
+    assert samplers.select_train_images(index, True, 4, 2).tolist() == list(range(8))
+    with pytest.raises(UserError, match=r"2 usable images.*8 .4 images on each of 2"):
+        samplers.select_train_images(index, False, 4, 2)
+
+
+def test_a_split_without_boxes_is_refused_with_its_file(tiny):
+    rewrite(split_of(tiny), lambda data: data.update(annotations=[]))
+    with pytest.raises(DataError, match=r"instances_train2017.json has no box that can be trained"):
+        samplers.select_train_images(CocoIndex(split_of(tiny)), False, 1, 1)
 
 
 def test_aspect_ratio_groups_by_factor():
