@@ -1,12 +1,14 @@
 """What the tests share: small data, and ways to run the recipe as a user does."""
 
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -88,43 +90,55 @@ def train(*flags, **kwargs) -> subprocess.CompletedProcess:
 
 
 def run_train(*flags, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
-    """Run train.py with these flags alone.
-
-    Where it can, in a process forked from one that has imported it, as the imports take three
-    seconds and there are many runs.
-    """
+    """Run train.py with these flags alone."""
     argv = [str(ROOT / "train.py"), *map(str, flags)]
     if os.name != "posix":
         return run(sys.executable, *argv, timeout=timeout, **environment)
+    return run_forked(_run_train, argv, timeout=timeout, **environment)
+
+
+def _run_train(argv: list[str]) -> None:
+    sys.argv = argv
+    import train
+
+    train.run_and_exit()
+
+
+def run_forked(
+    function: Callable, *args, timeout: float = 300, **environment
+) -> subprocess.CompletedProcess:
+    """Call `function(*args)` in a process of its own.
+
+    It is forked from one that has imported train.py, as the imports take three seconds.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "reporting.figures"])
     with tempfile.TemporaryDirectory() as folder:
-        process = context.Process(target=_be_train, args=(argv, environment, folder))
+        process = context.Process(target=_call, args=(function, args, environment, folder))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
-            raise subprocess.TimeoutExpired(argv, timeout)
+            raise subprocess.TimeoutExpired(str(function), timeout)
         out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess(argv, process.exitcode, out, err)
+    return subprocess.CompletedProcess(args, process.exitcode, out, err)
 
 
-def _be_train(argv: list[str], environment: dict, folder: str) -> None:
+def _call(function: Callable, args: tuple, environment: dict, folder: str) -> None:
     for number, name in ((1, "out"), (2, "err")):
         opened = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, number)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-    sys.argv = argv
     os.environ.pop("RANK", None)
     os.environ.update(CUDA_VISIBLE_DEVICES="", **environment)
-    import train
-
     if "FAULT" in environment:
-        sys.path.append(FAULT_INJECTION)
-        import sitecustomize
-
-        sitecustomize.install(environment["FAULT"])
-    train.run_and_exit()
+        # Not by name: the system may have a sitecustomize of its own.
+        file = f"{FAULT_INJECTION}/sitecustomize.py"
+        spec = importlib.util.spec_from_file_location("fault_injection", file)
+        faults = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(faults)
+        faults.install(environment["FAULT"])
+    function(*args)
 
 
 def losses(output_dir: Path) -> list[float]:

@@ -1,16 +1,21 @@
+"""Checkpoints that are whole or not there, and what a run goes on from."""
+
+import argparse
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import run_forked
 
 import checkpoint
-from internals.errors import CheckpointError, RunError
+import engine
+import samplers
+from internals.errors import CheckpointError, RunError, UserError
 
 STATE = {
     "model": {"w": torch.arange(4.0)},
@@ -28,119 +33,82 @@ def save(folder: Path, step: int, **kwargs) -> Path:
     return checkpoint.save(folder, {**STATE, "step": step}, **kwargs)
 
 
+POSIX = pytest.mark.skipif(os.name != "posix", reason="forks, signals and limits of POSIX")
+
+
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_what_was_saved_is_loaded(tmp_path):
+def steps_in(folder: Path) -> list[int]:
+    return [int(path.stem.split("_")[1]) for path in checkpoint.list_numbered(folder)]
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def test_saved_state_is_loaded(tmp_path):
     path = checkpoint.save(tmp_path, STATE)
     assert path.name == "checkpoint_00000012.pth"
     for name in (path, tmp_path / "checkpoint.pth"):
         loaded = checkpoint.load(name)
         assert torch.equal(loaded.pop("model")["w"], STATE["model"]["w"])
         assert loaded.pop("format") == checkpoint.FORMAT
-        buffer = loaded["optimizer"]["state"][0]["momentum_buffer"]
+        buffer = loaded.pop("optimizer")["state"][0]["momentum_buffer"]
         assert torch.equal(buffer, torch.ones(2))
-        assert loaded["args"] == STATE["args"]
+        assert loaded == {key: STATE[key] for key in loaded}
     assert names(tmp_path) == {"checkpoint_00000012.pth", "checkpoint.pth"}
 
 
-def test_the_newest_are_kept_and_the_best(tmp_path):
+def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
     for step in range(1, 9):
-        path = save(tmp_path, step, keep=3)
-        if step == 2:
-            checkpoint.save_best(path)
-    assert [path.name[-5] for path in checkpoint.numbered(tmp_path)] == ["8", "7", "6"]
+        save(tmp_path, step, keep=3, best=step == 2)
+    assert steps_in(tmp_path) == [8, 7, 6]
     assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 2
     assert checkpoint.load(tmp_path / checkpoint.NEWEST)["step"] == 8
     # the names of one file do not take room twice
-    assert (tmp_path / checkpoint.NEWEST).samefile(checkpoint.numbered(tmp_path)[0])
+    assert (tmp_path / checkpoint.NEWEST).samefile(checkpoint.list_numbered(tmp_path)[0])
 
 
-def test_a_run_that_begins_an_epoch_anew_keeps_its_own(tmp_path):
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
+    save(tmp_path, 4)
+    checkpoint.save(tmp_path, {**STATE, "step": 4, "best_AP": 0.5}, best=True)
+    for name in (checkpoint.NEWEST, checkpoint.BEST, "checkpoint_00000004.pth"):
+        assert checkpoint.load(tmp_path / name)["best_AP"] == 0.5
+    assert steps_in(tmp_path) == [4]
+
+
+def test_restarted_epoch_prunes_the_steps_that_were_given_up(tmp_path):
     for step in (7, 8, 9, 5, 6):
         path = save(tmp_path, step)
-        assert checkpoint.newest(tmp_path)[0] == path
-    assert [p.name[-5] for p in checkpoint.numbered(tmp_path)] == ["6", "5"]
+        assert checkpoint.load_newest(tmp_path)[0] == path
+    assert steps_in(tmp_path) == [6, 5]
 
 
-def test_what_an_evaluation_adds_leaves_the_weights_as_they_were_saved(tmp_path):
-    weights = torch.arange(4.0)
-    writer = checkpoint.Writer(tmp_path, keep=2)
-    writer.begin({**STATE, "model": {"w": weights}})
-    writer.amend({"best_AP": 0.5, "epoch": 4}, best=True)
-    weights.zero_()  # training goes on
-    writer.finish()
-    assert writer.waited > 0
-    for name in (checkpoint.NEWEST, checkpoint.BEST, "checkpoint_00000012.pth"):
-        loaded = checkpoint.load(tmp_path / name)
-        assert (loaded["best_AP"], loaded["epoch"], loaded["step"]) == (0.5, 4, 12)
-        assert loaded["model"]["w"].tolist() == [0, 1, 2, 3]
-    writer.begin({**STATE, "step": 13})
-    writer.amend({"best_AP": 0.6}, best=False)
-    writer.begin({**STATE, "step": 14})  # waits for it
-    writer.finish()
-    assert checkpoint.load(tmp_path / "checkpoint_00000013.pth")["best_AP"] == 0.6
-    assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 12
-
-
-def test_what_could_not_be_added_is_told_by_the_next_save(tmp_path, monkeypatch):
-    writer = checkpoint.Writer(tmp_path, keep=2)
-    writer.begin(STATE)
-    writer.finish()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    writer.amend({"best_AP": 0.5}, best=True)
-    with pytest.raises(RunError, match="No space left"):
-        writer.begin({**STATE, "step": 13})
-    monkeypatch.undo()
-    assert checkpoint.newest(tmp_path)[1]["best_AP"] == 0.25
-
-
-def test_without_hard_links_the_names_are_copies(tmp_path, monkeypatch):
+def test_without_hard_links_names_are_copies(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("not supported")
 
     monkeypatch.setattr(os, "link", refuse)
-    checkpoint.save_best(save(tmp_path, 1))
+    save(tmp_path, 1, best=True)
     save(tmp_path, 2)
     assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 1
     assert checkpoint.load(tmp_path / checkpoint.NEWEST)["step"] == 2
 
 
-DIES = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, checkpoint, utils
-folder, point = Path(sys.argv[1]), sys.argv[2]
-if point == "writing":
-    def half(state, file):
-        file.write(b"PK half of it" * 1000)
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    torch.save = half
-else:
-    os.environ["FAULT"] = f"kill@{{point}}:0:0"
-test_checkpoint.save(folder, 3)
-"""
-
-
+@POSIX
 @pytest.mark.parametrize(("point", "step"), [("writing", 2), ("flushed", 2), ("renamed", 3)])
-def test_killed_at_any_point_of_a_save_the_newest_whole_one_loads(tmp_path, point, step):
+def test_killed_during_a_save(tmp_path, point, step):
     for before in (1, 2):
         save(tmp_path, before)
-    code = DIES.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    died = subprocess.run([sys.executable, "-c", code, tmp_path, point], check=False)
-    assert died.returncode == -signal.SIGKILL
-    path, state, passed_over = checkpoint.newest(tmp_path)
+    died = run_forked(save, tmp_path, 3, FAULT=f"kill@{point}:0:0")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert bool(list(tmp_path.glob("*.partial"))) == (point != "renamed")
+    path, state, skipped = checkpoint.load_newest(tmp_path)
     assert state["step"] == step
-    assert path == checkpoint.numbered(tmp_path)[0]
-    assert not passed_over
-    assert len(checkpoint.numbered(tmp_path)) == (3 if point == "renamed" else 2)
+    assert path == checkpoint.list_numbered(tmp_path)[0]
+    assert not skipped
+    assert steps_in(tmp_path) == ([3, 2, 1] if point == "renamed" else [2, 1])
     save(tmp_path, 4)  # and what was left over is gone
     assert names(tmp_path) == {
         "checkpoint.pth",
@@ -148,33 +116,62 @@ def test_killed_at_any_point_of_a_save_the_newest_whole_one_loads(tmp_path, poin
     }
 
 
+def save_with_little_room(folder: Path) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        checkpoint.save(folder, {**STATE, "model": {"w": torch.ones(10_000)}, "step": 2})
+    except RunError as error:
+        print(error)
+
+
+@POSIX
+def test_full_disk_leaves_the_checkpoints_before(tmp_path):
+    save(tmp_path, 1)
+    done = run_forked(save_with_little_room, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"checkpoint not saved: {tmp_path}/checkpoint_00000002.pth: ")
+    assert "go on with --resume auto" in done.stdout
+    assert checkpoint.load_newest(tmp_path)[1]["step"] == 1
+    assert names(tmp_path) == {"checkpoint_00000001.pth", "checkpoint.pth"}
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(RunError, match=r"gone/checkpoint_00000001.pth: No such file or directory"):
+        save(tmp_path / "gone", 1)
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.999])
-def test_a_cut_checkpoint_is_passed_over(tmp_path, share):
+def test_truncated_checkpoint_is_passed_over(tmp_path, share):
     for step in (1, 2):
         save(tmp_path, step)
-    newest = checkpoint.numbered(tmp_path)[0]
+    newest = checkpoint.list_numbered(tmp_path)[0]
     content = newest.read_bytes()
     newest.write_bytes(content[: int(share * len(content))])
-    path, state, (message,) = checkpoint.newest(tmp_path)
+    path, state, (message,) = checkpoint.load_newest(tmp_path)
     assert state["step"] == 1
     assert path.name == "checkpoint_00000001.pth"
     assert message.startswith(f"{newest} ")
     # it is out of the way, but not gone
     assert newest.with_name(newest.name + ".damaged").exists()
-    assert checkpoint.numbered(tmp_path) == [path]
+    assert checkpoint.list_numbered(tmp_path) == [path]
 
 
-def test_a_flipped_byte_of_a_tensor_is_noticed_by_its_checksum(tmp_path):
+def test_flipped_byte_of_a_tensor_is_noticed_by_its_checksum(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
-    newest = checkpoint.numbered(tmp_path)[0]
+    newest = checkpoint.list_numbered(tmp_path)[0]
     with zipfile.ZipFile(newest) as archive:
         tensors = [info for info in archive.infolist() if "/data/" in info.filename]
     content = bytearray(newest.read_bytes())
     content[content.index(STATE["model"]["w"].numpy().tobytes()) + 6] ^= 1
     newest.write_bytes(bytes(content))
     assert torch.load(newest, weights_only=True)["step"] == 2  # torch does not notice
-    _, state, (message,) = checkpoint.newest(tmp_path)
+    _, state, (message,) = checkpoint.load_newest(tmp_path)
     assert state["step"] == 1
     assert f"the checksum of {tensors[0].filename} does not match" in message
 
@@ -194,56 +191,33 @@ def test_no_flipped_byte_changes_what_is_loaded(tmp_path):
     assert refused > 20
 
 
-def test_damaged_checkpoints_alone_are_not_a_new_beginning(tmp_path):
+def test_damaged_checkpoints_alone_are_an_error_not_a_new_training(tmp_path):
     for step in (1, 2):
         save(tmp_path, step).write_bytes(b"PK nothing")
     with pytest.raises(CheckpointError, match="none of the checkpoints") as caught:
-        checkpoint.newest(tmp_path)
+        checkpoint.load_newest(tmp_path)
     for step in (1, 2):
         assert f"checkpoint_0000000{step}.pth " in str(caught.value)
-    assert len(checkpoint.numbered(tmp_path)) == 2
-    assert checkpoint.newest(tmp_path / "empty") is None
+    assert steps_in(tmp_path) == [2, 1]
+    assert checkpoint.load_newest(tmp_path / "empty") is None
 
 
-def test_a_copy_of_the_newest_alone_is_enough(tmp_path):
+def test_copy_of_the_newest_alone_is_found(tmp_path):
     content = (save(tmp_path, 7).parent / checkpoint.NEWEST).read_bytes()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/checkpoint.pth").write_bytes(content)
-    path, state, _ = checkpoint.newest(tmp_path / "other")
+    path, state, _ = checkpoint.load_newest(tmp_path / "other")
     assert (path.name, state["step"]) == ("checkpoint.pth", 7)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
-def test_on_a_full_disk_the_ones_before_stay(tmp_path):
-    save(tmp_path, 1)
-    code = f"""
-import resource, sys
-from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import checkpoint, test_checkpoint, torch
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-state = {{**test_checkpoint.STATE, "model": {{"w": torch.ones(10000)}}, "step": 2}}
-try:
-    checkpoint.save(Path(sys.argv[1]), state)
-except RunError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith(f"checkpoint not saved: {tmp_path}")
-    assert checkpoint.newest(tmp_path)[1]["step"] == 1
-    assert not list(tmp_path.glob("*.partial"))
+class RunsCode:
+    """Pickled so that loading it would create a file."""
 
+    def __init__(self, file: Path):
+        self.file = file
 
-def test_a_folder_that_is_gone_is_said(tmp_path):
-    with pytest.raises(RunError, match="No such file or directory"):
-        save(tmp_path / "gone", 1)
-
-
-class Harmful:
     def __reduce__(self):
-        return (open, ("/tmp/this-file-must-not-appear", "w"))
+        return open, (str(self.file), "w")
 
 
 @pytest.mark.parametrize(
@@ -255,17 +229,166 @@ class Harmful:
         ({"w": torch.ones(1)}, "not a checkpoint of this recipe .*--weights instead"),
         ([1, 2], "holds a list"),
         ({**STATE, "format": 99}, "format 99"),
-        ({**STATE, "args": Harmful()}, "cannot be read"),
+        ("runs code", "cannot be read"),
     ],
 )
-def test_files_that_are_no_checkpoints_are_refused_by_name(tmp_path, content, message):
-    file = tmp_path / "x.pth"
+def test_other_files_are_refused_by_name(tmp_path, content, message):
+    file, created = tmp_path / "x.pth", tmp_path / "created"
     if isinstance(content, bytes):
         file.write_bytes(content)
+    elif content == "runs code":
+        torch.save({**STATE, "args": RunsCode(created)}, file)
     elif content is not None:
         torch.save(content, file)
     with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint.load(file)
     assert str(file) in str(caught.value)
     assert len(str(caught.value)) < 400
-    assert not Path("/tmp/this-file-must-not-appear").exists()
+    assert not created.exists()
+
+
+# ----------------------------------------------------------------------------------- resuming
+
+
+def resolve(folder: Path, resume: object = None, test_only: bool = False) -> int | None:
+    """The steps of the checkpoint that a run goes on from."""
+    path, saved = checkpoint.resolve_resume(folder, resume and str(resume), test_only)
+    assert (path is None) == (saved is None)
+    return saved and saved["step"]
+
+
+def test_new_training_does_not_overwrite_another(tmp_path):
+    assert resolve(tmp_path) is None
+    save(tmp_path, 3)
+    with pytest.raises(UserError, match=r"checkpoint_00000003.pth is there .*--resume auto"):
+        resolve(tmp_path)
+
+
+def test_resume_auto_takes_the_newest_whole_checkpoint(tmp_path, capsys):
+    assert resolve(tmp_path, "auto") is None
+    assert f"no checkpoint in {tmp_path} yet, a new training" in capsys.readouterr().out
+    for step in (1, 2):
+        path = save(tmp_path, step)
+    assert resolve(tmp_path, "auto") == 2
+    path.write_bytes(b"")
+    assert resolve(tmp_path, "auto") == 1
+    assert capsys.readouterr().out.startswith(f"passed over: {path} cannot be read")
+    for path in tmp_path.glob("checkpoint*.pth"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        resolve(tmp_path, "auto")
+
+
+def test_resume_of_a_file(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert resolve(tmp_path, tmp_path / "checkpoint.pth") == 2
+    assert resolve(tmp_path / "other", tmp_path / "checkpoint_00000001.pth") == 1
+    older = tmp_path / "checkpoint_00000001.pth"
+    with pytest.raises(UserError, match=r"has 1 steps, but .*checkpoint_00000002.pth has more"):
+        resolve(tmp_path, older)
+    with pytest.raises(CheckpointError, match=r"--resume .*gone.pth: no such file"):
+        resolve(tmp_path, tmp_path / "gone.pth")
+
+
+def test_process_restarted_by_torchrun_resumes_without_a_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert resolve(tmp_path) is None
+    save(tmp_path, 3)
+    assert resolve(tmp_path) == 3
+
+
+def test_evaluation_does_not_overwrite_another_training(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name, 3)
+    assert resolve(tmp_path / "a", tmp_path / "a/checkpoint.pth", test_only=True) == 3
+    assert resolve(tmp_path / "a", "auto", test_only=True) == 3
+    assert resolve(tmp_path / "c", tmp_path / "b/checkpoint.pth", test_only=True) == 3
+    for resume in (tmp_path / "b/checkpoint.pth", None):
+        with pytest.raises(UserError, match=r"a/checkpoint_00000003.pth is there"):
+            resolve(tmp_path / "a", resume, test_only=True)
+    with pytest.raises(UserError, match=r"no checkpoint in .*c to evaluate"):
+        resolve(tmp_path / "c", "auto", test_only=True)
+
+
+ARGS = {
+    **dict.fromkeys(checkpoint.RESUME_INVARIANTS),
+    **{"lr": 0.1, "steps_per_epoch": 10, "world_size": 1, "seed": 0, "global_batch": 4},
+}
+
+
+def restore(before: dict, now: dict, resume_anyway: bool = False) -> engine.TrainState:
+    """Resume a run of two epochs and five steps, of the arguments `before`."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = engine.TrainState(model, optimizer, lambda step: 0.1)
+    progress = {"epoch": 2, "step": 25, "best_AP": 0.5}
+    saved = {**state.state_dict(), **progress, "args": before}
+    checkpoint.restore(state, saved, now, "x.pth", resume_anyway)
+    return state
+
+
+def test_restored_state_goes_on_where_it_was(capsys):
+    state = restore(ARGS, ARGS)
+    assert (state.epoch, state.step, state.best_AP) == (2, 25, 0.5)
+    # what a checkpoint of an older version lacks is not compared
+    older = {key: value for key, value in ARGS.items() if key != "ema"}
+    assert restore(older, {**ARGS, "ema": 0.9}).step == 25
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", checkpoint.RESUME_INVARIANTS)
+def test_changed_invariant_is_refused_by_name(name, capsys):
+    words = {"train_data": "other training data", "val_data": "other validation data"}
+    words |= {key: f"{key.replace('_', ' ')} None (now 7)" for key in ("precision",)}
+    words |= {"global_batch": "global batch 4 (now 7)"}
+    before = ARGS[name]
+    described = words.get(name, f"--{name.replace('_', '-')} {before} (now 7)")
+    with pytest.raises(UserError) as caught:
+        restore(ARGS, {**ARGS, name: 7})
+    assert f"x.pth was trained with {described}. Use what" in str(caught.value)
+    assert "--resume-anyway" in str(caught.value)
+    state = restore(ARGS, {**ARGS, name: 7, "steps_per_epoch": 20}, resume_anyway=True)
+    said = capsys.readouterr().out
+    assert f"--resume-anyway: trained with {described}" in said
+    restarts = name in ("seed", "global_batch", "keep_empty", "aspect_ratio_group_factor")
+    restarts = restarts or name == "train_data"
+    assert ("epoch 2 restarts" in said) == restarts
+    assert (state.epoch, state.step) == (2, 40 if restarts else 25)
+
+
+def test_all_changes_are_named_at_once():
+    with pytest.raises(UserError, match=r"--seed 0 \(now 1\), --lr 0.1 \(now 0.2\)\. Use"):
+        restore(ARGS, {**ARGS, "lr": 0.2, "seed": 1})
+
+
+def test_other_number_of_processes_is_said(capsys):
+    assert restore({**ARGS, "world_size": 2}, ARGS).step == 25
+    assert "1 processes instead of 2: every planned image is seen once" in capsys.readouterr().out
+
+
+def test_resume_facts_are_compared():
+    class Index:
+        def fingerprint(self) -> str:
+            return "abc"
+
+    plan = samplers.TrainingPlan(np.zeros(9, dtype=np.int64), 4)
+    args = vars(argparse.Namespace(lr=0.1))
+    facts = checkpoint.add_resume_facts(args, plan, torch.bfloat16, {"train": Index()})
+    assert facts == {
+        **{"lr": 0.1, "steps_per_epoch": 2, "global_batch": 4, "world_size": 1},
+        **{"precision": "bfloat16", "train_data": "abc"},
+    }
+    assert checkpoint.add_resume_facts(args, plan, None, {})["precision"] == "float32"
+
+
+def test_checkpoints_are_listed_in_the_order_to_try(tmp_path):
+    for step in (99_999_999, 100_000_001):  # more digits than there is room for
+        save(tmp_path, step)
+    assert steps_in(tmp_path) == [100_000_001, 99_999_999]
+    (tmp_path / "checkpoint_last.pth").touch()
+    assert checkpoint.list_checkpoints(tmp_path) == checkpoint.list_numbered(tmp_path)
+    shutil.copy(tmp_path / checkpoint.NEWEST, tmp_path / "copy")
+    (tmp_path / "copy").replace(tmp_path / checkpoint.NEWEST)
+    assert checkpoint.list_checkpoints(tmp_path)[-1] == tmp_path / checkpoint.NEWEST

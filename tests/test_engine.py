@@ -1,14 +1,26 @@
+"""The loop, evaluation and the learning rate, in this process."""
+
+import argparse
+import json
 import math
+from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from helpers import rewrite, split_of
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import coco_utils
 import engine
-from internals import mixed_precision
-from internals.errors import RunError
-from internals.mixed_precision import resolve_precision
+import utils
+from internals.errors import RunError, StopRequested
+
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------ learning rate
 
 RATE = partial(
     engine.learning_rate_factor,
@@ -20,7 +32,7 @@ RATE = partial(
 )
 
 
-def test_the_rate_warms_up_then_drops_at_the_milestones():
+def test_learning_rate_warms_up_and_drops_at_milestones():
     assert RATE(0) == pytest.approx(0.001)
     assert RATE(4) == pytest.approx(0.001 + 0.999 * 0.8)
     assert RATE(5) == RATE(159) == 1
@@ -29,7 +41,7 @@ def test_the_rate_warms_up_then_drops_at_the_milestones():
     assert RATE(220) == RATE(10_000) == pytest.approx(0.01)
 
 
-def test_the_cosine_ends_at_zero():
+def test_cosine_ends_at_zero():
     cosine = partial(RATE, milestones=None, warmup_steps=0)
     assert cosine(0) == 1
     assert cosine(130) == pytest.approx(0.5)
@@ -37,45 +49,282 @@ def test_the_cosine_ends_at_zero():
     assert cosine(65) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
 
 
-def test_an_epoch_of_one_batch_reaches_the_base_rate():
+def test_epoch_of_one_batch_reaches_the_base_rate():
     one = partial(RATE, steps_per_epoch=1, warmup_steps=1)
     assert [one(step) for step in (0, 1, 15)] == [0.001, 1, 1]
 
 
-def test_the_schedule_sets_every_group():
-    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
-    optimizer = torch.optim.SGD(groups, lr=9.0)
-    assert engine.Schedule(0.02, RATE)(optimizer, 160) == pytest.approx(0.002)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.002] * 2)
+# ----------------------------------------------------------------------------------- training
+
+
+class TinyDetector(nn.Module):
+    """Two numbers for weights; has losses and detections as torchvision's detectors have them.
+
+    The losses of an image are quadratic in the weights. `outputs` is what it detects, image by
+    image; `seeds` is what it was given to draw with.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+        self.norm = nn.BatchNorm2d(3)
+        self.outputs, self.seeds = [], []
+
+    def forward(self, images: list[torch.Tensor], targets: list[dict] | None = None):
+        if not self.training:
+            return [self.outputs.pop(0) for _ in images]
+        for image in images:
+            self.norm(image[None])  # for its statistics alone
+        self.seeds += [target["seed"] for target in targets]
+        brightness = torch.stack([image.mean() for image in images])
+        boxes = torch.tensor([float(len(target["boxes"])) for target in targets])
+        return {
+            "loss_box_reg": (self.weight[0] * brightness - boxes).square().mean(),
+            "classification": (self.weight[1] + brightness).square().mean(),
+        }
+
+
+class Loader(list):
+    """Batches in a list, of an epoch of `steps_per_epoch` steps."""
+
+    def __init__(self, batches: list, steps_per_epoch: int):
+        super().__init__(batches)
+        self.batch_sampler = range(steps_per_epoch)
+
+
+def batches(count: int, size: int = 2) -> list:
+    """Batches of random images; those of image n are `image_id` n and n % 3 boxes."""
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for n in range(count * size):
+        image = torch.randint(0, 256, (3, 4, 6), dtype=torch.uint8, generator=generator)
+        boxes = torch.ones(n % 3, 4)
+        labels = torch.ones(n % 3, dtype=torch.int64)
+        samples.append((image, {"boxes": boxes, "labels": labels, "image_id": n}))
+    return [coco_utils.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+
+
+def tiny_state(**kwargs) -> engine.TrainState:
+    model = TinyDetector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=9.0, momentum=0.9)
+    return engine.TrainState(model, optimizer, lambda step: 0.01 * (step + 1), **kwargs)
+
+
+def ignore(*_) -> None:
+    pass
+
+
+def train(
+    state: engine.TrainState,
+    data: list,
+    last_step: int | None = None,
+    log_step: Callable = ignore,
+    on_step_end: Callable = ignore,
+    **changes,
+) -> list[float]:
+    """Train for an epoch of the batches in `data`; return the weights."""
+    args = {"seed": 3, "accumulate_steps": 1, "clip_grad_norm": None, "print_freq": 1, **changes}
+    engine.train_one_epoch(
+        state,
+        Loader(data, state.step + len(data)),
+        argparse.Namespace(**args),
+        last_step=last_step or len(data),
+        log_step=log_step,
+        on_step_end=on_step_end,
+    )
+    return state.model.weight.tolist()
+
+
+def plain_loop(data: list, clip: float = math.inf) -> list[list[float]]:
+    """The weights after each step, by the simplest loop."""
+    model = TinyDetector().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=9.0, momentum=0.9)
+    weights = []
+    for step, (images, targets) in enumerate(data):
+        optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
+        model.zero_grad()
+        sum(model(images.to(CPU), [{**t, "seed": 0} for t in targets]).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        weights.append(model.weight.tolist())
+    return weights
+
+
+def test_training_equals_a_plain_loop():
+    """Gradients do not add up over the steps, and each step has a learning rate of its own."""
+    data, rates = batches(4), []
+    state = tiny_state()
+    weights = train(state, data, log_step=lambda s, p, losses, rate, images: rates.append(rate))
+    assert weights == pytest.approx(plain_loop(data)[-1])
+    assert rates == pytest.approx([0.01, 0.02, 0.03, 0.04])
+    assert state.step == 4
+    assert state.model.training
+
+
+def test_gradients_are_clipped():
+    data = batches(4)
+    clipped = plain_loop(data, clip=0.5)[-1]
+    assert clipped != pytest.approx(plain_loop(data)[-1], rel=1e-3)
+    assert train(tiny_state(), data, clip_grad_norm=0.5) == pytest.approx(clipped)
+    assert train(tiny_state(), data, clip_grad_norm=1e9) == pytest.approx(plain_loop(data)[-1])
+
+
+def test_accumulated_gradients_equal_a_larger_batch():
+    expected = plain_loop(batches(3, size=4))[-1]
+    assert train(tiny_state(), batches(3, size=4), accumulate_steps=2) == pytest.approx(expected)
+    assert train(tiny_state(), batches(3, size=4), accumulate_steps=4) == pytest.approx(expected)
+
+
+def test_order_of_a_step():
+    state, order = tiny_state(), []
+    state.model.register_forward_hook(lambda *_: order.append("forward"))
+    state.optimizer.register_step_post_hook(lambda *_: order.append("update"))
+    train(
+        state,
+        batches(4, size=2),
+        accumulate_steps=2,
+        print_freq=2,
+        last_step=3,
+        log_step=lambda state, *_: order.append(f"log {state.step}"),
+        on_step_end=lambda step, check: order.append(f"end {step}"),
+    )
+    step = ["forward", "forward", "update"]
+    assert order == [*step, "end 1", *step, "log 2", "end 2", *step, "log 3"]
+    assert state.step == 3
+
+
+def test_losses_are_logged_as_averages_since_the_last_log():
+    each, logged, sizes = [], [], []
+
+    def log(state, progress, averages, rate, images):
+        logged.append(averages)
+        sizes.append((progress.done, progress.total, images))
+
+    train(tiny_state(), batches(5), log_step=lambda s, p, losses, *_: each.append(losses))
+    train(tiny_state(), batches(5), log_step=log, print_freq=2)
+    assert sizes == [(2, 5, 2), (4, 5, 2), (5, 5, 2)]
+    for found, steps in zip(logged, (each[:2], each[2:4], each[4:]), strict=True):
+        for name in ("loss", "loss_box_reg", "loss_classification", "skipped_steps"):
+            assert found[name] == pytest.approx(sum(step[name] for step in steps) / len(steps))
+        parts = found["loss_box_reg"] + found["loss_classification"]
+        assert found["loss"] == pytest.approx(parts)
+
+
+def test_ema_averages_the_weights_after_each_step():
+    data, average = batches(3), None
+    for weights in map(np.array, plain_loop(data)):
+        average = weights if average is None else 0.75 * average + 0.25 * weights
+    state = tiny_state()
+    multi_avg = get_ema_multi_avg_fn(0.75)
+    state.ema = AveragedModel(state.model, multi_avg_fn=multi_avg, use_buffers=True)
+    raw = train(state, data)
+    assert state.eval_model.weight.tolist() == pytest.approx(average.tolist())
+    assert raw == pytest.approx(plain_loop(data)[-1])
+    assert state.state_dict()["model"]["weight"].tolist() == pytest.approx(average.tolist())
+    assert state.state_dict()["raw_model"]["weight"].tolist() == raw
+
+
+def test_stop_and_resume_within_an_epoch_is_bit_exact():
+    data, whole, first, second = batches(6), tiny_state(), tiny_state(), tiny_state()
+    train(whole, data)
+
+    def stop(step, check):
+        check()
+        if step == 2:
+            raise StopRequested
+
+    with pytest.raises(StopRequested):
+        train(first, data, on_step_end=stop)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert second.step == 2
+    train(second, data[2:], last_step=6)
+    assert torch.equal(second.model.weight, whole.model.weight)
+    assert second.model.seeds == whole.model.seeds[4:]
+
+
+def test_random_numbers_depend_on_seed_step_and_position_alone():
+    state = tiny_state()
+    train(state, batches(2, size=4), accumulate_steps=2)
+    expected = [utils.draw_seed(3, step, image) for step in range(2) for image in range(4)]
+    assert state.model.seeds == expected
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_loss_is_reported_with_its_own_step_and_images(bad):
-    watch = engine.FiniteWatch(torch.device("cpu"))
-    for step, loss in ((7, 1.0), (8, bad), (9, bad)):
-        watch.note(step, torch.tensor(loss), [100 + step, 200 + step])
-    with pytest.raises(RunError, match=r"step 8 .*images \[108, 208\] on rank 0"):
-        watch.check()
+def test_loss_that_is_not_finite_ends_training_before_the_update(bad):
+    state = tiny_state()
+
+    def spoil(model, args, losses):
+        if state.step == 2:
+            losses["classification"] = losses["classification"] * bad
+        return losses
+
+    state.model.register_forward_hook(spoil)
+    with pytest.raises(RunError, match=r"the loss of step 2 .*images \[4, 5\] on rank 0.*--lr"):
+        train(state, batches(4), print_freq=100)
+    assert state.model.weight.tolist() == pytest.approx(plain_loop(batches(2))[-1])
 
 
-def test_good_losses_pass_and_are_forgotten():
-    watch = engine.FiniteWatch(torch.device("cpu"))
-    for step in range(5):
-        watch.note(step, torch.tensor(1e30), [step])
-    watch.check()
-    assert not watch.seen
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("you tried to allocate memory")],
+)
+def test_out_of_memory_is_explained(error):
+    state = tiny_state()
+
+    def fail(*_):
+        if state.step == 2:
+            raise error
+
+    state.model.register_forward_pre_hook(fail)
+    expected = r"epoch 0, step 3 of 4, with 2 images, .*6 x 4 with 1 boxes, 6 x 4 with 2 boxes"
+    with pytest.raises(RunError, match=expected + ": lower --batch-size"):
+        train(state, batches(4))
 
 
-def test_the_meter_averages_over_steps_since_the_last_read():
-    meter = engine.LossMeter()
-    for value in (1.0, 3.0):
-        meter.add({"loss_a": torch.tensor(value), "b": torch.tensor(10 * value)})
-    assert meter.read() == {"loss": 22.0, "loss_a": 2.0, "loss_b": 20.0}
-    meter.add({"loss_a": torch.tensor(5.0), "b": torch.tensor(1.0)})
-    assert meter.read() == {"loss": 6.0, "loss_a": 5.0, "loss_b": 1.0}
+def test_other_errors_of_the_model_stay_as_they_are():
+    state = tiny_state()
+    state.model.register_forward_pre_hook(lambda *_: [].pop())
+    with pytest.raises(IndexError, match="pop from empty list"):
+        train(state, batches(2))
 
 
-def test_a_batch_arrives_on_the_device_as_it_was_loaded():
+# ------------------------------------------------------------------------------ training state
+
+
+def test_best_ap_and_early_stopping():
+    state = tiny_state()
+    assert not state.update_best(None)
+    assert [state.update_best(AP) for AP in (0.1, 0.3, 0.3, 0.2)] == [True, True, False, False]
+    assert state.best_AP == 0.3
+    assert not state.should_stop_early(None)
+    assert not state.should_stop_early(3)
+    assert state.should_stop_early(2)
+    assert state.update_best(0.4)
+    assert not state.should_stop_early(1)
+
+
+def test_training_state_is_restored():
+    state, other = tiny_state(), tiny_state()
+    train(state, batches(3))
+    state.epoch, state.best_AP, state.evaluations_since_best = 1, 0.5, 2
+    other.load_state_dict(state.state_dict())
+    assert (other.epoch, other.step, other.best_AP) == (1, 3, 0.5)
+    assert other.evaluations_since_best == 2
+    momentum = [s.optimizer.state_dict()["state"][0]["momentum_buffer"] for s in (state, other)]
+    assert torch.equal(*momentum)
+
+
+def test_scaler_is_for_float16_and_is_restored():
+    assert not tiny_state(amp_dtype=torch.bfloat16).scaler.is_enabled()
+    state, other = (tiny_state(amp_dtype=torch.float16) for _ in range(2))
+    train(state, batches(1))
+    state.scaler.update(128.0)
+    other.load_state_dict(state.state_dict())
+    assert other.scaler.get_scale() == 128
+
+
+def test_batch_arrives_on_the_device_as_it_was_loaded():
     images = [
         torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8),
         torch.randint(0, 256, (4, 6, 3), dtype=torch.uint8).permute(2, 0, 1),
@@ -86,7 +335,7 @@ def test_a_batch_arrives_on_the_device_as_it_was_loaded():
     batch = coco_utils.collate(list(zip(images, targets, strict=True)))
     assert not any(isinstance(v, torch.Tensor) for t in batch[1] for v in t.values())
     assert [target["image_id"] for target in batch[1]] == [2, 0]
-    floats, arrived = engine.to_device(*batch, torch.device("cpu"))
+    floats, arrived = engine.to_device(*batch, CPU)
     for image, value in zip(images, floats, strict=True):
         assert torch.equal(image.float() / 255, value)
     for target, value in zip(targets, arrived, strict=True):
@@ -94,42 +343,128 @@ def test_a_batch_arrives_on_the_device_as_it_was_loaded():
         assert all(torch.equal(target[key], value[key]) for key in value)
 
 
-def test_the_type_of_autocast_follows_the_device(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert resolve_precision(cpu, False, None)[0] is None
-    assert resolve_precision(cuda, True, None)[0] is torch.float16
-    assert resolve_precision(cuda, True, "bfloat16")[0] is torch.bfloat16
-    monkeypatch.setattr(mixed_precision, "_cpu_has_bfloat16", lambda: True)
-    assert resolve_precision(cpu, True, None)[0] is torch.bfloat16
-    monkeypatch.setattr(mixed_precision, "_cpu_has_bfloat16", lambda: False)
-    dtype, why = resolve_precision(cpu, True, None)
-    assert dtype is None
-    assert "no bfloat16 instructions" in why
+# --------------------------------------------------------------------------------- evaluation
 
 
-def scaled_steps(gradients: list[float], optimizer_class) -> engine.SkippedSteps:
-    """Steps of a GradScaler with these gradients on a fused optimizer."""
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = optimizer_class([weight], lr=0.1, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    skipped = engine.SkippedSteps(optimizer, torch.device("cpu"))
-    for gradient in gradients:
-        scaler.scale(weight.sum())  # sets the scale up
-        weight.grad = torch.full((3,), gradient)
-        before = weight.detach().clone()
-        scaler.step(optimizer)
-        scaler.update()
-        assert torch.equal(before, weight) == math.isinf(gradient)
-    skipped.stop()
-    return skipped
+class ValidationLoader(Loader):
+    """The images of `tiny` by twos; `truth` is their ground truth as a detector gives it."""
+
+    def __init__(self, root):
+        index = coco_utils.CocoIndex(split_of(root, "val"))
+        self.dataset = coco_utils.CocoDetection(index, index.categories)
+        samples = [self.dataset[i] for i in range(len(self.dataset))]
+        super().__init__([coco_utils.collate(samples[:2]), coco_utils.collate(samples[2:])], 2)
+        self.truth = [
+            {
+                "boxes": torch.as_tensor(target["boxes"]),
+                "labels": torch.as_tensor(target["labels"]),
+                "scores": torch.full((len(target["boxes"]),), 0.9),
+            }
+            for _, target in samples
+        ]
 
 
-@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
-def test_skipped_steps_are_counted_until_there_are_too_many(optimizer_class):
-    inf = math.inf
-    skipped = scaled_steps([1.0, inf, 1.0, inf, inf, 1.0], optimizer_class)
-    assert skipped.check(6) == 3
-    assert skipped.check(6) == 0
-    assert scaled_steps([inf] * 9 + [1.0] + [inf] * 9, optimizer_class).check(19) == 18
-    with pytest.raises(RunError, match="10 steps in a row, up to step 12"):
-        scaled_steps([1.0, *[inf] * 10, 1.0], optimizer_class).check(12)
+def evaluate(model: nn.Module, loader: ValidationLoader, output_dir, **kwargs) -> float | None:
+    flags = {"output_dir": output_dir, "evaluator": "hotcoco", "val_loss": False, **kwargs}
+    return engine.evaluate(
+        model,
+        loader,
+        loader.dataset.index.categories,
+        argparse.Namespace(**flags),
+        amp_dtype=None,
+        metrics=utils.MetricsFile(output_dir),
+        epoch=1,
+        step=8,
+    )
+
+
+def eval_line(output_dir) -> dict:
+    (line,) = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return line
+
+
+def test_evaluation_of_the_ground_truth(tiny, tmp_path, capsys):
+    loader, model = ValidationLoader(tiny), TinyDetector()
+    model.outputs = list(loader.truth)
+    assert evaluate(model, loader, tmp_path) == pytest.approx(1)
+    assert not model.training
+    line = eval_line(tmp_path)
+    assert (line["kind"], line["epoch"], line["step"]) == ("eval", 1, 8)
+    assert line["AP"] == pytest.approx(1)
+    assert line["per_category"] == pytest.approx({"cat": 1, "dog": 1})
+    assert "val_loss" not in line
+    rows = json.loads((tmp_path / "detections.json").read_text())
+    first = {"image_id": 100, "category_id": 2, "bbox": [4, 4, 30, 20], "score": 0.9}
+    assert rows[0]["bbox"] == pytest.approx(first.pop("bbox"))
+    assert {key: pytest.approx(rows[0][key]) for key in first} == first
+    assert [row["image_id"] for row in rows] == [100, 101, 101, 102]
+    said = capsys.readouterr().out
+    assert "evaluation: 3 images" in said
+    assert "4 detections, scored by hotcoco" in said
+    assert "AP at IoU 0.50:0.95" in said
+
+
+def test_evaluation_of_wrong_and_of_missing_detections(tiny, tmp_path):
+    loader, model = ValidationLoader(tiny), TinyDetector()
+    nothing = {"boxes": torch.empty(0, 4), "labels": torch.empty(0), "scores": torch.empty(0)}
+    model.outputs = [loader.truth[0], nothing, nothing]
+    AP = evaluate(model, loader, tmp_path)
+    assert AP == eval_line(tmp_path)["AP"] < 0.5
+    (tmp_path / "none").mkdir()
+    model.outputs = [nothing] * 3
+    assert evaluate(model, loader, tmp_path / "none") == 0
+    assert json.loads((tmp_path / "none/detections.json").read_text()) == []
+
+
+def test_evaluation_without_ground_truth_has_no_ap(tiny, tmp_path):
+    rewrite(split_of(tiny, "val"), lambda data: data.update(annotations=[]))
+    loader, model = ValidationLoader(tiny), TinyDetector()
+    model.outputs = list(loader.truth)
+    assert evaluate(model, loader, tmp_path) is None
+    assert eval_line(tmp_path)["AP"] is None
+
+
+def test_out_of_memory_in_evaluation_is_explained(tiny, tmp_path):
+    model = TinyDetector()
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(fail)
+    expected = "evaluation, step 1 of 2, with 2 images.*lower --eval-batch-size"
+    with pytest.raises(RunError, match=expected):
+        evaluate(model, ValidationLoader(tiny), tmp_path)
+
+
+def test_validation_loss_weighs_images_alike_and_changes_nothing(tiny, tmp_path, capsys):
+    loader, model = ValidationLoader(tiny), TinyDetector()  # batches of two and of one image
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = engine.validation_loss(model, loader, amp_dtype=None)
+    terms = []
+    model.train()
+    for image, target in (loader.dataset[i] for i in range(3)):
+        losses = model([image / 255], [{**target, "seed": 0}])
+        terms.append([loss.item() for loss in losses.values()])
+    model.load_state_dict(before)
+    expected = np.mean(terms, axis=0)
+    assert list(found) == ["loss", "loss_box_reg", "loss_classification"]
+    assert list(found.values()) == pytest.approx([expected.sum(), *expected])
+    engine.validation_loss(model, loader, amp_dtype=None)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])  # the statistics of norms among them
+    assert model.weight.grad is None
+    model.outputs = list(loader.truth)
+    evaluate(model, loader, tmp_path, val_loss=True)
+    assert eval_line(tmp_path)["val_loss"] == pytest.approx(found)
+    assert "validation loss" in capsys.readouterr().out
+
+
+def test_what_is_drawn_for_a_validation_image_depends_on_the_image_alone(tiny):
+    loader, model = ValidationLoader(tiny), TinyDetector()
+    engine.validation_loss(model, loader, amp_dtype=None)
+    seeds = model.seeds
+    assert len(set(seeds)) == 3
+    model.seeds = []
+    loader[:] = [coco_utils.collate([loader.dataset[i] for i in (2, 0, 1)])]
+    engine.validation_loss(model, loader, amp_dtype=None)
+    assert model.seeds == [seeds[2], seeds[0], seeds[1]]

@@ -3,11 +3,12 @@
 With this folder in PYTHONPATH and FAULT=kind@point:rank:step in the environment, the process of
 that rank fails at that point. Kinds: `kill` and `term` (signals to this process), `late` (killed
 three seconds later), `hang`, `raise`, `memory`, and `nan` and `huge` for losses. Points: `step`
-and `loss` (a forward pass in training), `evaluation` (one of a batch, counted from 0), `flushed`
-and `renamed` (of a checkpoint; their step says nothing). The step may be `all`. A process that
-torchrun has restarted fails no more.
+and `loss` (a forward pass in training), `evaluation` (one of a batch, counted from 0), `writing`,
+`flushed` and `renamed` (of a checkpoint: half of it written, before and after its renaming; their
+step says nothing). The step may be `all`. A process that torchrun has restarted fails no more.
 """
 
+import io
 import os
 import re
 import signal
@@ -25,8 +26,10 @@ def install(spec: str) -> None:
     kind, point, rank, step = re.split("[@:]", spec)
     if rank != os.environ.get("RANK", "0"):
         return
-    if point in ("flushed", "renamed"):
-        _patch_checkpoint(kind, point)
+    if point == "writing":
+        _patch_save(kind)
+    elif point in ("flushed", "renamed"):
+        _patch_replace(kind, point)
     else:
         _patch_model(kind, point, step)
 
@@ -45,7 +48,22 @@ def fail(kind: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM if kind == "term" else signal.SIGKILL)
 
 
-def _patch_checkpoint(kind: str, point: str) -> None:
+def _patch_save(kind: str) -> None:
+    import torch
+
+    save = torch.save
+
+    def save_half_and_fail(state, file):
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        fail(kind)
+
+    torch.save = save_half_and_fail
+
+
+def _patch_replace(kind: str, point: str) -> None:
     replace, failed = os.replace, []
 
     def replace_and_fail(source, target):

@@ -1,0 +1,59 @@
+from itertools import chain
+
+import pytest
+import torch
+
+import models
+from internals import mixed_precision
+from internals.mixed_precision import resolve_precision
+
+
+def test_type_of_autocast_follows_the_device(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert resolve_precision(cpu, False, None)[0] is None
+    assert resolve_precision(cuda, True, None)[0] is torch.float16
+    assert resolve_precision(cuda, True, "bfloat16")[0] is torch.bfloat16
+    for instruction in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, instruction, lambda: True)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert resolve_precision(cpu, True, None)[0] is torch.bfloat16
+    for instruction in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, instruction, lambda: False)
+    dtype, why = resolve_precision(cpu, True, None)
+    assert dtype is None
+    assert "no bfloat16 instructions" in why
+    assert resolve_precision(cpu, True, "bfloat16")[0] is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fasterrcnn_mobilenet_v3_large_320_fpn",
+        "retinanet_resnet50_fpn",
+        "ssdlite320_mobilenet_v3_large",
+    ],
+)
+def test_boxes_stay_float32_under_bfloat16(name):
+    ours = models.build_model(name, 4, pretrained=None, min_sizes=(64,), max_size=96).eval()
+    images = [torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0))]
+    seen = {}
+    generator, head = (
+        next(module for module in ours.modules() if isinstance(module, kinds))
+        for kinds in (mixed_precision.ANCHOR_GENERATORS, mixed_precision.HEADS)
+    )
+    generator.register_forward_hook(lambda m, a, out: seen.update(anchors=out))
+    head.register_forward_hook(lambda m, a, out: seen.update(head=out))
+    ours.backbone.register_forward_hook(lambda m, a, out: seen.update(features=out))
+    anchors = []
+    with torch.inference_mode():
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                output = ours(images)
+            anchors.append(seen["anchors"])
+    assert seen["features"].popitem()[1].dtype == torch.bfloat16  # autocast was really on
+    parts = seen["head"].values() if isinstance(seen["head"], dict) else chain(*seen["head"])
+    assert {tensor.dtype for tensor in parts} == {torch.float32}
+    assert output[0]["boxes"].dtype == output[0]["scores"].dtype == torch.float32
+    for plain, mixed in zip(*anchors, strict=True):
+        assert mixed.dtype == torch.float32
+        assert torch.equal(plain, mixed)

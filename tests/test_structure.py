@@ -1,0 +1,86 @@
+"""Which file may import what: the spine goes one way, and one file knows a library."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+# Bottom up: each may import those before it, and `internals`.
+SPINE = (
+    *("utils", "transforms", "samplers", "coco_utils", "coco_eval", "models", "engine"),
+    *("checkpoint", "arguments", "train"),
+)
+COMMANDS = ("predict", "export", "report")
+FOLDERS = ("internals", "reporting", "datasets")
+# What train.py imports at the end of a run alone, inside functions.
+LAZY = {("train", "report"), ("train", "reporting")}
+OWNERS = {
+    "pycocotools": {"coco_eval"},
+    "hotcoco": {"coco_eval", "reporting/analysis"},
+    "torch.distributed": {"utils", "train", "start_scripts/launch"},
+    "msgspec": {"internals/annotations"},
+    "unittest.mock": set(),
+}
+FILES = sorted(
+    path
+    for pattern in ("*.py", *(f"{folder}/**/*.py" for folder in (*FOLDERS, "start_scripts")))
+    for path in ROOT.glob(pattern)
+)
+IDS = [path.relative_to(ROOT).with_suffix("").as_posix() for path in FILES]
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """The modules that a file imports, and whether inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.col_offset > 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            yield node.module, node.col_offset > 0
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.col_offset > 0
+
+
+def may_import(name: str, other: str) -> bool:
+    """Whether the file `name` may import the project's file or folder `other`."""
+    if name == "utils":
+        return False
+    if name in SPINE:
+        return other == "internals" or other in SPINE[: SPINE.index(name)]
+    if name.startswith("internals/"):
+        return other in ("utils", "internals")
+    if name.startswith("datasets/"):
+        return other in ("utils", "internals", "datasets", "coco_utils")
+    return other in (*SPINE, "internals", "reporting")  # the other commands, and their parts
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_go_one_way(path):
+    name = path.relative_to(ROOT).with_suffix("").as_posix()
+    known = {*SPINE, *COMMANDS, *FOLDERS, "benchmarks", "tests"}
+    wrong = {
+        other
+        for other, lazy in imports(path)
+        if (top := other.partition(".")[0]) in known
+        and not may_import(name, top)
+        and not (lazy and (name, top) in LAZY)
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_libraries_are_known_to_one_file(path):
+    name = path.relative_to(ROOT).with_suffix("").as_posix()
+    imported = {other for other, _ in imports(path)}
+    for library, owners in OWNERS.items():
+        uses = any(other == library or other.startswith(f"{library}.") for other in imported)
+        assert not uses or name in owners, f"{library} belongs to {owners or 'tests'}"
+
+
+def test_no_test_imports_from_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        modules = {other.rpartition(".")[2] for other, _ in imports(path)}
+        assert not {module for module in modules if module.startswith("test_")}, path
+        assert "conftest" not in modules, path
