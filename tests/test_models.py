@@ -2,7 +2,6 @@ from itertools import chain
 
 import pytest
 import torch
-import torchvision
 from torch.nn import BatchNorm2d
 from torchvision.models import get_model
 from torchvision.ops import FrozenBatchNorm2d
@@ -238,37 +237,6 @@ def test_boxes_stay_float32_under_bfloat16(name):
 # ----------------------------------------------------------------------------------- weights
 
 
-def test_weights_that_cannot_be_downloaded_say_where_to_place_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError) as caught:
-        models.backbone_weights(RESNET, "IMAGENET1K_V1")
-    message = str(caught.value)
-    assert str(tmp_path / "checkpoints" / "resnet50-0676ba61.pth") in message
-    assert "--weights-backbone none" in message
-    assert "https://" in message
-    with pytest.raises(UserError, match="or use --weights-backbone none instead"):
-        models.detector_weights(RESNET, "COCO_V1")
-
-
-def test_placed_weights_are_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    state = torchvision.models.resnet50(weights=None).state_dict()
-    torch.save(state, tmp_path / "checkpoints" / "resnet50-0676ba61.pth")
-    found = models.backbone_weights(RESNET, "ResNet50_Weights.IMAGENET1K_V1")
-    assert torch.equal(found["conv1.weight"], state["conv1.weight"])
-
-
-def test_unknown_weights_are_refused_with_the_choices():
-    with pytest.raises(UserError, match=r"'IMAGENET9'.*IMAGENET1K_V1, IMAGENET1K_V2"):
-        models.backbone_weights(RESNET, "IMAGENET9")
-
-
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_new_head_leaves_the_rest_as_loaded(name):
     donor, model = (models.build_model(name, n, pretrained="detector") for n in (91, 4))
@@ -284,23 +252,6 @@ def test_a_new_head_leaves_the_rest_as_loaded(name):
     assert models.same_classes(model, model.state_dict())
     with pytest.raises(UserError, match="test does not fit this model: size mismatch"):
         models.load_detector(model, donor.state_dict(), True, "test")
-
-
-def test_coco_weights_give_a_stock_model_the_same_norms(monkeypatch):
-    """COCO_V1 was trained with an epsilon of 0; a stock model divides with 1e-5."""
-    norm = FrozenBatchNorm2d(6, eps=0.0)
-    generator = torch.Generator().manual_seed(0)
-    for name, buffer in norm.named_buffers():
-        values = torch.randn(6, generator=generator)
-        buffer.copy_(values.abs() ** 8 * 1e-3 if name == "running_var" else values)
-    state = {f"bn.{key}": value.clone() for key, value in norm.state_dict().items()}
-    enum = torchvision.models.get_model_weights(RESNET)
-    monkeypatch.setattr(enum, "get_state_dict", lambda *a, **k: state)
-    absorbed = models.detector_weights(RESNET, "COCO_V1")
-    stock = FrozenBatchNorm2d(6)
-    stock.load_state_dict({key.removeprefix("bn."): value for key, value in absorbed.items()})
-    x = torch.randn(2, 6, 3, 3, generator=generator)
-    torch.testing.assert_close(stock(x), norm(x), rtol=1e-4, atol=1e-4)
 
 
 def test_norms_get_their_own_weight_decay():

@@ -74,7 +74,7 @@ def test_stop_on_request_is_no_error(capsys):
 
 
 def test_launcher_gets_the_exit_code_of_the_first_process_that_ends(tmp_path, monkeypatch):
-    monkeypatch.setenv(preemption.LAUNCH_FOLDER, str(tmp_path))
+    monkeypatch.setenv(preemption.LAUNCH_FOLDER_VARIABLE, str(tmp_path))
     assert end_with(UserError("wrong")) == 2
     assert end_with(RunError("peer is gone")) == 1
     assert (tmp_path / "exit").read_text() == "2"
@@ -85,7 +85,7 @@ def test_launcher_gets_the_exit_code_of_the_first_process_that_ends(tmp_path, mo
 
 def test_process_that_torchrun_starts_again_ends_if_all_was_over(tmp_path, monkeypatch):
     failures.exit_if_already_finished()
-    monkeypatch.setenv(preemption.LAUNCH_FOLDER, str(tmp_path))
+    monkeypatch.setenv(preemption.LAUNCH_FOLDER_VARIABLE, str(tmp_path))
     failures.exit_if_already_finished()
     for exit_code in (2, 75):
         (tmp_path / "exit").write_text(str(exit_code))

@@ -125,7 +125,7 @@ def test_signal_during_a_save_causes_no_second_one():
 
 
 def test_processes_of_a_launcher_share_a_request(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(preemption.LAUNCH_FOLDER, str(tmp_path))
+    monkeypatch.setenv(preemption.LAUNCH_FOLDER_VARIABLE, str(tmp_path))
     assert not preemption.stop_requested()
     (tmp_path / "stop").write_text("SIGUSR1")
     assert preemption.stop_requested()
