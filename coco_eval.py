@@ -180,7 +180,8 @@ def _renumber(index: CocoIndex, columns: dict[str, np.ndarray]) -> dict[str, np.
         numbers = np.searchsorted(ids, columns[name]).clip(max=len(ids) - 1)
         known = ids[numbers] == columns[name]
         columns = {**columns, name: numbers + 1}
-        columns = {key: column[known] for key, column in columns.items()}
+        if not known.all():
+            columns = {key: column[known] for key, column in columns.items()}
     return columns
 
 
