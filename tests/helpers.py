@@ -1,7 +1,9 @@
 """What the tests share: small data, and ways to run the recipe as a user does."""
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -32,7 +34,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def write_part(
     root: Path, part: str, sizes: list[tuple[int, int]], boxes: list[list[list]]
 ) -> Path:
-    """COCO 2017's layout: noise pictures of `sizes` with `boxes` (category_id, x, y, w, h)."""
+    """COCO 2017's layout: noise images of `sizes` with `boxes` (category_id, x, y, w, h)."""
     folder = root / f"{part}2017"
     folder.mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
@@ -61,7 +63,16 @@ def write_part(
     return file
 
 
-# A small model, small pictures and few threads: a training of seconds.
+def make_tiny(root: Path) -> Path:
+    """Eight training and three validation images of two shapes with one or two boxes each."""
+    sizes = [(64, 48), (48, 64)] * 4
+    boxes = [[[2, 4, 4, 30, 20]], [[5, 10, 8, 20, 30], [2, 0, 0, 12, 16]]] * 4
+    write_part(root, "train", sizes, boxes)
+    write_part(root, "val", sizes[:3], boxes[:3])
+    return root
+
+
+# A small model, small images and few threads: a training of seconds.
 SMALL = (
     *("--model", "fasterrcnn_mobilenet_v3_large_320_fpn", "--weights-backbone", "none"),
     *("--min-size", "64", "--print-freq", "1", "-j", "0", "--epochs", "1", "--no-report"),
@@ -82,6 +93,20 @@ def run(*command, timeout: float = 300, cwd=None, **environment) -> subprocess.C
         env=env,
         cwd=cwd,
     )
+
+
+def train_in_process(*flags) -> str:
+    """Train, but small, in this process, where errors are raised; return what was printed."""
+    return main_in_process(*SMALL, *flags)
+
+
+def main_in_process(*flags) -> str:
+    """The same with these flags alone."""
+    import train
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train.main(list(map(str, flags)))
+    return printed.getvalue()
 
 
 def train(*flags, **kwargs) -> subprocess.CompletedProcess:
@@ -141,10 +166,15 @@ def _call(function: Callable, args: tuple, environment: dict, folder: str) -> No
     function(*args)
 
 
+def metrics(output_dir: Path, kind: str) -> list[dict]:
+    """The lines of this kind that `metrics.jsonl` has."""
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
 def losses(output_dir: Path) -> list[float]:
     """The loss of every step that `metrics.jsonl` has."""
-    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == "train"]
+    return [line["loss"] for line in metrics(output_dir, "train")]
 
 
 def start(*command, **environment) -> subprocess.Popen:
@@ -198,11 +228,6 @@ def weights_hash(file: Path) -> str:
     for name, value in model.items():
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def evaluations(output_dir: Path) -> list[dict]:
-    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == "eval"]
 
 
 def launch(script: Path, *flags, **kwargs) -> subprocess.CompletedProcess:
