@@ -1,4 +1,4 @@
-from itertools import chain
+"""Detectors against torchvision's own: the same structure, weights, losses and detections."""
 
 import pytest
 import torch
@@ -7,23 +7,148 @@ from torchvision.models import get_model
 from torchvision.ops import FrozenBatchNorm2d
 
 import models
-from internals import mixed_precision
+from coco_utils import COCO_CATEGORY_IDS, Categories
 from internals.errors import UserError
 from internals.fast.frozen_norms import FoldedConv2d
 
 SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"
 RESNET = "fasterrcnn_resnet50_fpn"
+CLASSIFIERS = {
+    "ResNet50_Weights": "resnet50",
+    "MobileNet_V3_Large_Weights": "mobilenet_v3_large",
+    "VGG16_Weights": "vgg16",
+}
 
 
-def batch(count: int = 2) -> tuple[list, list]:
+def slow(*values) -> list:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def structure(build, *args, **kwargs) -> torch.nn.Module:
+    """A model without memory for its numbers, which takes no time to build."""
+    with torch.device("meta"):
+        return build(*args, **kwargs)
+
+
+def state_of(name: str, num_classes: int, number: float) -> dict[str, torch.Tensor]:
+    """A state_dict with this one number in every tensor, which takes no memory."""
+    model = structure(models.build_model, name, num_classes, pretrained="detector")
+    return {
+        key: torch.tensor(number, dtype=value.dtype).expand(value.shape)
+        for key, value in model.state_dict().items()
+    }
+
+
+def filled(name: str, num_classes: int, number: float) -> torch.nn.Module:
+    """A model with this state_dict."""
+    model = structure(models.build_model, name, num_classes, pretrained="detector")
+    model.to_empty(device="cpu").load_state_dict(state_of(name, num_classes, number))
+    return model
+
+
+def batch() -> tuple[list, list]:
     generator = torch.Generator().manual_seed(0)
-    images = [torch.rand(3, 90, 120, generator=generator).double() for _ in range(count)]
-    boxes = [torch.tensor([[10.0, 12, 60, 70], [50, 5, 110, 80]]).double(), torch.empty(0, 4)]
+    images = [torch.rand(3, 45, 60, generator=generator).double() for _ in range(2)]
+    boxes = [torch.tensor([[5.0, 6, 30, 35], [25, 2, 55, 40]]).double(), torch.empty(0, 4)]
     targets = [{"boxes": b, "labels": torch.arange(1, len(b) + 1)} for b in boxes]
-    return images, targets[:count]
+    return images, targets
 
 
-def settle_norms(model: torch.nn.Module, images: torch.Tensor) -> None:
+# ---------------------------------------------------------------------------------- structure
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_state_dict_is_the_stock_models(name):
+    stock = structure(get_model, name, weights=None, weights_backbone=None, num_classes=4)
+    ours = structure(models.build_model, name, 4, pretrained=None)
+    ours.backbone.compile()
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in stock.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("layers", [None, 0, 5])
+def test_pretrained_structure_is_torchvisions(name, layers, monkeypatch):
+    """Against torchvision's builder, whose download has no numbers either."""
+    weights = models.RECIPES[name].backbone
+    state = structure(get_model, CLASSIFIERS[type(weights).__name__], weights=None).state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(weights), "get_state_dict", lambda *a, **k: state)
+        flags = {"weights_backbone": weights, "trainable_backbone_layers": layers}
+        stock = structure(get_model, name, weights=None, num_classes=3, **flags)
+    options = {"pretrained": "backbone", "trainable_backbone_layers": layers}
+    for backbone_state in (state, None):
+        ours = structure(models.build_model, name, 3, backbone_state=backbone_state, **options)
+        trains, norms = [], []
+        for model in (stock, ours):
+            trains.append({n: p.requires_grad for n, p in model.named_parameters()})
+            kinds = [n for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)]
+            norms.append(kinds)
+        assert trains[0] == trains[1]
+        assert norms[0] == norms[1]
+        assert stock.state_dict().keys() == ours.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", [SMALL, "ssdlite320_mobilenet_v3_large", *slow(RESNET)])
+def test_backbone_weights_are_loaded_as_torchvision_loads_them(name, monkeypatch):
+    weights = models.RECIPES[name].backbone
+    state = get_model(CLASSIFIERS[type(weights).__name__], weights=None).state_dict()
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda *a, **k: state)
+    stock = get_model(name, weights=None, weights_backbone=weights, num_classes=3)
+    loaded = models.backbone_weights(name, weights.name)
+    monkeypatch.undo()
+    ours = models.build_model(name, 3, pretrained="backbone", backbone_state=loaded).state_dict()
+    without = models.build_model(name, 3, pretrained="backbone").state_dict()
+    body = [k for k in ours if k.startswith("backbone.") and ".fpn." not in k]
+    expected = stock.state_dict()
+    same = [key for key in body if torch.equal(expected[key], ours[key])]
+    # What SSD puts behind its backbone is random in both.
+    assert len(same) >= (len(body) // 2 if "ssd" in name else len(body))
+    assert not all(torch.equal(expected[key], without[key]) for key in body)
+
+
+def test_norms_are_folded_where_they_are_frozen():
+    for pretrained, count in ((None, 0), ("backbone", 53), ("detector", 53)):
+        model = structure(models.build_model, RESNET, 4, pretrained=pretrained)
+        assert sum(isinstance(m, FoldedConv2d) for m in model.modules()) == count
+
+
+@pytest.mark.parametrize(("name", "most"), [(RESNET, 5), (SMALL, 6), ("ssd300_vgg16", 5)])
+def test_more_layers_than_there_are_are_refused(name, most):
+    flags = {"pretrained": "backbone", "trainable_backbone_layers": most + 1}
+    with pytest.raises(UserError, match=rf"--trainable-backbone-layers.*range \[0,{most}\]"):
+        structure(models.build_model, name, 3, **flags)
+
+
+def test_backbone_that_does_not_fit_is_refused():
+    state = structure(get_model, "resnet18", weights=None).state_dict()
+    flags = {"pretrained": "backbone", "backbone_state": state}
+    with pytest.raises(UserError, match="--weights-backbone does not fit this model"):
+        structure(models.build_model, RESNET, 3, **flags)
+
+
+def test_fixed_size_is_height_and_width_of_every_image():
+    model = structure(models.build_model, SMALL, 4, pretrained=None, fixed_size=(96, 160))
+    images, _ = model.transform([torch.rand(3, 50, 40), torch.rand(3, 300, 200)])
+    assert images.tensors.shape == (2, 3, 96, 160)
+    assert images.image_sizes == [(96, 160)] * 2
+
+
+def test_norms_get_their_own_weight_decay():
+    model = structure(models.build_model, SMALL, 3, pretrained=None)
+    groups = models.parameter_groups(model, 0.1, 0.0)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.dim() == 1 for p in groups[1]["params"])
+    (everything,) = models.parameter_groups(model, 0.1, None)
+    total = sum(len(group["params"]) for group in groups)
+    assert total == len(everything["params"]) == len(list(model.parameters()))
+
+
+# ------------------------------------------------------------------------ losses and detections
+
+
+def set_norms(model: torch.nn.Module, images: torch.Tensor) -> None:
     """Give trainable norms random scales and the statistics of these images.
 
     A random network would otherwise double its numbers in every block once its norms are frozen.
@@ -39,15 +164,14 @@ def settle_norms(model: torch.nn.Module, images: torch.Tensor) -> None:
 
 
 # One of each family, as the others are made of the same parts.
-CASES = [
-    (RESNET, None),
-    *((RESNET, "detector"), (SMALL, "detector"), ("retinanet_resnet50_fpn", "detector")),
-    *(("fcos_resnet50_fpn", "detector"), ("ssd300_vgg16", "detector")),
-    ("ssdlite320_mobilenet_v3_large", "detector"),
-]
+OTHERS = (
+    *(RESNET, "retinanet_resnet50_fpn", "fcos_resnet50_fpn"),
+    "ssdlite320_mobilenet_v3_large",
+)
+CASES = [(SMALL, None), (SMALL, "detector"), *slow(*((name, "detector") for name in OTHERS))]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def stock_and_ours(request) -> tuple:
     """The same weights in torchvision's own model and in ours; tests do not change them.
 
@@ -56,24 +180,19 @@ def stock_and_ours(request) -> tuple:
     """
     name, pretrained = request.param
     torch.manual_seed(0)
-    sizes = {"min_sizes": (128,), "max_size": 200}
+    sizes = {"min_sizes": (64,), "max_size": 100}
     stock, ours = (
         models.build_model(name, 4, pretrained=pretrained, **sizes, stock=plain).double()
         for plain in (True, False)
     )
-    settled = models.build_model(name, 4, pretrained=None, stock=True).double()
-    if settled.backbone.state_dict().keys() >= stock.backbone.state_dict().keys():
-        settle_norms(settled, stock.transform(batch()[0])[0].tensors)
-        stock.backbone.load_state_dict(settled.backbone.state_dict())
-    assert not any(type(module).__module__ == "fast" for module in stock.modules())
+    trainable = models.build_model(name, 4, pretrained=None, stock=True).double()
+    set_norms(trainable, stock.transform(batch()[0])[0].tensors)
+    frozen = stock.backbone.state_dict()
+    weights = trainable.backbone.state_dict()
+    stock.backbone.load_state_dict({key: weights[key] for key in frozen})
+    assert not any(type(m).__module__.startswith("internals") for m in stock.modules())
     ours.load_state_dict(stock.state_dict())
     return stock, ours
-
-
-def test_a_pretrained_resnet_has_all_its_norms_folded():
-    for pretrained, count in ((None, 0), ("backbone", 53), ("detector", 53)):
-        model = models.build_model(RESNET, 4, pretrained=pretrained)
-        assert sum(isinstance(m, FoldedConv2d) for m in model.modules()) == count
 
 
 def test_losses_and_gradients_equal_those_of_the_stock_model(stock_and_ours):
@@ -84,6 +203,7 @@ def test_losses_and_gradients_equal_those_of_the_stock_model(stock_and_ours):
         losses.append(model(*batch()))
         sum(losses[-1].values()).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
     assert losses[0].keys() == losses[1].keys()
     for part, value in losses[0].items():
         assert losses[1][part].item() == pytest.approx(value.item(), rel=1e-9)
@@ -105,76 +225,19 @@ def test_detections_equal_those_of_the_stock_model(stock_and_ours):
         torch.testing.assert_close(a["scores"], b["scores"], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
-def test_our_state_dict_is_the_stock_models(name):
-    stock = get_model(name, weights=None, weights_backbone=None, num_classes=4)
-    ours = models.build_model(name, 4, pretrained=None)
-    ours.backbone.compile()
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in stock.state_dict().items()
-    }
-
-
-CLASSIFIERS = {
-    "ResNet50_Weights": "resnet50",
-    "MobileNet_V3_Large_Weights": "mobilenet_v3_large",
-    "VGG16_Weights": "vgg16",
-}
-
-
-@pytest.mark.parametrize("name", models.MODELS)
-@pytest.mark.parametrize("layers", [None, 0, 3, 5])
-def test_pretrained_structure_is_torchvisions(name, layers, monkeypatch):
-    """Against torchvision's builder with its download replaced by random weights."""
-    weights = models.RECIPES[name].backbone
-    state = get_model(CLASSIFIERS[type(weights).__name__], weights=None).state_dict()
-    monkeypatch.setattr(type(weights), "get_state_dict", lambda *a, **k: state)
-    stock = get_model(
-        name,
-        weights=None,
-        weights_backbone=weights,
-        num_classes=3,
-        trainable_backbone_layers=layers,
-    )
-    loaded = models.backbone_weights(name, weights.name)
-    monkeypatch.undo()
-    options = {"pretrained": "backbone", "trainable_backbone_layers": layers}
-    ours = models.build_model(name, 3, backbone_state=loaded, **options)
-    without = models.build_model(name, 3, **options)
-    for model in (ours, without):
-        trains = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (stock, model)]
-        assert trains[0] == trains[1]
-        assert stock.state_dict().keys() == model.state_dict().keys()
-        norms = [
-            [n for n, m in each.named_modules() if isinstance(m, FrozenBatchNorm2d)]
-            for each in (stock, model)
-        ]
-        assert norms[0] == norms[1]
-    body = [key for key in stock.backbone.state_dict() if not key.startswith("fpn.")]
-    same, random = (
-        [torch.equal(stock.backbone.state_dict()[k], m.backbone.state_dict()[k]) for k in body]
-        for m in (ours, without)
-    )
-    # What SSD puts behind its backbone is random in both, and its weights are not the others'.
-    assert sum(same) >= (len(same) if "ssd" not in name else len(same) // 2)
-    assert not all(random)
-
-
-@pytest.mark.parametrize("name", models.MODELS)
-def test_a_frozen_backbone_neither_trains_nor_keeps_statistics(name):
+@pytest.mark.parametrize("name", [SMALL, *slow("fasterrcnn_resnet50_fpn_v2")])
+def test_frozen_backbone_neither_trains_nor_keeps_statistics(name):
     """Not even the norms that torchvision leaves trainable in a pretrained model."""
-    if models.RECIPES[name].reduced_tail:
-        with pytest.raises(UserError, match="cannot be frozen"):
-            models.build_model(name, 4, pretrained="detector", freeze_backbone=True)
     model = models.build_model(
-        name, 4, pretrained="backbone", freeze_backbone=True, min_sizes=(128,), max_size=200
+        name, 4, pretrained="backbone", freeze_backbone=True, min_sizes=(64,), max_size=100
     ).train()
-    settle_norms(model, model.transform([i.float() for i in batch()[0]])[0].tensors)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
     images, targets = batch()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    images = [image.float() for image in images]
     targets = [{"boxes": t["boxes"].float(), "labels": t["labels"]} for t in targets]
-    sum(model([image.float() for image in images], targets).values()).backward()
+    set_norms(model, model.transform(images)[0].tensors)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    sum(model(images, targets).values()).backward()
     optimizer.step()
     changed = {k for k, value in model.state_dict().items() if not torch.equal(value, before[k])}
     fixed = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -185,81 +248,79 @@ def test_a_frozen_backbone_neither_trains_nor_keeps_statistics(name):
     assert not {k for k in changed if "running" in k and k.rpartition(".")[0] in prefixes}
 
 
-@pytest.mark.parametrize(("name", "most"), [(RESNET, 5), (SMALL, 6), ("ssd300_vgg16", 5)])
-def test_more_layers_than_there_are_are_refused(name, most):
-    with pytest.raises(UserError, match=rf"range \[0,{most}\]"):
-        models.build_model(name, 3, pretrained="backbone", trainable_backbone_layers=most + 1)
-
-
-def test_a_backbone_that_does_not_fit_is_refused():
-    state = get_model("resnet18", weights=None).state_dict()
-    with pytest.raises(UserError, match="--weights-backbone does not fit this model"):
-        models.build_model(RESNET, 3, pretrained="backbone", backbone_state=state)
-
-
-def test_a_fixed_size_is_height_and_width_of_every_image():
-    model = models.build_model(SMALL, 4, pretrained=None, fixed_size=(96, 160))
-    images, _ = model.transform([torch.rand(3, 50, 40), torch.rand(3, 300, 200)])
-    assert images.tensors.shape == (2, 3, 96, 160)
-    assert images.image_sizes == [(96, 160)] * 2
-
-
-@pytest.mark.parametrize("name", [RESNET, "retinanet_resnet50_fpn", "ssd300_vgg16"])
-def test_boxes_stay_float32_under_bfloat16(name):
-    ours = models.build_model(name, 4, pretrained=None, min_sizes=(128,), max_size=200).eval()
-    seen = {}
-    generator, head = (
-        next(module for module in ours.modules() if isinstance(module, kinds))
-        for kinds in (mixed_precision.ANCHOR_GENERATORS, mixed_precision.HEADS)
-    )
-    hooks = [
-        generator.register_forward_hook(lambda m, a, out: seen.update(anchors=out)),
-        head.register_forward_hook(lambda m, a, out: seen.update(head=out)),
-        ours.backbone.register_forward_hook(lambda m, a, out: seen.update(features=out)),
-    ]
-    anchors = []
-    with torch.inference_mode():
-        for enabled in (False, True):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                output = ours([image.float() for image in batch()[0]])
-            anchors.append(seen["anchors"])
-    for hook in hooks:
-        hook.remove()
-    assert seen["features"].popitem()[1].dtype == torch.bfloat16  # autocast was really on
-    parts = seen["head"].values() if isinstance(seen["head"], dict) else chain(*seen["head"])
-    assert {tensor.dtype for tensor in parts} == {torch.float32}
-    assert output[0]["boxes"].dtype == output[0]["scores"].dtype == torch.float32
-    for plain, mixed in zip(*anchors, strict=True):
-        assert mixed.dtype == torch.float32
-        assert torch.equal(plain, mixed)
+def test_backbone_that_always_trains_cannot_be_frozen():
+    flags = {"pretrained": "detector", "freeze_backbone": True}
+    with pytest.raises(UserError, match="cannot be frozen"):
+        structure(models.build_model, "ssdlite320_mobilenet_v3_large", 4, **flags)
 
 
 # ----------------------------------------------------------------------------------- weights
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_a_new_head_leaves_the_rest_as_loaded(name):
-    donor, model = (models.build_model(name, n, pretrained="detector") for n in (91, 4))
-    assert not models.same_classes(model, donor.state_dict())
-    before, given = model.state_dict(), donor.state_dict()
-    own = {
-        key: value.clone() for key, value in before.items() if models.CLASS_HEAD_PATTERN.match(key)
-    }
-    models.load_detector(model, given, False, "test")
-    assert any(value.shape != given[key].shape for key, value in own.items())
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, own[key] if key in own else given[key])
+def test_new_head_leaves_the_rest_as_loaded(name):
+    donor, model = state_of(name, 91, 1.0), filled(name, 4, 2.0)
+    assert not models.same_classes(model, donor)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    models.load_detector(model, donor, False, "test")
+    kept = {key for key, value in model.state_dict().items() if (value == 2).all()}
+    loaded = {key for key, value in model.state_dict().items() if (value == 1).all()}
+    assert loaded | kept == set(donor)
+    assert kept == {key for key in donor if models.CLASS_HEAD_PATTERN.match(key)}
+    assert kept >= {key for key, value in donor.items() if value.shape != shapes[key]}
     assert models.same_classes(model, model.state_dict())
     with pytest.raises(UserError, match="test does not fit this model: size mismatch"):
-        models.load_detector(model, donor.state_dict(), True, "test")
+        models.load_detector(model, donor, True, "test")
 
 
-def test_norms_get_their_own_weight_decay():
-    model = models.build_model(SMALL, 3, pretrained=None)
-    groups = models.parameter_groups(model, 0.1, 0.0)
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    assert all(p.dim() == 1 for p in groups[1]["params"])
-    everything = models.parameter_groups(model, 0.1, None)
-    assert len(everything) == 1
-    total = sum(len(group["params"]) for group in groups)
-    assert total == len(everything[0]["params"]) == len(list(model.parameters()))
+COCO = Categories.from_names({i: str(i) for i in COCO_CATEGORY_IDS})
+OTHER = Categories.from_names({1: "cell", 7: "dust"})
+HEAD, BODY = "roi_heads.box_predictor.cls_score.bias", "backbone.body.0.0.weight"
+
+
+def test_coco_weights_keep_their_head_for_coco_alone(monkeypatch, capsys):
+    donor = state_of(SMALL, 91, 1.0)
+    monkeypatch.setattr(models, "download", lambda *_: donor)
+
+    def load(categories: Categories, head_required: bool = False) -> dict:
+        model = filled(SMALL, categories.num_classes, 2.0)
+        models.load_pretrained_detector(model, SMALL, "COCO_V1", categories, head_required)
+        return model.state_dict()
+
+    assert torch.equal(load(COCO)[HEAD], donor[HEAD])
+    assert "its head included" in capsys.readouterr().out
+    other = load(OTHER)
+    assert other[HEAD].tolist() == [2.0] * 3
+    assert torch.equal(other[BODY], donor[BODY])
+    assert "with a new head for 2 categories" in capsys.readouterr().out
+    with pytest.raises(UserError, match="trained on other categories"):
+        load(OTHER, head_required=True)
+
+
+def test_file_of_weights_keeps_its_head_for_the_same_categories(tmp_path):
+    donor, names = state_of(SMALL, 3, 1.0), {1: "cell", 9: "hair"}
+
+    def load(content: dict) -> list[float]:
+        torch.save(content, tmp_path / "weights.pth")
+        model = filled(SMALL, 3, 2.0)
+        flags = (SMALL, str(tmp_path / "weights.pth"), OTHER)
+        models.load_pretrained_detector(model, *flags, head_required=False)
+        return model.state_dict()[HEAD].tolist()
+
+    assert load({"model": donor, "categories": OTHER.to_list()}) == [1.0] * 3
+    other = Categories.from_names(names).to_list()
+    assert load({"model": donor, "categories": other}) == [2.0] * 3
+    assert load(donor) == [1.0] * 3  # a state_dict alone, which says only how many
+
+
+def test_missing_network_is_answered_with_what_else_to_do(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(UserError, match="start from random weights with --weights-backbone none"):
+        models.backbone_weights(RESNET, "IMAGENET1K_V1")
+    model = structure(models.build_model, RESNET, 3, pretrained="detector")
+    with pytest.raises(UserError, match="or use --weights-backbone none instead"):
+        models.load_pretrained_detector(model, RESNET, "COCO_V1", OTHER, False)

@@ -5,13 +5,17 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection._utils import Matcher, overwrite_eps
+from torchvision.models.detection._utils import (
+    BalancedPositiveNegativeSampler,
+    Matcher,
+    overwrite_eps,
+)
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou
 
 from internals.fast.frozen_norms import FoldedConv2d, FoldedNorm, fold_frozen_norms
 from internals.fast.roi_align import CpuRoIAlign
-from internals.fast.sampling import FastMatcher
+from internals.fast.sampling import FastMatcher, SeededSampler
 from internals.fast.transform import FastTransform
 
 # ------------------------------------------------------------------------------ frozen norms
@@ -49,7 +53,7 @@ def assert_same(stock: nn.Module, ours: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_a_folded_norm_is_the_norm_whatever_changes(trains):
+def test_folded_norm_equals_the_norm_after_any_change(trains):
     stock, ours = conv_and_norm(trains)
     assert stock.state_dict().keys() == ours.state_dict().keys()
     assert_same(stock, ours)
@@ -75,7 +79,7 @@ def test_a_folded_norm_is_the_norm_whatever_changes(trains):
         assert_same(*outputs)
 
 
-def test_a_copy_of_a_folded_model_has_norms_of_its_own():
+def test_copy_of_a_folded_model_has_norms_of_its_own():
     stock, ours = conv_and_norm(False)
     assert_same(stock, ours)
     copied = copy.deepcopy(ours)
@@ -85,7 +89,7 @@ def test_a_copy_of_a_folded_model_has_norms_of_its_own():
     assert_same(stock, copied)
 
 
-def test_a_folded_norm_compiles_to_one_graph():
+def test_folded_norm_compiles_to_one_graph():
     stock, ours = conv_and_norm(True)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     x = torch.randn(1, 3, 5, 5)
@@ -104,7 +108,7 @@ def test_norms_that_train_are_left_alone():
 
 @pytest.mark.parametrize("fixed", [None, (96, 64)])
 @pytest.mark.parametrize("training", [True, False])
-def test_images_and_boxes_are_resized_to_the_same_bits(training, fixed):
+def test_transform_gives_torchvisions_bits(training, fixed):
     generator = torch.Generator().manual_seed(0)
     sizes = [(53, 71), (64, 40), (37, 90)]
     images = [torch.rand(3, *size, generator=generator) for size in sizes]
@@ -133,7 +137,7 @@ def test_images_and_boxes_are_resized_to_the_same_bits(training, fixed):
 
 @pytest.mark.parametrize("low_quality", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_anchors_are_matched_as_torchvision_matches_them(seed, low_quality):
+def test_matcher_equals_torchvisions(seed, low_quality):
     """With ties: boxes and anchors on a coarse grid."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.randint(0, 8, (500, 2), generator=generator).float()
@@ -145,6 +149,43 @@ def test_anchors_are_matched_as_torchvision_matches_them(seed, low_quality):
     assert (expected >= 0).any()
     assert (expected < 0).any()
     assert torch.equal(FastMatcher(*arguments)(quality.clone()), expected)
+
+
+def labels_of(seed: int) -> torch.Tensor:
+    """Background, positive and ignored anchors of an image."""
+    return torch.randint(-1, 2, (400,), generator=torch.Generator().manual_seed(seed))
+
+
+def choose(labels: list[torch.Tensor], seeds: list[int]) -> list[tuple]:
+    """What is chosen for each image: masks of positives and negatives."""
+    sampler = SeededSampler(64, 0.5)
+    sampler.seeds = seeds
+    return list(zip(*sampler(labels), strict=True))
+
+
+def test_sampler_depends_on_the_seed_of_the_image_and_not_on_its_batch():
+    labels = [labels_of(0), labels_of(1)]
+    together = choose(labels, [7, 8])
+    torch.rand(5)  # whatever was drawn before
+    alone = [choose([labels[n]], [seed])[0] for n, seed in enumerate((7, 8))]
+    for a, b in zip(together, alone, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    other = choose(labels, [7, 9])
+    assert torch.equal(other[0][0], together[0][0])
+    assert not torch.equal(other[1][0], together[1][0])
+
+
+@pytest.mark.parametrize("seeds", [[], [3]])
+def test_sampler_equals_torchvisions(seeds):
+    results = []
+    for kind in (BalancedPositiveNegativeSampler, SeededSampler):
+        sampler = kind(64, 0.5)
+        sampler.seeds = seeds
+        torch.manual_seed(3)
+        results.append(sampler([labels_of(0)]))
+    for (a,), (b,) in zip(*results, strict=True):
+        assert a.sum() == 32
+        assert torch.equal(a, b)
 
 
 # ---------------------------------------------------------------------------------- RoIAlign
@@ -166,7 +207,7 @@ def random_boxes(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("counts", [(40, 60), (0, 5), (0, 0)])
-def test_box_pool_equals_torchvisions(counts):
+def test_roi_align_equals_torchvisions(counts):
     boxes = [random_boxes(count) for count in counts]
     if counts[0]:
         boxes[0][:3] = torch.tensor([[-20.0, -30, 300, 200], [5, 5, 5, 5], [191, 127, 192, 128]])
@@ -184,7 +225,7 @@ def test_box_pool_equals_torchvisions(counts):
         torch.testing.assert_close(ours, gradient, atol=1e-3, rtol=1e-3)
 
 
-def test_box_pool_keeps_the_type_of_the_features():
+def test_roi_align_keeps_the_type_of_the_features():
     pool = CpuRoIAlign(["0", "1", "2", "3"], 7, 2)
     features = pyramid(torch.bfloat16)
     output = pool(features, [random_boxes(4), random_boxes(3)], [(128, 192)] * 2)
