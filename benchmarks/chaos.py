@@ -264,6 +264,8 @@ def run_faults(data: Path, work: Path, count: int, dice: random.Random) -> dict:
         print(f"  {number + 1:4}  rank {rank}: {kind:<6} exit {exit_code}, "
               f"{'named' if right else 'NOT NAMED'}, all gone {gone:.1f} s after "
               f"{'the timeout' if kind == 'hang' else 'it'}", flush=True)  # fmt: skip
+        if not right:
+            print(training.said)
     return {"faults": count, "right_rank_named": named, "seconds_to_the_end": seconds}
 
 
