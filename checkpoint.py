@@ -83,10 +83,12 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
+        # Before the checkpoint counts as evaluated: a run that resumes it would not name it again.
+        if best:
+            _hard_link(partial, BEST)
         os.replace(partial, path)
         _flush_folder(folder)
-        for name in (NEWEST, BEST) if best else (NEWEST,):
-            _hard_link(path, name)
+        _hard_link(path, NEWEST)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         while error.__context__:  # torch.save turns an OSError into a RuntimeError
@@ -101,7 +103,8 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
     # for the newest.
     paths = list_numbered(folder)
     kept = paths[paths.index(path) :][:keep]
-    for old in [*(set(paths) - set(kept)), *folder.glob("checkpoint_*.partial")]:
+    leftover = [*folder.glob("checkpoint*.partial"), *folder.glob(f"{BEST}.partial")]
+    for old in [*(set(paths) - set(kept)), *leftover]:
         old.unlink(missing_ok=True)
     return path
 

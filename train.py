@@ -177,8 +177,6 @@ def check_data(args: argparse.Namespace) -> None:
         return
     splits = ("val",) if args.test_only else ("train", "val")
     indexes = {split: load_index(args, split) for split in splits}
-    val = indexes["val"]
-    indexes[splits[0]].categories.check_contains(val.categories, val.annotation_file)
     workers = default_workers() if args.workers is None else args.workers
     data_checks.check_all(indexes, workers, args.max_bad_images)
     if not args.test_only:

@@ -320,6 +320,8 @@ def check_all(indexes: dict, workers: int, allowed: int) -> None:
     for split, index in indexes.items():
         issues, unreadable = examine(index, split, workers)
         fatal, bad = fatal + issues, bad + unreadable
+    known, val = next(iter(indexes.values())).categories, indexes["val"]
+    known.check_contains(val.categories, val.annotation_file)  # after all else is listed
     if len(bad) > allowed:
         fatal += image_issues(bad)
     elif bad:

@@ -392,3 +392,19 @@ def test_checkpoints_are_listed_in_the_order_to_try(tmp_path):
     shutil.copy(tmp_path / checkpoint.NEWEST, tmp_path / "copy")
     (tmp_path / "copy").replace(tmp_path / checkpoint.NEWEST)
     assert checkpoint.list_checkpoints(tmp_path)[-1] == tmp_path / checkpoint.NEWEST
+
+
+def test_best_is_named_before_the_checkpoint_counts_as_evaluated(tmp_path, monkeypatch):
+    """A kill between the two would otherwise lose it: the resumed run evaluates no second time."""
+    replace = os.replace
+
+    def killed_at_the_checkpoint(source, target):
+        if Path(target).name == "checkpoint_00000003.pth":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed_at_the_checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, {**STATE, "step": 3}, best=True)
+    assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 3
+    assert not checkpoint.list_numbered(tmp_path)
