@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # With this in PYTHONPATH a training fails as FAULT in its environment says.
 FAULT_INJECTION = str(Path(__file__).resolve().parent / "fault_injection")
 SCRIPTS = ROOT / "start_scripts"
-ONE = SCRIPTS / "train_fasterrcnn_resnet50_amp_torch.sh"
-ALL = SCRIPTS / "train_fasterrcnn_resnet50_amp_dist_torch.sh"
+ONE = SCRIPTS / "train_fasterrcnn_resnet50_torch.sh"
+ALL = SCRIPTS / "train_fasterrcnn_resnet50_dist_torch.sh"
 
 # One thread, so that sums have one order whatever the machine; also in processes to come.
 torch.set_num_threads(1)
@@ -147,6 +148,20 @@ def run_forked(
             raise subprocess.TimeoutExpired(str(function), timeout)
         out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
     return subprocess.CompletedProcess(args, process.exitcode, out, err)
+
+
+def train_two(*flags, timeout: float = 120, **environment) -> list[subprocess.CompletedProcess]:
+    """Train, but small, in two processes, which meet as those of torchrun do; one result each."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+    def run_rank(rank: int) -> subprocess.CompletedProcess:
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        return run_train(*SMALL, *flags, timeout=timeout, **environment, **ranks)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run_rank, range(2)))
 
 
 def _call(function: Callable, args: tuple, environment: dict, folder: str) -> None:

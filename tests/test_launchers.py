@@ -1,7 +1,9 @@
-"""The shell scripts as processes, and two real processes with Gloo."""
+"""The shell scripts, and what two processes do together."""
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,21 +13,17 @@ import pytest
 import torch
 from helpers import (
     ALL,
-    ONE,
     ROOT,
     SCRIPTS,
-    evaluations,
     launch,
     losses,
-    rewrite,
+    metrics,
     run,
-    split_of,
-    train,
-    weights_hash,
+    train_in_process,
+    train_two,
 )
 
-import coco_utils
-import samplers
+from internals import preemption
 
 LAUNCHERS = sorted(SCRIPTS.glob("train_*.sh"))
 
@@ -44,9 +42,9 @@ def environment_of(tmp_path: Path) -> tuple[Path, dict]:
 
 
 @pytest.mark.parametrize("script", [p.name for p in LAUNCHERS if "slurm" not in p.name])
-def test_launchers_hand_on_what_the_user_says_literally(tmp_path, script):
+def test_launchers_pass_flags_literally(tmp_path, script):
     folder, environment = environment_of(tmp_path)
-    flags = ["--data-path", "my pictures", "$(touch x)", "a'b\"c", "*"]
+    flags = ["--data-path", "my images", "$(touch x)", "a'b\"c", "*"]
     for where in (tmp_path, folder):
         done = subprocess.run(
             ["bash", folder / script, *flags],
@@ -64,7 +62,7 @@ def test_launchers_hand_on_what_the_user_says_literally(tmp_path, script):
         assert not (where / "x").exists()
 
 
-def test_the_scripts_are_bash_without_faults():
+def test_scripts_are_valid_bash():
     for script in SCRIPTS.glob("*.sh"):
         subprocess.run(["bash", "-n", script], check=True)
         if script.name != "common.sh":
@@ -72,28 +70,24 @@ def test_the_scripts_are_bash_without_faults():
             assert os.access(script, os.X_OK)
 
 
-def test_installing_again_is_quick_and_says_what_there_is():
-    first = run("bash", SCRIPTS / "init_torch.sh", VIRTUAL_ENV=sys.prefix)
-    assert first.returncode == 0, first.stderr
-    begin = time.monotonic()
+# -------------------------------------------------------------------------------- installing
+
+
+@pytest.mark.slow
+def test_installing_again_changes_nothing():
     done = run("bash", SCRIPTS / "init_torch.sh", VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"ready: torch {torch.__version__}")
     assert "installing" not in done.stdout
-    assert time.monotonic() - begin < 60
 
 
-def test_a_pytorch_that_is_there_is_used_and_not_replaced(tmp_path):
-    """As in a vendor's container: the Python that .venv is made with has one.
-
-    What is optional and cannot be installed is done without.
-    """
+@pytest.mark.slow
+def test_pytorch_that_is_there_is_used_and_not_replaced(tmp_path):
+    """As in a vendor's container: the Python that .venv is made with has one."""
     root = tmp_path / "my project"
     (root / "start_scripts").mkdir(parents=True)
     for name in ("start_scripts/common.sh", "start_scripts/init_torch.sh", "requirements.txt"):
         (root / name).write_text((ROOT / name).read_text())
-    with (root / "requirements.txt").open("a") as file:
-        file.write("no-wheel-of-this>=1\n")
     done = run(
         *("bash", root / "start_scripts/init_torch.sh", "--no-index"),
         PYTHONPATH=os.pathsep.join(path for path in sys.path if "site-packages" in path),
@@ -103,36 +97,27 @@ def test_a_pytorch_that_is_there_is_used_and_not_replaced(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "using the PyTorch of" in done.stdout
-    assert done.stdout.count("going on without") == 1
-    assert "going on without no-wheel-of-this: README.md says" in done.stdout
     assert f"ready: torch {torch.__version__}" in done.stdout
     assert "include-system-site-packages = true" in (root / ".venv/pyvenv.cfg").read_text()
     assert not list((root / ".venv").glob("lib*/**/site-packages/torch"))
 
 
-def test_the_tests_are_the_projects_own_wherever_they_are_called(tmp_path):
+@pytest.mark.slow
+def test_test_script_runs_the_projects_tests_wherever_it_is_called(tmp_path):
     (tmp_path / "test_stray.py").write_text("raise SystemExit('not ours')")
-    flags = (
-        "--collect-only",
-        "--quiet",
-        "--numprocesses",
-        "0",
-        "--deselect",
-        "tests/test_train.py",
-    )
-    done = run(*("bash", SCRIPTS / "test.sh", *flags), cwd=tmp_path, VIRTUAL_ENV=sys.prefix)
+    flags = ("--fast", "--collect-only", "--numprocesses", "0", "-k", "launchers")
+    done = run("bash", SCRIPTS / "test.sh", *flags, cwd=tmp_path, VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tests/test_samplers.py" in done.stdout
+    assert "tests/test_launchers.py::test_scripts_are_valid_bash" in done.stdout
+    assert "test_installing_again" not in done.stdout  # which is slow
+    assert "tests/test_samplers.py" not in done.stdout
     assert "stray" not in done.stdout + done.stderr
 
 
-def test_one_process_trains_through_the_launcher(tiny, tmp_path):
-    done = launch(ONE, "--data-path", tiny, "--output-dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "device: cpu: no CUDA device was found, precision: " in done.stdout
-    assert len(losses(tmp_path / "out")) == 4
+# ----------------------------------------------------------------------------- two processes
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_score_as_one_does(tiny, tmp_path):
     out = tmp_path / "two"
     done = launch(ALL, "--data-path", tiny, "--output-dir", out, "-b", "1", timeout=400)
@@ -143,76 +128,116 @@ def test_two_processes_train_and_score_as_one_does(tiny, tmp_path):
     assert len(losses(out)) == 4
     saved = torch.load(out / "checkpoint.pth", weights_only=True)
     assert saved["args"]["global_batch"] == 2
-    # three pictures on two processes: each is scored once, and alike by one process alone
-    amp = ["--amp"] if "mixed" in done.stdout else []
-    tested = train(
-        *("--data-path", tiny, "--test-only", "--resume", out / "checkpoint.pth", *amp),
+    # three images on two processes: each is scored once, and alike by one process alone
+    train_in_process(
+        *("--data-path", tiny, "--test-only", "--resume", out / "checkpoint.pth"),
         *("--output-dir", tmp_path / "one"),
     )
-    assert tested.returncode == 0, tested.stderr
-    assert evaluations(tmp_path / "one")[0]["AP"] == evaluations(out)[0]["AP"]
+    assert metrics(tmp_path / "one", "eval")[0]["AP"] == metrics(out, "eval")[0]["AP"]
     found = [json.loads((d / "detections.json").read_text()) for d in (out, tmp_path / "one")]
     assert found[0] == found[1]
 
 
-def test_two_processes_resume_to_the_same_weights(tiny, tmp_path):
-    flags = ("--data-path", tiny, "-b", "1")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert launch(ALL, *flags, "--output-dir", whole).returncode == 0
-    for stop in ("2", "4"):
-        done = launch(ALL, *flags, "--output-dir", cut, "--max-steps", stop, "--resume", "auto")
-        assert done.returncode == 0, done.stderr
-    assert losses(cut) == losses(whole)
-    assert weights_hash(cut / "checkpoint.pth") == weights_hash(whole / "checkpoint.pth")
-
-
-def test_two_processes_of_one_see_the_images_of_one_of_two(tiny):
-    index = coco_utils.CocoIndex(split_of(tiny))
-    groups = samplers.aspect_ratio_groups(*index.sizes.T, 3)
-    whole = samplers.TrainingPlan(groups, 2)
-    halves = [samplers.TrainingPlan(groups, 1, 2, rank) for rank in range(2)]
-    assert list(whole) == [a + b for a, b in zip(*halves, strict=True)]
-
-
-@pytest.mark.parametrize(
-    "case", ["nan", "missing", "flag", "resume", "batch", "picture", "weights"]
-)
-def test_what_is_wrong_ends_all_processes_with_2_and_one_message(tiny, tmp_path, case):
-    flags = {
-        "missing": ("--data-path", tmp_path / "nowhere"),
-        "flag": ("--data-path", tiny, "--momentum", "x"),
-        "resume": ("--data-path", tiny, "--resume", tmp_path / "gone.pth"),
-        "batch": ("--data-path", tiny, "-b", "5"),
-        "weights": ("--data-path", tiny, "--weights-backbone", "IMAGE9"),
-    }.get(case, ("--data-path", tiny))
-    if case == "nan":
-        box = [1.0, float("nan"), 5, 5]
-        rewrite(split_of(tiny), lambda data: data["annotations"][2].update(bbox=box))
-    if case == "picture":
-        (tiny / "train2017/3.png").write_bytes(b"no picture")
-    done = launch(ALL, *flags, "--output-dir", tmp_path / "out", timeout=120)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["batch", "image"])
+def test_errors_of_the_user_end_the_launcher_with_2_and_one_message(tiny, tmp_path, case):
+    """Before the processes have met, and after."""
+    (tiny / "train2017/3.png").write_bytes(b"no image")
+    batch_size = "5" if case == "batch" else "1"
+    flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", "-b", batch_size)
+    done = launch(ALL, *flags, timeout=120)
     assert done.returncode == 2, done.stderr
+    expected = "fewer than one global batch of 10" if case == "batch" else "3.png cannot be read"
+    assert expected in done.stderr
     assert done.stderr.count("train.py: error:") == 1
     assert "Traceback" not in done.stderr
 
 
-def test_both_processes_leave_out_the_same_bad_images(tiny, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["resume", "weights"])
+def test_error_of_rank_0_ends_both_processes_with_its_exit_code(tiny, tmp_path, case):
+    flags = ("--resume", "gone.pth") if case == "resume" else ("--weights-backbone", "IMAGE9")
+    environment = {preemption.LAUNCH_FOLDER_VARIABLE: str(tmp_path)}
+    flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", *flags)
+    results = train_two(*flags, **environment)
+    assert all(done.returncode != 0 for done in results)
+    assert (tmp_path / "exit").read_text() == "2"  # which the launcher ends with
+    said = "".join(done.stderr for done in results)
+    assert said.count("train.py: error:") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_two_processes_leave_out_the_same_bad_images(tiny, tmp_path):
     """One process would find the first, the other the second: each opens half of the images."""
     for name in ("2", "5"):
-        (tiny / f"train2017/{name}.png").write_bytes(b"no picture")
-    out = tmp_path / "out"
-    done = launch(
-        *(ALL, "--data-path", tiny, "--output-dir", out, "-b", "1", "--max-bad-images", "2"),
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("left out:") == 2
-    assert len(losses(out)) == 3  # six images by twos
+        (tiny / f"train2017/{name}.png").write_bytes(b"no image")
+    flags = ("--data-path", tiny, "--output-dir", tmp_path, "-b", "1", "--max-bad-images", "2")
+    first, second = train_two(*flags)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.count("left out:") == 2
+    assert len(losses(tmp_path)) == 3  # six images by twos
 
 
-def test_a_loss_that_is_not_finite_stops_both_processes(tiny, tmp_path):
-    flags = ("--data-path", tiny, "-b", "1", "--lr", "1e30", "--epochs", "2")
-    done = launch(ALL, *flags, "--output-dir", tmp_path / "out", timeout=200)
-    assert done.returncode == 1
-    assert "is not finite: images [10" in done.stderr
-    assert not (tmp_path / "out/checkpoint.pth").exists()
+# --------------------------------------------------------------------------------------- Slurm
+
+STUB = """#!/usr/bin/env bash
+printf '%s' "$(basename "$0")" >> "$LOG"
+printf ' [%s]' "$@" >> "$LOG"
+echo >> "$LOG"
+case "$(basename "$0") $1" in
+    "scontrol show") printf 'node7\\nnode8\\n' ;;
+    sbatch*)
+        export SLURM_JOB_ID=4242 SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST='node[7-8]'
+        exec bash "$@" ;;
+    srun*)
+        while [[ $1 == --* ]]; do shift; done
+        trap 'echo srun got USR1 >> "$LOG"; kill -USR1 $child' USR1
+        SLURM_NODEID=1 "$@" &
+        child=$!
+        code=0
+        wait $child || code=$?
+        [ $code -lt 128 ] || { code=0; wait $child || code=$?; }
+        exit $code ;;
+esac
+"""
+NODE = """#!/usr/bin/env bash
+echo "node [$NODE_RANK of $NNODES at $MASTER_ADDR:$MASTER_PORT]" "$@" >> "$LOG"
+trap 'exit 75' USR1
+[ "$1" = "$(printf 'stop me')" ] && while true; do sleep 0.1; done
+exit "${CODE:-0}"
+"""
+
+
+@pytest.mark.parametrize(("case", "code"), [("done", 0), ("failed", 3), ("stopped", 75)])
+def test_slurm_job_starts_every_node_and_queues_again_when_stopped(tmp_path, case, code):
+    folder = tmp_path / "start scripts"
+    folder.mkdir()
+    script = shutil.copy(SCRIPTS / "train_fasterrcnn_resnet50_amp_slurm.sh", folder)
+    (folder / "train_fasterrcnn_resnet50_amp_multinode_torch.sh").write_text(NODE)
+    for name in ("sbatch", "srun", "scontrol"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    first = "stop me" if case == "stopped" else "--epochs"
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log)}
+    for name in ("SLURM_JOB_ID", "START_SCRIPTS"):
+        env.pop(name, None)
+    env |= {"CODE": str(code), "SBATCH_FLAGS": "--nodes=2"} if case != "stopped" else {}
+    if case == "stopped":  # Slurm warns the batch script, which sbatch has become here
+        process = subprocess.Popen(["bash", script, first, "$(touch x)"], env=env, cwd=tmp_path)
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not (log.exists() and "node [" in log.read_text()):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(20) == 75
+    else:
+        env["SBATCH_FLAGS"] = ""
+        assert subprocess.run(["bash", script, first, "$(touch x)"], env=env).returncode == code
+    said = log.read_text()
+    assert f"sbatch [{script}] [{first}] [$(touch x)]" in said
+    assert "scontrol [show] [hostnames] [node[7-8]]" in said
+    assert f"node [1 of 2 at node7:24242] {first} $(touch x)" in said
+    assert ("scontrol [requeue] [4242]" in said) == (case == "stopped")
+    assert ("srun got USR1" in said) == (case == "stopped")
+    assert not (tmp_path / "x").exists()

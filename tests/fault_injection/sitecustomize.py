@@ -1,13 +1,14 @@
 """Makes a training fail on purpose, from outside: Python imports this file when it starts.
 
 With this folder in PYTHONPATH and FAULT=kind@point:rank:step in the environment, the process of
-that rank fails at that point. Kinds: `kill` and `term` (signals to this process), `late` (killed
-three seconds later), `hang`, `raise`, `memory`, and `nan` and `huge` for losses. Points: `step`
-and `loss` (a forward pass in training), `evaluation` (one of a batch, counted from 0), `writing`,
-`flushed` and `renamed` (of a checkpoint: half of it written, before and after its renaming; their
-step says nothing). The step may be `all`. A process that torchrun has restarted fails no more.
+that rank fails at that point. Kinds: `kill` and `term` (signals to this process), `hang`, `raise`,
+`full` (a disk), and `nan` and `huge` for losses. Points: `step` and `loss` (a forward pass in
+training), `evaluation` (one of a batch, counted from 0), `writing`, `flushed` and `renamed` (of a
+checkpoint: half of it written, before and after its renaming; their step says nothing). The step
+may be `all`. A process that torchrun has restarted fails no more.
 """
 
+import errno
 import io
 import os
 import re
@@ -35,16 +36,12 @@ def install(spec: str) -> None:
 
 
 def fail(kind: str) -> None:
-    import torch
-
     if kind == "raise":
         raise OverflowError("a fault on purpose")
-    if kind == "memory":
-        raise torch.OutOfMemoryError("a fault on purpose")
+    if kind == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if kind == "hang":
         time.sleep(1e6)
-    if kind == "late":
-        time.sleep(3)
     os.kill(os.getpid(), signal.SIGTERM if kind == "term" else signal.SIGKILL)
 
 
@@ -53,12 +50,14 @@ def _patch_save(kind: str) -> None:
 
     save = torch.save
 
-    def save_half_and_fail(state, file):
+    def save_half_and_fail(state, file, **kwargs):
+        if not str(getattr(file, "name", "")).endswith(".partial"):  # no checkpoint
+            return save(state, file, **kwargs)
         whole = io.BytesIO()
         save(state, whole)
         file.write(whole.getvalue()[: whole.tell() // 2])
         file.flush()
-        fail(kind)
+        return fail(kind)
 
     torch.save = save_half_and_fail
 
