@@ -150,15 +150,20 @@ def run_forked(
     return subprocess.CompletedProcess(args, process.exitcode, out, err)
 
 
-def train_two(*flags, timeout: float = 120, **environment) -> list[subprocess.CompletedProcess]:
+def train_two(*flags, **kwargs) -> list[subprocess.CompletedProcess]:
     """Train, but small, in two processes, which meet as those of torchrun do; one result each."""
+    return run_train_two(*SMALL, *flags, **kwargs)
+
+
+def run_train_two(*flags, timeout: float = 120, **environment) -> list[subprocess.CompletedProcess]:
+    """The same with these flags alone."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 
     def run_rank(rank: int) -> subprocess.CompletedProcess:
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        return run_train(*SMALL, *flags, timeout=timeout, **environment, **ranks)
+        return run_train(*flags, timeout=timeout, **environment, **ranks)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(run_rank, range(2)))

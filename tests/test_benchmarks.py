@@ -6,6 +6,8 @@ import sys
 import pytest
 from helpers import ROOT, run
 
+pytestmark = pytest.mark.slow
+
 
 def quick(name: str, tmp_path) -> tuple[str, dict]:
     file = tmp_path / "figures.json"

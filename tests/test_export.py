@@ -97,6 +97,7 @@ def command(monkeypatch, capsys):
 # -------------------------------------------------------------------------------------- ONNX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(60, 80), (110, 70), (48, 300), (200, 200)])
 def test_onnx_agrees_with_pytorch_for_any_image_size(saved, exported, size):
     session = onnxruntime.InferenceSession(exported)
@@ -109,6 +110,7 @@ def test_onnx_agrees_with_pytorch_for_any_image_size(saved, exported, size):
     assert np.ptp(session.run(["scores"], {"image": image.numpy()})[0]) > 0.1
 
 
+@pytest.mark.slow
 def test_onnx_describes_its_inputs_and_outputs(exported):
     session = onnxruntime.InferenceSession(exported)
     (image,) = session.get_inputs()
@@ -133,6 +135,7 @@ def test_outputs_have_one_order_for_all_models():
     assert export.SingleImageDetector(Model())(None) == (1, 3, 2)
 
 
+@pytest.mark.slow
 def test_check_uses_the_validation_images(saved, exporting):
     file, output, errors = exporting
     assert errors == ""  # no warnings of the exporter either
@@ -162,6 +165,7 @@ def test_check_samples_a_folder_and_tries_two_sizes(tmp_path, capsys):
     assert f"skipped: {tmp_path / '29.png'} is too narrow" in output
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_the_check_is_not_written(saved, tmp_path, command, monkeypatch):
     def export_spoilt(model, file, export_graph=export.export_graph):
         model = copy.deepcopy(model)
@@ -180,6 +184,7 @@ def test_a_model_that_fails_the_check_is_not_written(saved, tmp_path, command, m
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow
 def test_half_halves_the_file_and_agrees_with_rounded_weights(saved, exported, tmp_path, command):
     code, output, errors = command(saved, "--output", tmp_path / "x.onnx", "--half")
     assert code == 0, errors
@@ -351,6 +356,7 @@ def test_wrong_use_ends_with_one_message(saved, tmp_path, command):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.pth", "file", "folder.onnx"]
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_any_folder(tmp_path):
     done = run(sys.executable, ROOT / "export.py", "x.pth", "--output", "x.onnx", cwd=tmp_path)
     assert done.returncode == 2
@@ -367,6 +373,7 @@ def test_help_names_flags_formats_and_exit_codes(command):
 # -------------------------------------------------------------------------------- the README
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_runs(exported, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     (example,) = [block for block in blocks if "import onnxruntime" in block]

@@ -381,6 +381,7 @@ def test_wrong_use_ends_with_one_message_before_anything_is_written(
         assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_any_folder(tmp_path):
     script = ROOT / "predict.py"
     done = run(sys.executable, script, "x.pth", "no.png", "--output-dir", "y", cwd=tmp_path)

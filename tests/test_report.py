@@ -248,6 +248,7 @@ def test_data_that_were_moved(tiny, output):
 # ---------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_and_names_it(output):
     (output / "detections.json").unlink()
     done = run(sys.executable, ROOT / "report.py", output, cwd="/")
@@ -258,6 +259,7 @@ def test_the_command_writes_the_page_and_names_it(output):
     assert not (output / "report.html.partial").exists()
 
 
+@pytest.mark.slow
 def test_an_error_is_one_message_and_exit_code_2(tmp_path):
     done = run(sys.executable, ROOT / "report.py", tmp_path)
     assert done.returncode == 2
@@ -276,6 +278,7 @@ def test_a_wrong_command_line_is_refused():
         report.main([])
 
 
+@pytest.mark.slow
 def test_train_does_not_import_matplotlib():
     code = "import sys, train; sys.exit('matplotlib' in sys.modules)"
     assert run(sys.executable, "-c", code, cwd=ROOT).returncode == 0
@@ -301,6 +304,7 @@ def browse(page: Path, folder: Path) -> tuple[subprocess.CompletedProcess, bool]
     return done, '"initiator":"null"' in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_browser_shows_the_page_without_errors_or_requests(output, tmp_path):
     done, asked = browse(report.write(output), tmp_path)

@@ -1,6 +1,7 @@
 """Which file may import what: the spine goes one way, and one file knows a library."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +85,12 @@ def test_no_test_imports_from_another():
         modules = {other.rpartition(".")[2] for other, _ in imports(path)}
         assert not {module for module in modules if module.startswith("test_")}, path
         assert "conftest" not in modules, path
+
+
+def test_documented_tests_exist():
+    text = (ROOT / "docs/fault_tolerance.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+){3,})(?:\[\w+\])?`", text))
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    existing = {name for source in sources for name in re.findall(r"def test_(\w+)\(", source)}
+    assert len(named) > 40
+    assert not named - existing

@@ -17,6 +17,7 @@ from helpers import (
     make_tiny,
     metrics,
     rewrite,
+    run_train_two,
     split_of,
     train,
     train_in_process,
@@ -242,17 +243,22 @@ def test_fine_tuning_replaces_the_head_for_other_categories(trained, tiny, tmp_p
 
 
 @pytest.mark.slow
-def test_accumulated_batches_give_the_losses_of_larger_ones(trained, tmp_path):
+def test_accumulated_batches_and_two_processes_give_the_losses_of_larger_batches(trained, tmp_path):
     """With frozen norms, whose statistics do not depend on the batch."""
     flags = ("--data-path", trained / "data", "--max-steps", "3")
     plain = fine_tune(trained, *flags, "-b", "2", "--output-dir", tmp_path / "plain")
-    flags = (*flags, "-b", "1", "--accumulate-steps", "2")
-    added = fine_tune(trained, *flags, "--output-dir", tmp_path / "added")
+    accumulate = (*flags, "-b", "1", "--accumulate-steps", "2", "--output-dir", tmp_path / "added")
+    added = fine_tune(trained, *accumulate)
+    weights = ("--weights", trained / "out/checkpoint.pth", "--output-dir", tmp_path / "two")
+    two, _ = run_train_two(*FROM_WEIGHTS, *flags, *weights, "-b", "1")
     assert "8 images, 2 a step, 4 steps" in plain
     assert "8 images, 1 2 times a step, 4 steps" in added
-    assert all("0.0025 = 0.02 x 2 / 16" in text for text in (plain, added))
-    assert losses(tmp_path / "added") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
-    assert len(losses(tmp_path / "added")) == 3
+    assert "8 images, 1 on each of 2 processes a step, 4 steps" in two.stdout
+    assert all("0.0025 = 0.02 x 2 / 16" in text for text in (plain, added, two.stdout))
+    expected = losses(tmp_path / "plain")
+    assert len(expected) == 3
+    assert losses(tmp_path / "added") == pytest.approx(expected, rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -86,6 +86,7 @@ def test_the_first_20_errors_are_listed(yolo, out):
     assert lines[21:] == ["  and 12 more"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_the_exit_code_of_a_wrong_flag(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -3,11 +3,13 @@
 import json
 import sys
 
+import pytest
 from helpers import ROOT, run, split_of
 
 SCRIPT = ROOT / "datasets/shapes.py"
 
 
+@pytest.mark.slow
 def test_shapes_are_a_small_coco(tmp_path):
     done = run(sys.executable, SCRIPT, tmp_path / "shapes")
     assert done.returncode == 0, done.stderr
