@@ -231,7 +231,7 @@ def read_results(file: Path) -> np.ndarray:
         results = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also of UTF-8
+    except (ValueError, RecursionError) as error:  # also of UTF-8
         raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(results, list):
         raise UserError(f"{file} holds no list: is it COCO results?")

@@ -123,6 +123,8 @@ def match_annotations(images: list[InputImage], file: Path, categories: Categori
     """
     index = CocoIndex(Split(file, file.parent))
     categories.check_contains(index.categories, file)
+    for issue in index.issues:
+        utils.log(f"not drawn: {issue}")
     names = [os.path.normpath(index.file_name(i)).replace("\\", "/") for i in range(len(index))]
     rows = {name: i for i, name in reversed(list(enumerate(names)))}
     owners, last_id = {}, int(index.image_ids.max())

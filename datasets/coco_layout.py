@@ -99,7 +99,7 @@ def read_annotations(file: Path, required: dict[str, dict[str, type]]) -> dict:
     """
     try:
         content = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     for key, fields in required.items():
         rows = content.get(key) if isinstance(content, dict) else None
@@ -247,7 +247,7 @@ def write_dataset(
     # Last, so that an interrupted run leaves nothing that looks complete.
     for split, content in contents.items():
         file = output / f"annotations/instances_{split}2017.json"
-        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        file.write_text(json.dumps(content), encoding="utf-8")
     print(_table(contents))
     for note in notes:
         print(f"note: {note}")

@@ -129,7 +129,7 @@ def _decode(file: Path) -> tuple[AnnotationFile, list[DataIssue]]:
         raise DataError(f"{file} is empty: export or copy it again")
     try:
         return msgspec.json.decode(content, type=AnnotationFile), []
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return _decode_leniently(content, file)
 
 
@@ -169,7 +169,7 @@ def _decode_leniently(content: bytes, file: Path) -> tuple[AnnotationFile, list[
         data = json.loads(content.decode("utf-8-sig"))  # some tools on Windows write a BOM
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}. Export or copy it again") from error
     if not isinstance(data, dict):
         raise DataError(
@@ -213,10 +213,10 @@ def _convert_row(row: object, row_type: type) -> msgspec.Struct:
 
 
 def _to_integer(value: object) -> int:
-    number = float(value)
-    if number != int(number) or abs(number) > MAX_ID:
+    number = int(value)
+    if number != float(value) or abs(number) > MAX_ID:
         raise ValueError
-    return int(value)
+    return number
 
 
 def _to_text(value: object) -> str:

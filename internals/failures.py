@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import errno
 import sys
 import time
 import traceback
@@ -24,7 +25,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except StopRequested:
-        utils.log("stopped as asked; everything is saved, go on with --resume auto")
+        utils.log("stopped as asked; every step of a training is saved, go on with --resume auto")
         exit_with_code(STOPPED)
     except UserError as error:
         abort(str(error), WRONG_USE)
@@ -55,6 +56,9 @@ def remedy_for(error: Exception) -> str | None:
         )
     if is_out_of_memory(error):
         return f"out of memory: lower --batch-size, or use --device cpu ({text.splitlines()[0]})"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename} cannot be written: " if error.filename else ""
+        return f"{where}{error.strerror}: make room, then run it again"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename} cannot be read or written: {error.strerror}"
     return None

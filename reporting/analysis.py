@@ -16,6 +16,8 @@ SCORE_THRESHOLD = 0.5  # detections below are only in the curves and in the dash
 IOU_THRESHOLD = 0.5
 EVALUATOR = coco_eval.EVALUATORS[0]
 UNMATCHED, IGNORED = -1, -2  # in place of the row of the match
+# What is used of a line of `metrics.jsonl` without asking whether it is there, by kind.
+REQUIRED_KEYS = {"train": {"step", "epoch"}, "end": {"seconds"}}
 
 
 # ------------------------------------------------------------------------------------- metrics
@@ -106,15 +108,15 @@ def _read_lines(file: Path, notes: list[str]) -> list[dict]:
             continue
         try:
             line = json.loads(row)
-            line["kind"]
-        except (ValueError, TypeError, KeyError):
-            if n < len(rows):
-                raise UserError(
-                    f'{file}:{n} is not a JSON object with a "kind": correct or remove the line'
-                ) from None
-            notes.append(f"{file}: the last line was cut off by a crash and is left out")
-        else:
+            valid = REQUIRED_KEYS.get(str(line["kind"]), set()) <= line.keys()
+        except (ValueError, TypeError, KeyError, RecursionError):
+            valid = False
+        if valid:
             lines.append(line)
+        elif n < len(rows):
+            raise UserError(f"{file}:{n} is not a line that train.py wrote: correct or remove it")
+        else:
+            notes.append(f"{file}: the last line was cut off by a crash and is left out")
     if not lines:
         raise UserError(f"{file} is empty: there is nothing to report yet")
     return lines

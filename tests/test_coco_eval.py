@@ -220,6 +220,7 @@ GOOD = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
     ("content", "said"),
     [
         ('[{"image_id": 1', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("{}", "holds no list"),
         ([GOOD, {**GOOD, "bbox": [1, 2, 3]}], "row 1 is no COCO result"),
         ([GOOD, GOOD, {**GOOD, "score": None}], "row 2 is no COCO result"),

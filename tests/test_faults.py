@@ -162,7 +162,7 @@ def test_signal_saves_once_and_ends_all_processes_with_75(tiny, tmp_path, to, na
         process.send_signal(number)
     said = process.stdout.read()
     assert process.wait(60) == 75, said
-    assert "everything is saved, go on with --resume auto" in said
+    assert "every step of a training is saved, go on with --resume auto" in said
     assert "Traceback" not in said
     assert time.monotonic() - begin < 20
     assert_nothing_runs(out, 5)
@@ -187,7 +187,7 @@ def test_signal_to_torchrun_itself_saves(tiny, tmp_path):
     process.send_signal(signal.SIGTERM)
     said = process.stdout.read()
     assert process.wait(60) == 1
-    assert "everything is saved, go on with --resume auto" in said
+    assert "every step of a training is saved, go on with --resume auto" in said
     assert_nothing_runs(out, 5)
     assert saved_step(out) == list(last_losses(out))[-1]
 

@@ -312,6 +312,17 @@ def test_ground_truth_is_drawn_on_the_left(command, model, val, annotations, tmp
     assert {image["id"] for image in images} == {100, 101, 102, 103}
 
 
+def test_truth_that_cannot_be_drawn_is_named(command, model, val, annotations, tmp_path):
+    content = read(annotations)
+    content["annotations"].append({"id": 77, "image_id": 100, "category_id": 1, "bbox": "wide"})
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    code, output, errors = command(
+        model, val, "--show-truth", tmp_path / "truth.json", "--output-dir", tmp_path / "x"
+    )
+    assert code == 0, errors
+    assert "not drawn: annotations whose 'bbox' is not four numbers (1): id 77" in output
+
+
 def test_annotations_are_matched_by_the_end_of_the_path(command, model, annotations, tmp_path):
     content = read(annotations)
     for name, row in zip(("day1/0.png", "0.png", "./sub/2.png"), content["images"], strict=True):

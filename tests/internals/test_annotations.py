@@ -115,6 +115,7 @@ def test_area_of_nan_is_that_of_the_box(tiny):
     [
         ("images", {"height": None}, "images without 'height'"),
         ("images", {"file_name": 7}, "images whose 'file_name' is not a text"),
+        ("images", {"height": 2**53 + 1}, "images whose 'height' is not a whole number up to"),
         ("images", {"width": 2**53 + 2}, "images whose 'width' is not a whole number up to 2**53"),
         ("annotations", {"category_id": 1.5}, "annotations whose 'category_id' is not a whole num"),
         ("annotations", {"bbox": [1, 2, 3]}, "annotations whose 'bbox' is not four numbers"),
@@ -175,6 +176,7 @@ def test_file_without_what_is_required_is_refused(tiny, change, message):
     ("content", "message"),
     [
         (b'{"images": [', "not valid JSON"),
+        (b'{"images": ' + b"[" * 100_000, "not valid JSON: maximum recursion depth"),
         (b"[]", "holds a list at its top level"),
         (b'{"images": "\xff"}', "not UTF-8"),
         (b"", "is empty"),

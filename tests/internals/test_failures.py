@@ -46,6 +46,8 @@ def test_command_that_returns_does_not_exit():
         (RunError("the loss is NaN"), 1, "the loss is NaN"),
         (KeyboardInterrupt(), 1, "interrupted"),
         (OSError(errno.EACCES, "Permission denied", "d.txt"), 1, "d.txt cannot be read or written"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "left on device: make room"),
+        (OSError(errno.ENOSPC, "No space left on device", "e.pth"), 1, "e.pth cannot be written"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory: lower --batch-size"),
         (OSError("[Errno 24] Too many open files"), 1, "ulimit -n 65536"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), 1, "--shm-size"),

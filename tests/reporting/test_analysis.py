@@ -70,8 +70,10 @@ def test_a_last_line_that_a_crash_cut_off_is_noted(tiny, tmp_path):
     [
         (None, r"metrics\.jsonl cannot be read \(No such file"),
         (b"\n", r"metrics\.jsonl is empty"),
-        (b'{"kind": "start"}\nnonsense\n{"kind": "end"}\n', r"metrics\.jsonl:2 is not a JSON obj"),
-        (b'{"kind": "start"}\n[1]\n', r"metrics\.jsonl:2 is not a JSON object with a \"kind\""),
+        (b'{"kind": "start"}\nnonsense\n{"kind": "end"}\n', r"metrics\.jsonl:2 is not a line"),
+        (b'{"kind": "start"}\n[1]\n', r"metrics\.jsonl:2 is not a line that train.py wrote"),
+        (b'{"kind": "train"}\n{"kind": "end"}\n', r"metrics\.jsonl:1 is not a line"),
+        (b"[" * 100_000 + b"\n\n", r"metrics\.jsonl:1 is not a line"),
         (b"\xff\xfe\n", r"metrics\.jsonl:1 is not"),
     ],
 )
