@@ -1,4 +1,4 @@
-"""The command line of train.py: defaults, and flags that are refused."""
+"""The command line of train.py: defaults and rejected flags."""
 
 import argparse
 import json
@@ -8,20 +8,21 @@ import pytest
 import torch
 
 import arguments
+from checkpoint import RESUME_INVARIANTS
 from internals.errors import UserError
 
 CPU = torch.device("cpu")
 
 
 def resolve(*flags, saved: dict | None = None) -> argparse.Namespace:
-    """What train.py makes of these flags before it looks at data."""
+    """Parse, resolve and validate flags as train.py does."""
     args = arguments.parse_arguments([str(flag) for flag in flags])
     arguments.resolve_defaults(args, saved, CPU)
     arguments.validate_args(args, CPU)
     return args
 
 
-def test_defaults_are_the_coco_recipe():
+def test_defaults_are_coco_recipe():
     args = resolve()
     assert (args.epochs, args.lr_steps, args.lr_gamma, args.batch_size) == (26, [16, 22], 0.1, 2)
     assert (args.lr, args.momentum, args.weight_decay) == (0.02 * 2 / 16, 0.9, 1e-4)
@@ -30,7 +31,7 @@ def test_defaults_are_the_coco_recipe():
     assert args.aspect_ratio_group_factor == 3
 
 
-def test_defaults_follow_other_flags(monkeypatch):
+def test_defaults_depend_on_other_flags(monkeypatch):
     assert resolve("--epochs", 13).lr_steps == [8, 11]
     assert resolve("--min-size", 400).max_size == 666
     assert resolve("--weights", "COCO_V1").weights_backbone is None
@@ -49,29 +50,35 @@ def test_defaults_follow_other_flags(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--opt adamw --momentum 0.9", "--momentum is for --opt sgd"),
-        ("--lr-scheduler cosineannealinglr --lr-steps 3", "are for --lr-scheduler multisteplr"),
-        ("--amp-dtype float16", "--amp-dtype needs --amp"),
-        ("--weights COCO_V1 --weights-backbone IMAGENET1K_V1", "brings its own backbone"),
+        ("--opt adamw --momentum 0.9", "--momentum has no effect with --opt adamw"),
+        (
+            "--lr-scheduler cosineannealinglr --lr-steps 3",
+            "have no effect with --lr-scheduler",
+        ),
+        ("--amp-dtype float16", "--amp-dtype has no effect without --amp"),
+        ("--weights COCO_V1 --weights-backbone IMAGENET1K_V1", "includes a backbone"),
         ("--weights-backbone none --trainable-backbone-layers 3", "needs pretrained weights"),
-        ("--data-augmentation lsj --min-size 512 --max-size 700", "lsj makes squares"),
-        ("--fixed-size 64 96 --data-augmentation multiscale", "leaves nothing of --data-augm"),
-        ("--fixed-size 64 96 --min-size 512", "--fixed-size takes the place of --min-size"),
+        ("--data-augmentation lsj --min-size 512 --max-size 700", "lsj makes square images"),
+        (
+            "--fixed-size 64 96 --data-augmentation multiscale",
+            "contradicts --data-augmentation",
+        ),
+        ("--fixed-size 64 96 --min-size 512", "--fixed-size replaces --min-size"),
         ("--fixed-size 64", "expected 2 arguments"),
         ("--sync-bn", "--sync-bn needs torchrun"),
         ("--ema 1", "1 is not between 0 and 1"),
         ("--weights-backbone none --freeze-backbone", "--freeze-backbone needs pretrained"),
-        ("--freeze-backbone --trainable-backbone-layers 2", "leaves nothing of --trainable"),
-        ("--min-size 800 --max-size 400", "--max-size 400 is below the shortest side"),
-        ("--model ssd300_vgg16 --min-size 512", "resizes to 300 pixels square"),
-        ("--model ssd300_vgg16 --data-augmentation multiscale", "has one size"),
+        ("--freeze-backbone --trainable-backbone-layers 2", "trains no backbone layers"),
+        ("--min-size 800 --max-size 400", "--max-size 400 is below --min-size 800"),
+        ("--model ssd300_vgg16 --min-size 512", "always resizes to 300 x 300 pixels"),
+        ("--model ssd300_vgg16 --data-augmentation multiscale", "has a fixed size"),
         ("--model fcos_resnet50_fpn --rpn-score-thresh 0.1", "has no proposals"),
-        ("--overfit 4 --val-images x --val-annotations y", "--overfit evaluates on training"),
-        ("--find-batch-size --test-only --weights COCO_V1", "is for one training process"),
-        ("--start-epoch 26", "leaves nothing of 26 epochs"),
-        ("--resume x.pth --start-epoch 2", "--resume knows its epoch"),
+        ("--overfit 4 --val-images x --val-annotations y", "--overfit uses training images only"),
+        ("--find-batch-size --test-only --weights COCO_V1", "needs a single training process"),
+        ("--start-epoch 26", "is not below --epochs 26"),
+        ("--resume x.pth --start-epoch 2", "--start-epoch has no effect with --resume"),
         ("--resume-anyway", "--resume-anyway needs --resume"),
-        ("--test-only", "needs a model to test"),
+        ("--test-only", "needs a model: add --resume"),
         ("--world-size 4", "--world-size 4, but 1 were started"),
         ("--dist-url tcp://localhost:1", "--dist-url needs torchrun"),
         ("--dataset coco_kp", "invalid choice"),
@@ -82,12 +89,12 @@ def test_defaults_follow_other_flags(monkeypatch):
         ("--batch 4", "unrecognized arguments: --batch"),
     ],
 )
-def test_flags_that_cannot_apply_are_refused_with_a_reason(flags, message):
+def test_inapplicable_flags_are_rejected(flags, message):
     with pytest.raises(UserError, match=message):
         resolve(*flags.split())
 
 
-def test_model_flags_are_taken_from_the_checkpoint():
+def test_model_flags_come_from_checkpoint():
     saved = vars(resolve("--model", "fcos_resnet50_fpn", "--min-size", "320", "--epochs", "3"))
     args = resolve("--resume", "x.pth", saved=saved)
     assert (args.model, args.min_size, args.max_size) == ("fcos_resnet50_fpn", 320, 533)
@@ -99,27 +106,67 @@ def test_model_flags_are_taken_from_the_checkpoint():
         assert resolve(*flags, saved=saved).min_size == 480
 
 
-def test_arguments_become_plain_types():
+def test_to_plain_dict():
     args = resolve("--output-dir", "runs/1", "--lr-steps", "3", "4")
     plain = arguments.to_plain_dict(args)
     assert plain["output_dir"] == str(Path.cwd() / "runs/1")
     assert json.loads(json.dumps(plain)) == plain
 
 
-def test_help_has_the_groups_of_flags_and_the_exit_codes(capsys):
+def test_help_lists_groups_and_exit_codes(capsys):
     with pytest.raises(SystemExit) as caught:
         arguments.parse_arguments(["--help"])
     assert caught.value.code == 0
-    said = capsys.readouterr().out
-    for part in ("data:", "model:", "optimization:", "device and precision:", "output:", "Exit"):
-        assert part in said
+    output = capsys.readouterr().out
+    groups = [
+        "most used:",
+        "data:",
+        "model:",
+        "optimization:",
+        "evaluation:",
+        "checkpoints and logs:",
+    ]
+    positions = [output.index(f"\n{group}\n") for group in [*groups, "device:"]]
+    assert positions == sorted(positions)
+    assert "Exit codes" in output
 
 
-def test_flags_of_torchvisions_reference_are_there():
-    known = arguments.parse_arguments([])
+def test_help_shows_every_default():
+    parser = arguments.build_parser()
+    undocumented = [
+        action.dest
+        for action in parser._actions
+        if "default" not in action.help and action.dest not in ("help", "check_data", "test_only")
+    ]
+    assert undocumented == ["find_batch_size"]
+
+
+def test_torchvision_reference_flags_exist():
+    args = arguments.parse_arguments([])
     names = """data_path dataset model device batch_size epochs workers lr momentum weight_decay
     norm_weight_decay opt lr_scheduler lr_steps lr_gamma print_freq output_dir resume start_epoch
     aspect_ratio_group_factor rpn_score_thresh trainable_backbone_layers data_augmentation sync_bn
     test_only use_deterministic_algorithms weights weights_backbone amp seed world_size dist_url"""
-    assert set(names.split()) <= vars(known).keys()
+    assert set(names.split()) <= vars(args).keys()
     assert arguments.parse_arguments(["--start_epoch", "3", "--wd", "0.1", "-b", "4"])
+
+
+# The flags that may differ when a run is resumed, for these reasons.
+MAY_CHANGE = {
+    *("data_path", "train_annotations", "train_images", "val_annotations", "val_images"),  # content
+    *("batch_size", "accumulate_steps"),  # `global_batch` is an invariant
+    *("amp", "amp_dtype", "device", "use_deterministic_algorithms"),  # `precision` is an invariant
+    *("output_dir", "resume", "resume_anyway", "check_data", "test_only", "find_batch_size"),
+    *("workers", "world_size", "dist_url", "timeout_minutes"),
+    *("eval_batch_size", "val_loss", "evaluator"),
+    *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "print_freq"),
+    *("tensorboard", "no_report", "early_stop_patience", "max_steps"),
+    *("dataset", "start_epoch"),
+    *("max_bad_images", "overfit"),  # the content of the data is an invariant
+}
+
+
+def test_every_flag_is_decided_for_resuming():
+    flags = set(vars(arguments.parse_arguments([])))
+    assert flags == MAY_CHANGE | {*arguments.MODEL_ARGS, *RESUME_INVARIANTS} & flags
+    assert not MAY_CHANGE & {*arguments.MODEL_ARGS, *RESUME_INVARIANTS}
