@@ -1,4 +1,7 @@
-"""What the benchmarks share: arms run by turns in processes of their own, medians, tables."""
+"""Shared by the benchmarks: run arms in separate processes, print tables, save results.
+
+An arm is one of the variants that a benchmark compares.
+"""
 
 import argparse
 import json
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,96 +20,129 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def parser(description: str, repeats: bool = True) -> argparse.ArgumentParser:
-    """With the flags that every benchmark has."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--quick", action="store_true", help="a smoke test in seconds, no figures")
+def build_parser(description: str, repeats: bool = True) -> argparse.ArgumentParser:
+    """Build a parser with the flags that the benchmarks share; `repeats` adds --repeats."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--quick", action="store_true", help="smoke test in seconds, too small for measurements"
+    )
     if repeats:
-        made.add_argument("--repeats", type=int, default=3, metavar="N", help="(default: 3)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write every single figure there")
-    made.add_argument("--arm", help=argparse.SUPPRESS)  # what a process of its own has to do
-    made.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    return made
+        parser.add_argument(
+            "--repeats", type=int, default=3, metavar="N", help="runs of each arm (default: 3)"
+        )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    # Flags of the processes that `Arm.run` starts.
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return parser
 
 
-def in_process(
-    script: str,
-    arm: str,
-    work: Path,
-    processes: int = 1,
-    ours: bool = False,
-    threads: int | None = 1,
-    flags: Sequence[str] = (),
-) -> dict:
-    """The figures that one arm prints, run in one or more fresh processes of their own.
+@dataclass(frozen=True)
+class Arm:
+    """A variant to measure, in fresh processes.
 
-    `ours`: in the environment that the launchers of this project make. `threads`: for each process,
-    None for as many as it likes.
+    Attributes:
+        script: Benchmark that measures one arm if called with --arm, and prints the result as JSON.
+        name: Value of --arm.
+        work: Value of --work, the folder or file with the inputs.
+        processes: Number of processes; more than one get the variables of torch.distributed.
+        use_launcher_environment: Whether to set the variables of start_scripts/common.sh.
+        threads: OMP_NUM_THREADS of each process, None for the default.
+        flags: Further flags of the script.
+        pause: Seconds to wait before the start.
     """
-    command = [sys.executable, script, "--arm", arm, "--work", str(work), *flags]
-    if ours:
-        launcher = str(ROOT / "start_scripts/common.sh")
-        command = ["bash", "-c", 'source "$0"; exec "$@"', launcher, *command]
-    env = {**os.environ, "BENCHMARK_BEGIN": str(time.time())}
-    if threads:
-        env["OMP_NUM_THREADS"] = str(threads)
-    if processes > 1:
-        env.update(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
-    started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**env, "RANK": str(rank)})
-        for rank in range(processes)
-    ]
-    outputs = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        sys.exit(f"the arm {arm!r} failed, see above")
-    return json.loads(outputs[0].splitlines()[-1])
+
+    script: str
+    name: str
+    work: Path
+    processes: int = 1
+    use_launcher_environment: bool = False
+    threads: int | None = 1
+    flags: Sequence[str] = ()
+    pause: float = 0
+
+    def run(self) -> dict:
+        """Run the processes to their end; return the result that rank 0 printed."""
+        time.sleep(self.pause)
+        command = [sys.executable, self.script, "--arm", self.name, "--work", str(self.work)]
+        command += self.flags
+        if self.use_launcher_environment:
+            launcher = str(ROOT / "start_scripts/common.sh")
+            command = ["bash", "-c", 'source "$0"; exec "$@"', launcher, *command]
+        env = {**os.environ, "BENCHMARK_BEGIN": str(time.time())}
+        if self.threads:
+            env["OMP_NUM_THREADS"] = str(self.threads)
+        if self.processes > 1:
+            env["WORLD_SIZE"] = str(self.processes)
+            env["MASTER_ADDR"] = "127.0.0.1"
+            env["MASTER_PORT"] = "29533"
+        started = [
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True, env={**env, "RANK": str(rank)}
+            )
+            for rank in range(self.processes)
+        ]
+        outputs = [process.communicate()[0] for process in started]
+        if any(process.returncode for process in started):
+            sys.exit(f"arm {self.name!r} failed: see its error above")
+        return json.loads(outputs[0].splitlines()[-1])
 
 
-def by_turns(arms: dict, repeats: int) -> dict[str, list[dict]]:
-    """Call every arm once, then every arm again: what disturbs the machine disturbs them all."""
-    figures = {name: [] for name in arms}
-    for turn in range(repeats):
-        for name, arm in arms.items():
-            figures[name].append(arm())
-            shown = ", ".join(f"{k} {_short(v)}" for k, v in figures[name][-1].items())
-            told = name if isinstance(name, str) else f"{name[0]}x, {name[1]}"
-            print(f"  {turn + 1}/{repeats}  {told}: {shown}", flush=True)
-    return figures
+def run_interleaved(arms: dict, repeats: int) -> dict:
+    """Run all arms in turn, `repeats` times, so that background load affects all of them alike.
+
+    Args:
+        arms: An Arm for each key, a name or a tuple (size, name).
+        repeats: Number of runs of each arm.
+
+    Returns:
+        The list of results for each key.
+    """
+    results = {key: [] for key in arms}
+    for repeat in range(repeats):
+        for key, arm in arms.items():
+            result = arm.run()
+            results[key].append(result)
+            label = key if isinstance(key, str) else f"{key[0]}x, {key[1]}"
+            values = ", ".join(f"{name} {_format(value)}" for name, value in result.items())
+            print(f"  {label}, run {repeat + 1}/{repeats}: {values}", flush=True)
+    return results
 
 
-def by_size(figures: dict[tuple[int, str], list[dict]]) -> dict[int, dict[str, list[dict]]]:
-    """The figures of arms that are named (size, way), by size and then by way."""
-    sorted_out = {}
-    for (size, way), turns in figures.items():
-        sorted_out.setdefault(size, {})[way] = turns
-    return dict(sorted(sorted_out.items()))
+def group_by_size(results: dict[tuple[int, str], list[dict]]) -> dict[int, dict[str, list[dict]]]:
+    """Group results with keys (size, name) by size, in ascending order."""
+    groups = {}
+    for (size, name), runs in results.items():
+        groups.setdefault(size, {})[name] = runs
+    return dict(sorted(groups.items()))
 
 
-def median(figures: list[dict], key: str) -> float | None:
-    values = [row[key] for row in figures if row.get(key) is not None]
+def median(results: list[dict], key: str) -> float | None:
+    """Return the median of `key` over the results that have it, None if none has."""
+    values = [result[key] for result in results if result.get(key) is not None]
     return statistics.median(values) if values else None
 
 
-def _short(value) -> str:
-    if isinstance(value, dict):  # the first figure stands for all
+def _format(value) -> str:
+    if isinstance(value, dict):
         key, first = next(iter(value.items()))
-        return f"[{key} {_short(first)} and {len(value) - 1} more]"
+        return f"[{key} {_format(first)} and {len(value) - 1} more]"
     if isinstance(value, list):
-        return f"[{len(value)} figures]"
+        return f"[{len(value)} values]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def table(header: list[str], rows: list[list]) -> None:
+def print_table(header: list[str], rows: list[list]) -> None:
     """Print rows as a Markdown table."""
-    cells = [header, *[["-" if v is None else _short(v) for v in row] for row in rows]]
+    cells = [header, *[["-" if v is None else _format(v) for v in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
     for row in cells:
         print("| " + " | ".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)) + " |")
 
 
-def status(field: str, process: str = "self") -> float | None:
-    """MiB of a field of /proc/PID/status or smaps_rollup; None where there is no /proc."""
+def process_memory(field: str, process: str = "self") -> float | None:
+    """Read a field of /proc/PID/status or smaps_rollup in MiB; None without /proc."""
     for name in ("status", "smaps_rollup"):
         file = Path(f"/proc/{process}/{name}")
         if not file.exists():
@@ -116,8 +153,8 @@ def status(field: str, process: str = "self") -> float | None:
     return None
 
 
-def machine() -> dict:
-    """What a figure depends on."""
+def describe_machine() -> dict:
+    """Return the hardware and versions that a measurement depends on."""
     names = ("torch", "torchvision", "numpy", "pillow", "msgspec", "hotcoco", "pycocotools")
     versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
     cpu = platform.processor() or platform.machine()
@@ -128,7 +165,8 @@ def machine() -> dict:
     return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), **versions}
 
 
-def save(file: Path | None, **content) -> None:
+def save_results(file: Path | None, **content) -> None:
+    """Write the results and a description of the machine as JSON, if a file is given."""
     if file:
-        file.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
-        print(f"\nevery figure: {file}")
+        file.write_text(json.dumps({"machine": describe_machine(), **content}, indent=1) + "\n")
+        print(f"\nall results: {file}")

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""How long data takes: annotation file to first batch, memory, and one image to its target.
+"""Measure data loading: time to the first batch, memory, and the time for one image and target.
 
     python benchmarks/data.py
 
 Makes a data set of COCO train2017's size (118,287 images, 860,001 annotations with polygons) and
-twice and four times that, and runs this project and the plain way by turns, each in a process of
-its own. The plain way is torchvision's documented `CocoDetection` with
-`wrap_dataset_for_transforms_v2`; an image as torchvision's references read it has its polygons
-turned into masks. At four times the size, where it would take 16 GB of memory, the plain way is
-left out. Needs 6 GB of disk.
+of twice and four times that size, and runs two arms in separate processes: `ours` is this project,
+`plain` is torchvision's documented `CocoDetection` with `wrap_dataset_for_transforms_v2`. Single
+images are also read as in torchvision's references, which convert polygons to masks. `plain` is
+skipped at four times the size, where it would need 16 GB of memory. Needs 6 GB of disk space.
 """
 
 import ctypes
@@ -32,19 +31,19 @@ ARMS = ("plain", "ours")
 WORKERS = 2
 
 
-def resident() -> float | None:
-    """What this process holds after giving back what it can, in MiB."""
+def resident_memory() -> float | None:
+    """Release unused memory to the system; return the resident memory in MiB."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
-    return common.status("VmRSS")
+    return common.process_memory("VmRSS")
 
 
-# -------------------------------------------------------------------------------- the two ways
+# ------------------------------------------------------------------------------- the two arms
 
 
-def load(arm: str, split) -> object:
-    """The data set as one would train on it, from nothing but its files."""
+def load_dataset(arm: str, split):
+    """Load the data set for training from its files."""
     if arm == "plain":
         from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
         from torchvision.transforms import v2
@@ -63,33 +62,34 @@ def load(arm: str, split) -> object:
     return coco_utils.CocoDetection(index, index.categories, images, flip)
 
 
-def loader_of(arm: str, dataset, batch_size: int = 2):
+def build_loader(arm: str, dataset, batch_size: int = 2):
+    """Build a loader of shuffled batches."""
     import torch
 
     import coco_utils
     import samplers
     from internals import preemption
 
-    # As train.py does; the patch of `without_decoding` would not reach others either.
+    # As in train.py; the patch of `disable_decoding` reaches forked workers only.
     preemption.use_forked_workers()
     if arm == "plain":
-        order = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
-        order["collate_fn"] = lists
+        options = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
+        options["collate_fn"] = collate
     else:
         widths, heights = dataset.index.sizes[dataset.images].T
         groups = samplers.aspect_ratio_groups(widths, heights, 3)
-        order = {"batch_sampler": samplers.TrainingPlan(groups, batch_size)}
-        order["collate_fn"] = coco_utils.collate
-    return torch.utils.data.DataLoader(dataset, num_workers=WORKERS, **order)
+        options = {"batch_sampler": samplers.TrainingPlan(groups, batch_size)}
+        options["collate_fn"] = coco_utils.collate
+    return torch.utils.data.DataLoader(dataset, num_workers=WORKERS, **options)
 
 
-def lists(batch: list) -> tuple:
-    """The references' collate function."""
+def collate(batch: list) -> tuple:
+    """Collate as torchvision's references do."""
     return tuple(zip(*batch, strict=True))
 
 
 def measure_loading(arm: str, work: Path) -> dict:
-    """Seconds from the annotation file to the first batch, and memory in MiB beyond the imports."""
+    """Return seconds from annotation file to first batch, and memory in MiB beyond the imports."""
     import torchvision.datasets  # noqa: F401
     from pycocotools.coco import COCO  # noqa: F401
 
@@ -97,25 +97,25 @@ def measure_loading(arm: str, work: Path) -> dict:
     from internals import data_checks  # noqa: F401
 
     split = synthetic.Split(work / "instances.json", work / "images")
-    with split.annotations.open("rb") as file:  # from now on no way has to wait for the disk
+    with split.annotations.open("rb") as file:  # into the page cache, for all arms alike
         while file.read(2**24):
             pass
-    before = resident()
-    begin = time.perf_counter()
-    dataset = load(arm, split)
-    loaded = time.perf_counter() - begin
-    batches = iter(loader_of(arm, dataset))
+    before = resident_memory()
+    start = time.perf_counter()
+    dataset = load_dataset(arm, split)
+    index_seconds = time.perf_counter() - start
+    batches = iter(build_loader(arm, dataset))
     next(batches)
-    seconds = time.perf_counter() - begin
-    peak = common.status("VmHWM")
+    seconds = time.perf_counter() - start
+    peak = common.process_memory("VmHWM")
     del batches
-    after = resident()
+    after = resident_memory()
     memory = {"resident_mib": after - before, "peak_mib": peak - before} if before else {}
-    return {"seconds": seconds, "index_seconds": loaded, **memory, "whole_peak_mib": peak}
+    return {"seconds": seconds, "index_seconds": index_seconds, **memory, "whole_peak_mib": peak}
 
 
-def without_decoding(arm: str, dataset):
-    """The data set with a constant for every image, to run through an epoch of targets."""
+def disable_decoding(arm: str, dataset):
+    """Replace every image by a constant, so that an epoch loads targets only."""
     import torch
     from PIL import Image
 
@@ -132,33 +132,33 @@ def without_decoding(arm: str, dataset):
 
 
 def measure_workers(arm: str, work: Path) -> dict:
-    """Memory of the loading processes that no other process shares, as an epoch goes by, in MiB."""
+    """Return the mean private memory of a worker in MiB, at three steps of an epoch."""
     split = synthetic.Split(work / "instances.json", work / "images")
-    loader = loader_of(arm, without_decoding(arm, load(arm, split)), batch_size=16)
+    dataset = disable_decoding(arm, load_dataset(arm, split))
+    loader = build_loader(arm, dataset, batch_size=16)
     batches = iter(loader)
-    figures, steps = [], len(loader)
-    begin = time.perf_counter()
+    memory, steps = [], len(loader)
+    start = time.perf_counter()
     for step, _ in enumerate(batches, start=1):
         if step in (1 + steps // 20, steps // 2, steps - 5):
-            workers = [str(worker.pid) for worker in batches._workers]
-            figures.append(
-                sum(common.status("Private_Dirty", pid) or 0 for pid in workers) / WORKERS
-            )
-    early, middle, late = figures
+            pids = [str(worker.pid) for worker in batches._workers]
+            private = [common.process_memory("Private_Dirty", pid) or 0 for pid in pids]
+            memory.append(sum(private) / WORKERS)
+    early, middle, late = memory
     return {
         "worker_mib_early": early,
         "worker_mib_half": middle,
         "worker_mib_end": late,
         "growth_mib": late - early,
-        "seconds": time.perf_counter() - begin,
+        "seconds": time.perf_counter() - start,
     }
 
 
-# --------------------------------------------------------------------------------- one image
+# ------------------------------------------------------------------------------ single images
 
 
-class AsTheReferences:
-    """An image and its target as torchvision's detection references make them, masks included."""
+class ReferenceDataset:
+    """Images and targets of torchvision's detection references, masks included."""
 
     def __init__(self, split):
         from torchvision.datasets import CocoDetection
@@ -198,8 +198,8 @@ class AsTheReferences:
         return functional.pil_to_tensor(image).to(torch.float32) / 255, target
 
 
-def v2_wrapper(split):
-    """torchvision's v2 data set with boxes and without masks, to uint8 tensors as ours."""
+def build_v2_dataset(split):
+    """Build torchvision's v2 data set, with boxes, without masks, and with uint8 images."""
     from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
     from torchvision.transforms import v2
 
@@ -208,66 +208,59 @@ def v2_wrapper(split):
 
 
 def measure_images(arm: str, work: Path) -> dict:
-    """Milliseconds from a file name to image and target, on one core: medians over the images.
+    """Return the median milliseconds from file to image and target, on one core.
 
-    The ways take turns after 50 images each: one after the other as in a loading process, as a way
-    that follows another finds the caches full of what that one left there.
+    The ways to read are interleaved in blocks of 50 images, because the first images after a change
+    are slower: the previous way has filled the CPU's caches.
     """
     import torch
 
     torch.set_num_threads(1)
     split = synthetic.Split(work / "instances.json", work / "images")
-    ours = load("ours", split)
+    ours = load_dataset("ours", split)
     ours.augmentation = None
-    references, wrapper = AsTheReferences(split), v2_wrapper(split)
+    references, wrapper = ReferenceDataset(split), build_v2_dataset(split)
     files = [split.images / ours.index.file_name(int(i)) for i in ours.images]
-    ways = {
+    readers = {
         "references": lambda i: references[int(ours.images[i])],
         "v2_wrapper": lambda i: wrapper[int(ours.images[i])],
         "ours": ours.__getitem__,
-        "decoding": lambda i: decode_alone(files[i]),
+        "decoding": lambda i: decode(files[i]),
     }
-    times = {name: [] for name in ways}
+    seconds = {name: [] for name in readers}
     for first in range(0, len(ours), 50):
-        for name, way in ways.items():
+        for name, read in readers.items():
             for i in range(first, min(first + 50, len(ours))):
-                begin = time.perf_counter()
-                way(i)
-                times[name].append(time.perf_counter() - begin)
-    return {f"{name}_ms": 1000 * float(np.median(taken)) for name, taken in times.items()}
+                start = time.perf_counter()
+                read(i)
+                seconds[name].append(time.perf_counter() - start)
+    return {f"{name}_ms": 1000 * float(np.median(values)) for name, values in seconds.items()}
 
 
-def decode_alone(file: Path) -> None:
-    """What no way can do without: Pillow's decoding."""
+def decode(file: Path) -> None:
+    """Decode an image with Pillow, the lower bound of all readers."""
     from PIL import Image
 
     with Image.open(file) as image:
         image.load()
 
 
-# ---------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------- the results
 
 
-def arm(kind: str, work: Path, pause: float = 0):
-    """A measurement in a process of its own, to be called as often as needed.
-
-    It begins after `pause` seconds: memory that the process before has just given up is quick to
-    get until the host of a virtual machine has taken it back, which favours what needs little.
-    """
-
-    def measure() -> dict:
-        time.sleep(pause)
-        return common.in_process(__file__, kind, work, ours="ours" in kind)
-
-    return measure
+def make_arm(kind: str, work: Path, pause: float = 0) -> common.Arm:
+    """Make an arm; `kind` is a key of `MEASUREMENTS`, a colon, and "plain", "ours" or nothing."""
+    return common.Arm(__file__, kind, work, use_launcher_environment="ours" in kind, pause=pause)
 
 
 def run_loading(folder: Path, args) -> tuple[dict, dict]:
-    """Figures of `measure_loading` by size and way, and of `measure_workers` by way.
+    """Return results of `measure_loading` by size and arm, and of `measure_workers` by arm.
 
-    All sizes take turns, too, so that a machine that becomes slower does not look like growth.
+    All sizes are interleaved, too: otherwise a machine that slows down would look like growth.
     """
     images, annotations = (400, 3000) if args.quick else synthetic.TRAIN
+    # In the pause, the host of a virtual machine reclaims the memory of the previous process.
+    # Allocating it again would be faster, which favors the arm that needs less.
     sizes, pause = ([1], 0) if args.quick else (args.sizes, 5)
     for size in sizes:
         work = folder / f"{size}x"
@@ -276,67 +269,73 @@ def run_loading(folder: Path, args) -> tuple[dict, dict]:
         print(f"{size}x: {size * images:,} images, {size * annotations:,} annotations, "
               f"{megabytes:.0f} MB of JSON", flush=True)  # fmt: skip
     arms = {
-        (size, way): arm(f"loading:{way}", folder / f"{size}x", pause)
-        for way in ARMS
+        (size, arm): make_arm(f"loading:{arm}", folder / f"{size}x", pause)
+        for arm in ARMS
         for size in sizes
-        if way == "ours" or size < 4
+        if arm == "ours" or size < 4
     }
-    loading = common.by_size(common.by_turns(arms, 1 if args.quick else args.repeats))
+    results = common.run_interleaved(arms, 1 if args.quick else args.repeats)
     work = folder / f"{sizes[0]}x"
-    workers = common.by_turns({way: arm(f"workers:{way}", work) for way in ARMS}, 1)
-    return loading, workers
+    worker_arms = {arm: make_arm(f"workers:{arm}", work) for arm in ARMS}
+    return common.group_by_size(results), common.run_interleaved(worker_arms, 1)
 
 
 def run_images(folder: Path, args) -> dict:
-    """Figures of `measure_images` by kind of image."""
-    figures = {}
-    for kind, grain in (("smooth", 0.0), ("grainy", 12.0)):
+    """Return results of `measure_images` by kind of image."""
+    results = {}
+    for kind, noise in (("smooth", 0.0), ("grainy", 12.0)):
         work, count = folder / kind, 40 if args.quick else 600
-        split = synthetic.make_coco(work, count, round(count * 7.27), grain)
+        split = synthetic.make_coco(work, count, round(count * 7.27), noise)
         kilobytes = np.mean([file.stat().st_size for file in split.images.iterdir()]) / 1000
-        one = {f"{kind}, {kilobytes:.0f} kB": arm("images:", work)}
-        figures.update(common.by_turns(one, 1 if args.quick else args.repeats))
-    return figures
+        arms = {f"{kind}, {kilobytes:.0f} kB": make_arm("images:", work)}
+        results |= common.run_interleaved(arms, 1 if args.quick else args.repeats)
+    return results
 
 
-def report_loading(figures: dict[int, dict]) -> None:
+def report_loading(results: dict[int, dict]) -> None:
+    """Print medians of `measure_loading` by size."""
     rows = []
-    for size, arms in figures.items():
+    for size, arms in results.items():
         for key, name in (
             ("seconds", "annotation file to first batch, s"),
-            ("resident_mib", "memory kept per process, MiB"),
-            ("peak_mib", "memory at the peak, MiB"),
-            ("whole_peak_mib", "the same with the imports, MiB"),
+            ("resident_mib", "resident memory per process, MiB"),
+            ("peak_mib", "peak memory, MiB"),
+            ("whole_peak_mib", "peak memory with the imports, MiB"),
         ):
             plain, ours = (common.median(arms.get(arm, []), key) for arm in ARMS)
             ratio = plain / ours if plain and ours else None
             rows.append([f"{name}, {size}x", plain, ours, ratio])
-    common.table(["quantity", *ARMS, "plain / ours"], rows)
+    common.print_table(["quantity", *ARMS, "plain / ours"], rows)
 
 
-def report_workers(figures: dict[str, list[dict]]) -> None:
-    rows = [[key, *(figures[way][0][key] for way in ARMS)] for key in figures["ours"][0]]
-    common.table(["loading process over an epoch, MiB of its own", *ARMS], rows)
+def report_workers(results: dict[str, list[dict]]) -> None:
+    """Print the results of `measure_workers`."""
+    rows = [[key, *(results[arm][0][key] for arm in ARMS)] for key in results["ours"][0]]
+    common.print_table(["private memory of a worker over an epoch", *ARMS], rows)
 
 
-def report_images(figures: dict[str, list[dict]]) -> None:
+def report_images(results: dict[str, list[dict]]) -> None:
+    """Print medians of `measure_images` by kind of image."""
     keys = ("references_ms", "v2_wrapper_ms", "ours_ms", "decoding_ms")
     rows = []
-    for kind, turns in figures.items():
-        values = [common.median(turns, key) for key in keys]
+    for kind, runs in results.items():
+        values = [common.median(runs, key) for key in keys]
         rows.append([kind, *values, values[0] / values[2], values[1] / values[2]])
-    common.table(["640 x 480 JPEG", *keys, "references / ours", "v2 / ours"], rows)
+    common.print_table(["640 x 480 JPEG", *keys, "references / ours", "v2 / ours"], rows)
+
+
+MEASUREMENTS = {"loading": measure_loading, "workers": measure_workers, "images": measure_images}
 
 
 def main() -> None:
-    parser = common.parser(__doc__.partition("\n")[0])
+    """Run the benchmark."""
+    parser = common.build_parser(__doc__.partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], metavar="N",
                         help="multiples of COCO train2017 (default: 1 2 4)")  # fmt: skip
     args = parser.parse_args()
     if args.arm:
         kind, _, arm = args.arm.partition(":")
-        measure = {"loading": measure_loading, "workers": measure_workers}.get(kind)
-        print(json.dumps((measure or measure_images)(arm, args.work)))
+        print(json.dumps(MEASUREMENTS[kind](arm, args.work)))
         return
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         loading, workers = run_loading(Path(folder), args)
@@ -347,7 +346,7 @@ def main() -> None:
     report_workers(workers)
     print()
     report_images(images)
-    common.save(args.json, loading=loading, workers=workers, images=images)
+    common.save_results(args.json, loading=loading, workers=workers, images=images)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""The two ways to train that the benchmarks compare: torchvision's model in a loop like that of its
-references, and this project's model in this project's loop. Weights and batches are the same."""
+"""The two implementations that `step.py` and `parity.py` compare.
+
+`stock` is torchvision's model in a plain loop like that of its references, `ours` is this project's
+model and loop. Both get the same weights and batches.
+"""
 
 import argparse
 import json
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import common  # noqa: F401, makes the project's modules importable
@@ -24,26 +29,36 @@ from internals.mixed_precision import resolve_precision
 from internals.train_state import TrainState
 
 NAME = "fasterrcnn_resnet50_fpn"
-# What `ours` can be measured without, to see what each brings.
-PARTS = ("folded norms", "box pool", "channels_last", "fused optimizer", "memory settings")
+# Optimizations of `ours` that can be disabled one by one, to measure the effect of each.
+OPTIMIZATIONS = ("folded norms", "box pool", "channels_last", "fused optimizer", "memory settings")
 
 
-def without(part: str | None) -> None:
-    """Switch a part of what makes this project fast off, in this process."""
-    if part == "folded norms":
+def disable(optimization: str | None) -> None:
+    """Disable an optimization in this process; the caller handles the last two of the list."""
+    if optimization == "folded norms":
         internals.fast.fold_frozen_norms = lambda module: None
-    elif part == "box pool":
+    elif optimization == "box pool":
         internals.fast.CpuRoIAlign.forward = internals.fast.MultiScaleRoIAlign.forward
-    elif part == "channels_last":
-        nn.Module.to = _ignoring_layout(nn.Module.to)
+    elif optimization == "channels_last":
+        nn.Module.to = _ignore_memory_format(nn.Module.to)
 
 
-def _ignoring_layout(to):
+def _ignore_memory_format(to):
     return lambda self, *args, memory_format=None, **kwargs: to(self, *args, **kwargs)
 
 
-def build(ours: bool, size: int, num_classes: int, frozen: bool, state: dict | None) -> nn.Module:
-    """The detector, its norms frozen or not, at torchvision's sizes in proportion to `size`."""
+def build_detector(
+    ours: bool, size: int, num_classes: int, frozen: bool, state: dict | None
+) -> nn.Module:
+    """Build the detector, with frozen or trainable norms.
+
+    Args:
+        ours: Whether to build this project's model, else torchvision's.
+        size: The shorter side of the images in pixels; the bound of the longer is in proportion.
+        num_classes: Number of classes, background included.
+        frozen: Whether the norms are frozen.
+        state: The state_dict to load, None for random weights.
+    """
     model = models.build_model(
         NAME,
         num_classes,
@@ -57,13 +72,13 @@ def build(ours: bool, size: int, num_classes: int, frozen: bool, state: dict | N
     return model
 
 
-def random_weights(size: int, num_classes: int, images: list[torch.Tensor]) -> dict:
-    """A state_dict whose norms hold the statistics of these images, as those of a trained one do.
+def make_random_weights(size: int, num_classes: int, images: list[torch.Tensor]) -> dict:
+    """Make a random state_dict with norms that have the statistics of these images.
 
-    A random network with frozen norms would otherwise double its numbers in every block.
+    Otherwise, the activations of a random network with frozen norms would double in every block.
     """
     torch.manual_seed(0)
-    model = build(False, size, num_classes, frozen=False, state=None).train()
+    model = build_detector(False, size, num_classes, frozen=False, state=None).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -72,8 +87,8 @@ def random_weights(size: int, num_classes: int, images: list[torch.Tensor]) -> d
     return {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
 
 
-class Batches:
-    """Batches that are made already, as a loader of `engine.train_one_epoch`."""
+class InMemoryLoader:
+    """A loader of `engine.train_one_epoch` that holds its batches in memory."""
 
     def __init__(self, batches: list):
         self.batches = self.batch_sampler = batches
@@ -82,65 +97,95 @@ class Batches:
         return iter(self.batches)
 
 
-def make_optimizer(model: nn.Module, ours: bool, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, fused: bool, lr: float) -> torch.optim.Optimizer:
+    """Make the SGD of torchvision's references."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4, fused=ours or None)
-
-
-def run_ours(model, batches, optimizer, device, amp_dtype, seed=0, factor=None, clip=None) -> list:
-    """The losses of the steps that are logged, through this project's loop."""
-    lr, losses = optimizer.param_groups[0]["lr"], []
-    state = TrainState(
-        model, optimizer, lambda step: lr * (factor(step) if factor else 1.0), amp_dtype
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=0.9, weight_decay=1e-4, fused=True if fused else None
     )
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Settings of both training loops.
+
+    Attributes:
+        device: Device of the model.
+        amp_dtype: Type of autocast, None for float32.
+        seed: Seed of the model's random numbers.
+        lr_factor: Factor of the learning rate by step, None for a constant rate.
+        clip_grad_norm: Upper bound of the norm of all gradients, None for no clipping.
+        log_every: Number of steps between two log lines of `train_ours`.
+    """
+
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    seed: int = 0
+    lr_factor: Callable[[int], float] | None = None
+    clip_grad_norm: float | None = None
+    log_every: int = 20
+
+
+def train_ours(model, optimizer, settings: LoopSettings, batches: list) -> list[float]:
+    """Train with this project's loop; return the losses of the logged steps."""
+    lr, losses = optimizer.param_groups[0]["lr"], []
+
+    def learning_rate(step: int) -> float:
+        return lr * (settings.lr_factor(step) if settings.lr_factor else 1.0)
+
+    state = TrainState(model, optimizer, learning_rate, settings.amp_dtype)
     args = argparse.Namespace(
-        seed=seed, accumulate_steps=1, clip_grad_norm=clip, print_freq=1 if factor else 20
+        seed=settings.seed,
+        accumulate_steps=1,
+        clip_grad_norm=settings.clip_grad_norm,
+        print_freq=settings.log_every,
     )
     engine.train_one_epoch(
         state,
-        Batches(batches),
+        InMemoryLoader(batches),
         args,
         last_step=len(batches),
         log_step=lambda state, progress, averages, *_: losses.append(averages["loss"]),
-        on_step_end=lambda step, check: None,  # nothing to save
+        on_step_end=lambda step, check: None,  # no checkpoints
     )
     return losses
 
 
-def run_stock(model, batches, optimizer, device, amp_dtype, seed=0, factor=None, clip=None) -> list:
-    """The same in a plain loop: images as float from the start, every loss read in every step."""
+def train_stock(model, optimizer, settings: LoopSettings, batches: list) -> list[float]:
+    """Train with a plain loop, which reads the losses in every step; return them."""
     model.train()
     lr, losses = optimizer.param_groups[0]["lr"], []
+    device, amp_dtype = settings.device, settings.amp_dtype
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     for step, (images, targets) in enumerate(batches):
-        utils.seed_step(seed, step, len(images))
+        utils.seed_step(settings.seed, step, len(images))
         for group in optimizer.param_groups:
-            group["lr"] = lr * factor(step) if factor else lr
+            group["lr"] = lr * settings.lr_factor(step) if settings.lr_factor else lr
         images = [image.to(device) for image in images]
         targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            parts = model(images, targets)
-            loss = sum(parts.values())
-        losses.append(sum(part.item() for part in parts.values()))
+            loss_dict = model(images, targets)
+            loss = sum(loss_dict.values())
+        losses.append(sum(value.item() for value in loss_dict.values()))
         if not math.isfinite(loss.item()):
-            raise SystemExit(f"the loss of step {step} is {loss.item()}")
+            raise SystemExit(f"step {step}: the loss is {loss.item()}")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        if clip is not None:
+        if settings.clip_grad_norm is not None:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
         scaler.step(optimizer)
         scaler.update()
     return losses
 
 
-def as_ours(batch: tuple[list, list]) -> tuple:
-    """uint8 images and targets of tensors as `coco_utils.collate` makes a batch of them."""
+def collate_ours(batch: tuple[list, list]) -> tuple:
+    """Collate uint8 images and their targets as `coco_utils.collate` does."""
     return coco_utils.collate(list(zip(*batch, strict=True)))
 
 
-def as_stock(batch: tuple[list, list]) -> tuple[list, list]:
-    """The same as torchvision's references have them: float images, and targets of tensors."""
+def collate_stock(batch: tuple[list, list]) -> tuple[list, list]:
+    """Convert uint8 images and their targets to the float images and targets of the references."""
     images, targets = batch
     keep = ("boxes", "labels")
     return [image / 255 for image in images], [{k: t[k] for k in keep} for t in targets]
@@ -149,19 +194,23 @@ def as_stock(batch: tuple[list, list]) -> tuple[list, list]:
 # ------------------------------------------------------------------------------------- counting
 
 
-class Operators(TorchDispatchMode):
-    """Counts operators, and those whose answer the host has to wait for, whatever the device.
+class OperatorCounter(TorchDispatchMode):
+    """Counts operators, on any device.
 
-    A CPU's own reads, such as drawing a size to resize to, are among them. `constants` counts the
-    tensors that are made of Python's numbers, each of which may be a copy to the device.
+    Attributes:
+        total: All operators.
+        reads: By kind, those with a result that the host reads, also of tensors on the CPU.
+        constants: Tensors made from Python numbers; each may be a copy to the device.
     """
 
-    # Numbers, and tensors of a length that only the device knows.
+    # Scalars, and tensors with a length that depends on the data.
     READS = ("_local_scalar_dense", "nonzero", "nms", "masked_select", "_unique2")
 
     def __init__(self):
         super().__init__()
-        self.total, self.constants, self.reads = 0, 0, {}
+        self.total = 0
+        self.constants = 0
+        self.reads = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.total += 1
@@ -175,27 +224,28 @@ class Operators(TorchDispatchMode):
 
 
 @contextmanager
-def synchronisations(device: torch.device):
-    """Yields a list that holds, at the end, one entry for each time CUDA made the host wait."""
-    seen = []
+def record_synchronizations(device: torch.device):
+    """Yield a list, which gets one warning for each CUDA synchronization at the end."""
+    synchronizations = []
     if device.type != "cuda":
-        yield seen
+        yield synchronizations
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield seen
+            yield synchronizations
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            seen += [w for w in caught if "synchroniz" in str(w.message)]
+            synchronizations += [w for w in caught if "synchroniz" in str(w.message)]
 
 
 def profile(run, device: torch.device) -> dict:
-    """Where a step's time goes: the ten operators, or CUDA kernels, that take most of it.
+    """Profile a call of `run`.
 
-    `profile` has rows of name, milliseconds and calls; `kernels` is how many were launched on
-    CUDA, None on a CPU.
+    Returns:
+        `profile`: Rows of name, milliseconds and calls for the ten slowest operators, on CUDA
+            kernels. `kernels`: Number of kernels launched on CUDA, None on a CPU.
     """
     cuda = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
@@ -211,12 +261,13 @@ def profile(run, device: torch.device) -> dict:
     return {"profile": rows, "kernels": kernels}
 
 
-def read_weights(file: Path) -> dict:
+def load_weights(file: Path) -> dict:
+    """Load a state_dict."""
     return torch.load(file, weights_only=True)
 
 
-def picture_batch(rng: np.random.Generator, count: int, shape: tuple, classes: int) -> tuple:
-    """Images uint8 `[3, H, W]`, smooth with some grain, and targets with about seven boxes each."""
+def make_batch(rng: np.random.Generator, count: int, shape: tuple, num_classes: int) -> tuple:
+    """Make smooth, slightly noisy images, uint8 `[3, H, W]`, and targets of about seven boxes."""
     height, width = shape
     images, targets = [], []
     for n in range(count):
@@ -230,17 +281,19 @@ def picture_batch(rng: np.random.Generator, count: int, shape: tuple, classes: i
         targets.append(
             {
                 "boxes": torch.from_numpy(np.hstack([corner, corner + sides])).float(),
-                "labels": torch.from_numpy(rng.integers(1, classes, boxes)),
+                "labels": torch.from_numpy(rng.integers(1, num_classes, boxes)),
                 "image_id": n,
             }
         )
     return images, targets
 
 
-def device_and_type(precision: str) -> tuple[torch.device, torch.dtype | None]:
+def choose_device_and_dtype(precision: str) -> tuple[torch.device, torch.dtype | None]:
+    """Choose the device, and the type of autocast for "amp" or "float32" (None)."""
     device = choose_device(None)
     return device, resolve_precision(device, precision == "amp", None)[0]
 
 
-def say(figures: dict) -> None:
-    print(json.dumps(figures))
+def print_result(result: dict) -> None:
+    """Print the result of an arm for `common.Arm.run`."""
+    print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""Data of COCO's size that needs no download: an annotation file with polygons, and images."""
+"""Synthetic data sets of COCO's size: annotation files with polygons, and JPEG images."""
 
 import io
 import json
@@ -12,41 +12,41 @@ from coco_utils import COCO_CATEGORY_IDS, Split
 
 TRAIN = (118_287, 860_001)  # images and annotations of COCO train2017
 VAL = (5_000, 36_781)
-SIDES = (640, 480)
+SIZE = (640, 480)  # width, height
 
 
-def annotation_body(rng: np.random.Generator) -> str:
-    """All of an annotation but its ids, as COCO writes it: 713 bytes on average in train2017."""
-    sides = np.exp(rng.uniform(np.log(12), np.log(400), 2)).clip(max=np.array(SIDES) - 2)
-    x, y = rng.uniform(0, np.array(SIDES) - sides)
+def make_annotation(rng: np.random.Generator) -> str:
+    """Make an annotation without ids, in JSON; the average in train2017 has 713 bytes."""
+    sides = np.exp(rng.uniform(np.log(12), np.log(400), 2)).clip(max=np.array(SIZE) - 2)
+    x, y = rng.uniform(0, np.array(SIZE) - sides)
     width, height = sides
-    turn = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(15, 66))))
-    radius = 0.5 * rng.uniform(0.6, 1, len(turn))
+    angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(15, 66))))
+    radius = 0.5 * rng.uniform(0.6, 1, len(angles))
     points = np.stack(
-        [x + width * (0.5 + radius * np.cos(turn)), y + height * (0.5 + radius * np.sin(turn))]
+        [x + width * (0.5 + radius * np.cos(angles)), y + height * (0.5 + radius * np.sin(angles))]
     )
     polygon = json.dumps(points.T.ravel().round(2).tolist())
     box = json.dumps([round(float(v), 2) for v in (x, y, width, height)])
     crowd = int(rng.random() < 0.012)
     shape = f"[{polygon}]"
     if crowd:
-        width, height = SIDES
+        width, height = SIZE
         shape = json.dumps({"counts": [1000, 500, width * height - 1500], "size": [height, width]})
     area = round(float(0.6 * sides[0] * sides[1]), 4)
     return f'"segmentation": {shape}, "area": {area}, "iscrowd": {crowd}, "bbox": {box}'
 
 
 def make_annotations(file: Path, images: int, annotations: int, seed: int = 0) -> list[str]:
-    """Write an annotation file with about as many bytes as COCO's own; returns the file names."""
+    """Write an annotation file with about as many bytes as COCO's; return the image file names."""
     rng = np.random.default_rng(seed)
-    bodies = [annotation_body(rng) for _ in range(4000)]
+    bodies = [make_annotation(rng) for _ in range(4000)]
     image_ids = np.sort(rng.choice(5 * images, images, replace=False)) + 1
     columns = (
         rng.integers(0, len(bodies), annotations),
         rng.choice(image_ids, annotations),
         rng.choice(COCO_CATEGORY_IDS, annotations),
     )
-    width, height = SIDES
+    width, height = SIZE
     names = [f"{i:012}.jpg" for i in image_ids.tolist()]
     with file.open("w") as out:
         out.write('{"info": {"year": 2017}, "licenses": [], "images": [')
@@ -69,43 +69,39 @@ def make_annotations(file: Path, images: int, annotations: int, seed: int = 0) -
     return names
 
 
-def jpeg_bytes(rng: np.random.Generator, grain: float) -> bytes:
-    """A JPEG of 640 x 480; the grain decides how many bytes it takes (COCO: 160,000)."""
+def make_jpeg(rng: np.random.Generator, noise: float) -> bytes:
+    """Encode a 640 x 480 JPEG; the deviation of the noise sets its size (COCO: 160,000 bytes)."""
     coarse = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
-    pixels = np.asarray(Image.fromarray(coarse).resize(SIDES, Image.Resampling.BICUBIC))
-    pixels = pixels + rng.normal(0, grain, pixels.shape)
+    pixels = np.asarray(Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC))
+    pixels = pixels + rng.normal(0, noise, pixels.shape)
     out = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
     return out.getvalue()
 
 
-def make_images(folder: Path, names: list[str], grain: float, different: int = 256) -> int:
-    """Write a JPEG for each name, `different` ones and links to them; returns their mean size."""
+def make_images(folder: Path, names: list[str], noise: float, distinct: int = 256) -> None:
+    """Write a JPEG for each name: `distinct` files, and hard links to them for the other names."""
     rng = np.random.default_rng(1)
     folder.mkdir(parents=True)
-    total = 0
     for n, name in enumerate(names):
-        if n < different:
-            data = jpeg_bytes(rng, grain)
-            total += len(data)
-            (folder / name).write_bytes(data)
+        if n < distinct:
+            (folder / name).write_bytes(make_jpeg(rng, noise))
         else:
-            os.link(folder / names[n % different], folder / name)
-    return total // min(different, len(names))
+            os.link(folder / names[n % distinct], folder / name)
 
 
-def make_coco(root: Path, images: int, annotations: int, grain: float = 12.0) -> Split:
-    """A data set in `root`, unless it is there already."""
+def make_coco(root: Path, images: int, annotations: int, noise: float = 12.0) -> Split:
+    """Make a split in `root`, unless it exists."""
     split = Split(root / "instances.json", root / "images")
     if not split.images.exists():
         root.mkdir(parents=True)
         names = make_annotations(split.annotations, images, annotations)
-        make_images(split.images, names, grain)
+        make_images(split.images, names, noise)
     return split
 
 
-def make_small(root: Path, images: int) -> Path:
-    """A data set in COCO 2017's layout for trainings of seconds: noise, 64 x 48, a box or two."""
+def make_small_coco(root: Path, images: int) -> Path:
+    """Make a data set in COCO 2017's layout: noise images of 64 x 48 with one or two boxes."""
     rng = np.random.default_rng(2)
     (root / "annotations").mkdir(parents=True)
     for split, count in (("train", images), ("val", 2)):
