@@ -1,7 +1,7 @@
-"""What the converters share: read folders of images and labels, write COCO 2017's layout.
+"""Shared by the converters: read folders of images and labels, write COCO 2017's layout.
 
 The layout is OUTPUT/annotations/instances_{train,val}2017.json with the images in
-OUTPUT/{train,val}2017/, which `train.py --data-path OUTPUT` takes.
+OUTPUT/{train,val}2017/, as `train.py --data-path OUTPUT` expects it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-# The scripts run as `python datasets/split.py`, which finds the modules of this folder alone.
+# `python datasets/split.py` puts only this folder on the module path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from internals.command_line import ArgumentParser
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Box(NamedTuple):
-    """A box of an image: the name of its category, and x, y, width, height in pixels."""
+    """A box: the name of its category, and x, y, width, height in pixels."""
 
     category: str
     bbox: list[float]
@@ -37,7 +37,7 @@ class Box(NamedTuple):
 
 
 class LabeledImage(NamedTuple):
-    """An image file with what the annotation file will say of it."""
+    """An image file and its entries in the annotation file."""
 
     file: Path
     file_name: str  # relative to the image folder, with "/"
@@ -46,11 +46,11 @@ class LabeledImage(NamedTuple):
 
 
 class Errors(list):
-    """Messages of UserErrors, collected so that one message can name all that is wrong."""
+    """Messages of UserErrors, collected to report all of them in one UserError."""
 
     @contextlib.contextmanager
     def collect(self, place: object = ""):
-        """Keep the UserError that ends this block, with the file or line that it is about."""
+        """Collect a UserError that the block raises, with `place`, its file or line."""
         try:
             yield
         except UserError as error:
@@ -66,16 +66,18 @@ class Errors(list):
 
 
 def build_parser(description: str, **inputs: str) -> ArgumentParser:
-    """A parser of the `inputs`, files or folders by name with their help, and of OUTPUT.
+    """Build the parser of a script.
 
-    `description`, a script's docstring, is shown as it is written.
+    Args:
+        description: The docstring of the script, displayed without reformatting.
+        **inputs: Names and help texts of the input files or folders; OUTPUT is added.
     """
     parser = ArgumentParser(
         description,
-        epilog="Exit codes: 0 done; 2 the flags or the data are wrong; 1 anything else.",
+        epilog="Exit codes: 0 done; 1 failed; 2 a flag or the data is wrong.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, text in {**inputs, "output": "the folder to create"}.items():
+    for name, text in {**inputs, "output": "folder to create"}.items():
         parser.add_argument(name, type=Path, metavar=name.upper(), help=text)
     return parser
 
@@ -91,11 +93,14 @@ def read_text(file: Path) -> str:
 
 
 def read_annotations(file: Path, required: dict[str, dict[str, type]]) -> dict:
-    """Read all of a COCO annotation file.
+    """Read a COCO annotation file.
 
     Args:
-        file: the annotation file.
-        required: the lists that it must have, with names and types of their rows' fields.
+        file: The annotation file.
+        required: The lists that it must have, with names and types of their rows' fields.
+
+    Raises:
+        UserError: The file cannot be read, or a list or a field is missing.
     """
     try:
         content = json.loads(read_text(file))
@@ -114,40 +119,47 @@ def read_annotations(file: Path, required: dict[str, dict[str, type]]) -> dict:
 
 
 def repeated_values(values: Iterable) -> list:
+    """Return the values that occur more than once."""
     return [value for value, count in Counter(values).items() if count > 1]
 
 
 def find_files(folder: Path, suffixes: Iterable[str], notes: list[str]) -> dict[str, Path]:
-    """Find all files below a folder that have one of the suffixes and are not hidden.
+    """Find all files below a folder with one of the suffixes; hidden files are skipped.
 
-    `notes` counts those with other suffixes. The keys, sorted, are the paths relative to the
-    folder, with "/" and without the suffix, by which an image and its labels belong together.
+    Args:
+        folder: The folder.
+        suffixes: Suffixes in lower case, with the dot.
+        notes: Gets a note with the number of files with other suffixes.
+
+    Returns:
+        The files by key, sorted. The key is the path relative to the folder, with "/" and without
+        the suffix; an image and its label file have the same key.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing")
     walk = os.walk(folder, followlinks=True)
-    found, others = {}, []
+    files, ignored = {}, []
     for file in sorted(Path(home, name) for home, _, names in walk for name in names):
         name = file.relative_to(folder)
         key = name.with_suffix("").as_posix()
         if any(part.startswith(".") for part in name.parts):
             continue
         if file.suffix.lower() not in suffixes:
-            others.append(file.suffix or file.name)
-        elif key in found:
-            raise UserError(f"{found[key]} and {file} differ in their suffix alone: keep one")
+            ignored.append(file.suffix or file.name)
+        elif key in files:
+            raise UserError(f"{files[key]} and {file} differ only in their suffix: keep one")
         else:
-            found[key] = file
-    if others:
-        kinds = ", ".join(sorted(set(others)))
-        notes.append(f"{len(others):,} other files in {folder} are ignored ({kinds})")
-    return found
+            files[key] = file
+    if ignored:
+        kinds = ", ".join(sorted(set(ignored)))
+        notes.append(f"{len(ignored):,} other files in {folder} are ignored ({kinds})")
+    return files
 
 
 def read_image_sizes(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Read an image's width and height from its header: upright as EXIF says, and as stored.
+    """Read (width, height) from an image's header: after EXIF rotation, and as stored.
 
-    Annotation tools show the first; training takes boxes for either.
+    Annotation tools display the rotated image; training accepts boxes for both.
     """
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
@@ -156,7 +168,7 @@ def read_image_sizes(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{file} cannot be read as an image: {reason}") from None
     if stored[0] * stored[1] > MAX_PIXELS:
-        raise UserError(f"{file} has more than {MAX_PIXELS:,} pixels: store a smaller one")
+        raise UserError(f"{file} has more than {MAX_PIXELS:,} pixels: reduce its size")
     return (stored[::-1] if orientation in (5, 6, 7, 8) else stored), stored
 
 
@@ -164,20 +176,21 @@ def convert(parser: ArgumentParser, argv: list[str] | None, read: Callable) -> N
     """Run a converter.
 
     Args:
-        parser: from `build_parser`; --categories is added here.
-        argv: the command line, or None for that of this process.
-        read: takes the parsed arguments and a list of notes for the user to add to; returns the
-            LabeledImages by split, and the category names in the order of their ids from 1 on.
+        parser: From `build_parser`; --categories is added here.
+        argv: The command line, None for that of this process.
+        read: Gets the parsed arguments and a list of notes, to which it may add messages for the
+            user. Returns the LabeledImages by split, and the category names for ids from 1.
     """
     parser.add_argument(
         "--categories",
         type=Path,
         metavar="FILE",
-        help="take the categories and their ids, by name, from this COCO annotation file",
+        help="use the categories of this COCO annotation file, matched by name, with their ids",
     )
     args = parser.parse_args(argv)
     check_output(args.output)
-    categories, notes = args.categories and read_categories(args.categories), []
+    categories = read_categories(args.categories) if args.categories else None
+    notes = []
     splits, names = read(args, notes)
     if categories is None:
         categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
@@ -185,7 +198,7 @@ def convert(parser: ArgumentParser, argv: list[str] | None, read: Callable) -> N
         if not images:
             raise UserError(f"the split {split!r} has no images: add some")
     if not categories:
-        raise UserError("there are no objects, so no categories either: name some, --categories")
+        raise UserError("the data has no objects, so no categories: name them with --categories")
     used = {box.category for images in splits.values() for image in images for box in image.boxes}
     if unknown := sorted(used - {row["name"] for row in categories}):
         unknown = ", ".join(map(repr, unknown))
@@ -196,11 +209,11 @@ def convert(parser: ArgumentParser, argv: list[str] | None, read: Callable) -> N
 
 
 def read_categories(file: Path) -> list[dict]:
-    """Read the `categories` of a COCO annotation file, each with an id and a name of its own."""
+    """Read the `categories` of a COCO annotation file, with unique ids and names."""
     rows = read_annotations(file, {"categories": {"id": int, "name": str}})["categories"]
     for key in ("id", "name"):
         if repeated := repeated_values(row[key] for row in rows):
-            raise UserError(f"{file} has two categories with the {key} {repeated[0]!r}")
+            raise UserError(f"{file} has two categories with the {key} {repeated[0]!r}: keep one")
     return rows
 
 
@@ -219,7 +232,7 @@ def _coco_content(labeled: list[LabeledImage], categories: list[dict]) -> dict:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError if `output` has files that would be mixed with the new data set."""
+    """Raise UserError unless `output` is missing or an empty folder."""
     if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists: remove it, or name another folder")
 
@@ -227,13 +240,13 @@ def check_output(output: Path) -> None:
 def write_dataset(
     output: Path, contents: dict[str, dict], files: dict[str, dict[str, Path]], notes: list[str]
 ) -> None:
-    """Write a data set in COCO 2017's layout, and print what it has and what to do next.
+    """Write a data set in COCO 2017's layout; print its numbers, the notes and the next command.
 
     Args:
-        output: a folder, empty or to be created.
-        contents: what the annotation files of "train" and perhaps "val" say.
-        files: for each split, the image file of each file name.
-        notes: what to tell the user besides.
+        output: Folder, empty or to be created.
+        contents: Contents of the annotation files of "train" and, optionally, "val".
+        files: For each split, the image file of each file name.
+        notes: Messages for the user.
     """
     try:
         (output / "annotations").mkdir(parents=True, exist_ok=True)
@@ -244,7 +257,7 @@ def write_dataset(
         for split in contents
         for name, source in files[split].items()
     ]
-    # Last, so that an interrupted run leaves nothing that looks complete.
+    # Written last, so that the output of an interrupted run does not look complete.
     for split, content in contents.items():
         file = output / f"annotations/instances_{split}2017.json"
         file.write_text(json.dumps(content), encoding="utf-8")
@@ -252,26 +265,26 @@ def write_dataset(
     for note in notes:
         print(f"note: {note}")
     kinds = {True: "hard links, which take no space", False: "copies, as links are not possible"}
-    made = [f"{n:,} images as {kinds[is_link]}" for is_link, n in Counter(linked).items()]
-    print(f"{output} has {' and '.join(made)}. Next:\n  {_next_command(output, contents)}")
+    images = [f"{n:,} images as {kinds[is_link]}" for is_link, n in Counter(linked).items()]
+    print(f"{output}: {' and '.join(images)}\nNext:\n  {_next_command(output, contents)}")
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:
     """Create `target` as a hard link, or else as a copy; return whether it is a link."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()  # a link to a symbolic link would point out of the image folder
+    source = source.resolve()  # a hard link to a symbolic link would be a symbolic link
     try:
         os.link(source, target)
-    except FileExistsError:  # a copy would overwrite the file that is linked there
+    except FileExistsError:  # a copy would overwrite the original of that link
         raise
-    except OSError:  # another disk, or one without hard links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
         return False
     return True
 
 
 def _table(contents: dict[str, dict]) -> str:
-    """The numbers of each split in columns, and val's share of them."""
+    """Format the numbers of each split as columns, and val's share of them."""
     columns = [_counts(content) for content in contents.values()]
     width = max(len(name) for name, _ in columns[0])
     lines = [" " * width + "".join(f"{split:>10}" for split in contents)]
@@ -297,7 +310,7 @@ def _counts(content: dict) -> list[tuple[str, int]]:
 
 
 def _next_command(output: Path, contents: dict[str, dict]) -> str:
-    """The command to go on with, to be run from the current folder."""
+    """Return the next command to run, relative to the current folder."""
     if "val" in contents:
         command = ["train.py", "--data-path", output, "--check-data"]
     else:

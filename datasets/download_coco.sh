@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Download COCO 2017 (train, val and their annotations: 20 GB, and as much again unpacked) into
-# datasets/coco, or into the folder given:
+# Download COCO 2017 (train, val and annotations; 20 GB, up to 40 GB while unpacking) to FOLDER
+# (default: datasets/coco):
 #
 #   bash datasets/download_coco.sh [FOLDER]
 #
-# A download that was cut goes on where it stopped when run again; each archive is checked by size
-# and MD5 before it is unpacked and removed; what is complete is left alone.
-# COCO_URL=... takes the archives from a mirror with the same paths.
+# Run it again to resume an interrupted download; complete archives are skipped. Each archive is
+# verified by size and MD5, unpacked, and removed.
+# COCO_URL=... downloads from a mirror with the same paths.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../start_scripts/common.sh"
 
 folder=${1:-$ROOT/datasets/coco}
 url=${COCO_URL:-https://s3.amazonaws.com/images.cocodataset.org}
-find_python || PYTHON=$(command -v python3) || fail "no python3 found, which unpacks the archives"
-command -v curl > /dev/null || fail "curl is needed to download: install it, e.g. apt install curl"
+find_python || PYTHON=$(command -v python3) || fail "no python3 found: install it to unpack the archives"
+command -v curl > /dev/null || fail "no curl found: install it, e.g. apt install curl"
 mkdir -p "$folder"
 
-# Prints the MD5 of a file, by Python because not every system has md5sum.
+# Prints the MD5 of a file; in Python, because not every system has md5sum.
 md5_of() {
     "$PYTHON" -c 'import hashlib, sys
 digest = hashlib.md5(usedforsecurity=False)
@@ -26,7 +26,7 @@ with open(sys.argv[1], "rb") as file:
 print(digest.hexdigest())' "$1"
 }
 
-# Unpacks an archive into the folder, unless one of its members would land elsewhere.
+# Unpacks an archive, unless a member would be written outside of the folder.
 unpack() {
     "$PYTHON" -c 'import os, sys, zipfile
 archive, folder = sys.argv[1:]
@@ -49,12 +49,12 @@ get() {
         echo "$name: downloading $((bytes / 1000000)) MB"
         curl --fail --location --proto =https,file --retry 5 --continue-at - \
             --output "$archive" "$url/$path" ||
-            fail "$name: the download was cut; run the same command again to go on"
+            fail "$name: the download was interrupted: run the same command again to resume"
     fi
-    echo "$name: checking"
+    echo "$name: verifying"
     if [ "$(wc -c < "$archive")" -ne "$bytes" ] || [ "$(md5_of "$archive")" != "$md5" ]; then
         rm "$archive"
-        fail "$archive was not what COCO published (size or MD5 differ) and is removed: try again"
+        fail "$archive differs from the published archive (size or MD5) and was removed: try again"
     fi
     echo "$name: unpacking"
     unpack "$archive"
@@ -65,4 +65,4 @@ get() {
 get annotations annotations/annotations_trainval2017.zip 252907541 f4bbac642086de4f52a3fdda2de5fa2c
 get val2017 zips/val2017.zip 815585330 442b8da7639aecaf257c1dceb8ba8c80
 get train2017 zips/train2017.zip 19336861798 cced6f7f71b7629ddf16f17bbcfab6b2
-echo "COCO 2017 is in $folder"
+echo "COCO 2017: $folder"

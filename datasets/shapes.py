@@ -3,9 +3,9 @@
 
     python datasets/shapes.py FOLDER
 
-Coloured circles, squares and triangles of 24 to 64 pixels lie on a mottled background, some over
-others. What real data has is here in small: gaps in the category ids, images without objects, a
-crowd. The images depend on nothing but the seed in this file.
+Colored circles, squares and triangles of 24 to 64 pixels, some of them overlapping, on a mottled
+background. Like real data, it has gaps in the category ids, images without objects, and crowds.
+The images depend only on the seed in this file.
 """
 
 import argparse
@@ -16,16 +16,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CATEGORIES = {1: "circle", 3: "square", 6: "triangle"}
-SIDE = 128
+SIDE = 128  # pixels
 IMAGES = {"train": 400, "val": 50}
 SEED = 2017
 
 
-def outline(category_id: int, x: float, y: float, w: float, h: float) -> np.ndarray:
-    """Corners `[N, 2]` of a shape that fills the box x, y, w, h."""
+def shape_corners(category_id: int, x: float, y: float, w: float, h: float) -> np.ndarray:
+    """Return the corners `[N, 2]` of a shape that fills the box x, y, w, h."""
     if category_id == 1:
-        turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-        unit = 0.5 + 0.5 * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+        angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+        unit = 0.5 + 0.5 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     elif category_id == 3:
         unit = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
     else:
@@ -34,29 +34,30 @@ def outline(category_id: int, x: float, y: float, w: float, h: float) -> np.ndar
 
 
 def overlap(a: list[float], b: list[float]) -> float:
-    """Intersection over the smaller area of two boxes x, y, w, h."""
+    """Return the intersection over the smaller area of two boxes x, y, w, h."""
     w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
 
 
 def make_background(rng: np.random.Generator) -> Image.Image:
-    """A mottled, dull background."""
+    """Make a mottled background of medium brightness."""
     coarse = rng.uniform(60, 150, 3) + rng.normal(0, 22, (8, 8, 3))
     image = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((SIDE, SIDE))
-    grain = np.asarray(image) + rng.normal(0, 6, (SIDE, SIDE, 3))
-    return Image.fromarray(grain.clip(0, 255).astype(np.uint8))
+    noisy = np.asarray(image) + rng.normal(0, 6, (SIDE, SIDE, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def draw_shape(image: Image.Image, category_id: int, box: list[float], rng) -> None:
-    colour = rng.integers(0, 256, 3)
-    colour[rng.integers(3)] = rng.choice([10, 245])
-    corners = [tuple(corner) for corner in outline(category_id, *box)]
-    ImageDraw.Draw(image).polygon(corners, fill=tuple(map(int, colour)))
+    """Draw a shape in a random color, with one channel unlike those of the background."""
+    color = rng.integers(0, 256, 3)
+    color[rng.integers(3)] = rng.choice([10, 245])
+    corners = [tuple(corner) for corner in shape_corners(category_id, *box)]
+    ImageDraw.Draw(image).polygon(corners, fill=tuple(map(int, color)))
 
 
 def draw_crowd(image: Image.Image, category_id: int, rng) -> list[float]:
-    """A corner full of small shapes, too many to box one by one; returns the box of them all."""
+    """Draw 25 small shapes in the upper left corner; return their common box."""
     for _ in range(25):
         x, y = rng.uniform(0, 32, 2)
         draw_shape(image, category_id, [x, y, 8, 8], rng)
@@ -64,7 +65,7 @@ def draw_crowd(image: Image.Image, category_id: int, rng) -> list[float]:
 
 
 def make_image(rng: np.random.Generator, empty: bool, crowd: bool) -> tuple[Image.Image, list]:
-    """An image and its annotations as (category_id, box, iscrowd)."""
+    """Make an image and its annotations as (category_id, box, iscrowd)."""
     image, objects = make_background(rng), []
     if crowd:
         category_id = int(rng.choice(list(CATEGORIES)))
@@ -111,12 +112,13 @@ def make_split(root: Path, split: str) -> None:
 
 
 def main() -> None:
+    """Write both splits."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write it")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder")
     folder = parser.parse_args().folder
     for split in IMAGES:
         make_split(folder, split)
-    print(f"{sum(IMAGES.values())} images of shapes in {folder}")
+    print(f"{folder}: {sum(IMAGES.values())} images of shapes")
 
 
 if __name__ == "__main__":

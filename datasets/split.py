@@ -3,10 +3,10 @@
 
     python datasets/split.py all.json all_images my_images --val-share 0.2
 
-Both splits get their share of every category, counted in images that have it: iterative
-stratification (Sechidis, Tsoumakas and Vlahavas, On the Stratification of Multi-Label Data, 2011),
-the rarest category first. Each image is in one split, with all of its annotations; everything else
-in the file is in both. The same seed gives the same splits.
+Both splits get their share of each category, counted in images with that category, by iterative
+stratification (Sechidis, Tsoumakas and Vlahavas, On the Stratification of Multi-Label Data, 2011).
+Each image is in one split, with all its annotations; everything else in the file is in both. The
+same seed gives the same splits.
 """
 
 import random
@@ -19,7 +19,7 @@ from internals.command_line import fraction
 from internals.errors import UserError
 from internals.failures import run_command
 
-ANY = None  # stands among the category ids for what every image has
+ANY = None  # a pseudo category of all images
 REQUIRED = {
     "images": {"id": int, "file_name": str},
     "annotations": {"image_id": int, "category_id": int},
@@ -28,7 +28,7 @@ REQUIRED = {
 
 
 def load_annotations(file: Path, folder: Path) -> dict:
-    """Read the annotation file; raise UserError for ids or images that are wrong."""
+    """Read the annotation file; raise UserError for wrong ids and missing images."""
     content, errors = layout.read_annotations(file, REQUIRED), layout.Errors()
     images = content["images"]
     for key in ("id", "file_name"):
@@ -37,8 +37,10 @@ def load_annotations(file: Path, folder: Path) -> dict:
     known = {row["id"] for row in images}
     for row in content["annotations"]:
         if row["image_id"] not in known:
-            place = f"annotation {row.get('id', '')} of image {row['image_id']}"
-            errors.append(f"{file}: {place}, which is not in the file: remove it")
+            row_id, image_id = row.get("id", ""), row["image_id"]
+            errors.append(
+                f"{file}: annotation {row_id} refers to unknown image {image_id}: remove it"
+            )
     for row in images:
         path = PurePosixPath(row["file_name"])
         if path.is_absolute() or ".." in path.parts:
@@ -50,52 +52,56 @@ def load_annotations(file: Path, folder: Path) -> dict:
 
 
 def choose_val(content: dict, val_share: float, seed: int) -> set[int]:
-    """The ids of the images for val, by iterative stratification.
+    """Choose the ids of the val images by iterative stratification.
 
-    Of the category with the fewest images left, one image after the other goes to the split that
-    still wants more images of that category or, if both want as many, more images at all.
+    The category with the fewest remaining images comes first. Each of its images goes to the split
+    that lacks more images of that category or, if both lack the same number, more images in total.
     """
     categories = {row["id"]: {ANY} for row in content["images"]}
     for row in content["annotations"]:
         categories[row["image_id"]].add(row["category_id"])
-    left = Counter(category for having in categories.values() for category in having)
-    wanted = {
-        split: {category: count * share for category, count in left.items()}
+    remaining = Counter(category for ids in categories.values() for category in ids)
+    lacking = {
+        split: {category: count * share for category, count in remaining.items()}
         for split, share in (("train", 1 - val_share), ("val", val_share))
     }
-    waiting = list(categories)
-    random.Random(seed).shuffle(waiting)
+    image_ids = list(categories)
+    random.Random(seed).shuffle(image_ids)
     val = set()
-    while waiting:
-        rarest = min((c for c in left if left[c]), key=lambda c: (left[c], c is ANY, c or 0))
-        for image_id in [i for i in waiting if rarest in categories[i]]:
-            split = max(wanted, key=lambda split: (wanted[split][rarest], wanted[split][ANY]))
+    while image_ids:
+        rarest = min(
+            (c for c in remaining if remaining[c]), key=lambda c: (remaining[c], c is ANY, c or 0)
+        )
+        for image_id in [i for i in image_ids if rarest in categories[i]]:
+            split = max(lacking, key=lambda split: (lacking[split][rarest], lacking[split][ANY]))
             for category in categories[image_id]:
-                wanted[split][category] -= 1
-                left[category] -= 1
+                lacking[split][category] -= 1
+                remaining[category] -= 1
             if split == "val":
                 val.add(image_id)
-        waiting = [i for i in waiting if rarest not in categories[i]]
+        image_ids = [i for i in image_ids if rarest not in categories[i]]
     return val
 
 
 def select_images(content: dict, image_ids: set[int]) -> dict:
-    """The annotation file with these images and their annotations alone; the rest as it is."""
+    """Return the annotation file with only these images and their annotations."""
     images = [row for row in content["images"] if row["id"] in image_ids]
     annotations = [row for row in content["annotations"] if row["image_id"] in image_ids]
     return {**content, "images": images, "annotations": annotations}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Split the annotation file and its images."""
     parser = layout.build_parser(
-        __doc__, annotations="the annotation file to split", images="the folder of its images"
+        __doc__, annotations="annotation file to split", images="folder of its images"
     )
     parser.add_argument(
         "--val-share", type=fraction, default=0.2, metavar="SHARE",
         help="share of the images for val, between 0 and 1 (default: %(default)s)",
     )  # fmt: skip
-    seed_help = "of the choice (default: %(default)s)"
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=seed_help)
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     layout.check_output(args.output)
     content = load_annotations(args.annotations, args.images)

@@ -4,15 +4,15 @@
     python datasets/yolo_to_coco.py my_yolo my_images
 
 YOLO_FOLDER has images in images/train and images/val, and for each a text file of the same name in
-labels/train and labels/val with a line for each box: class, centre x, centre y, width and height,
-the last four as fractions of the image's width or height. The folders may also be train/images,
-train/labels, val/images and so on, and valid for val. Where images and labels have no such folders
-in them, all images become train, for datasets/split.py to split. The classes are named by
-classes.txt, a name a line, or by data.yaml.
+labels/train and labels/val with one line per box: class, center x, center y, width and height, the
+last four as fractions of the image's width or height. The folders may also be train/images,
+train/labels, val/images and so on, and `valid` instead of `val`. If images and labels have no
+subfolders, all images are in train, and datasets/split.py can split them. The class names come from
+classes.txt, one per line, or from data.yaml.
 
-An image without a label file has no objects. Class 0 becomes category 1, and so on. Boxes get
-pixels that are as round as the six decimals of YOLO's files allow: what was in whole pixels, or in
-hundredths, is so again. A box of zero size is kept, though it does not train.
+An image without a label file has no objects. Class 0 becomes category 1, and so on. Boxes in pixels
+are rounded within the precision of YOLO's six decimals, which restores whole pixels and hundredths.
+Boxes of zero size are kept, but not trained on.
 """
 
 import argparse
@@ -27,22 +27,22 @@ from internals.errors import UserError
 from internals.failures import run_command
 from internals.images import IMAGE_SUFFIXES
 
-ROUNDING = 0.51e-6  # half a unit of the sixth decimal, and a little for floats
-SLACK = 1e-5  # how far a fraction may be outside of 0 to 1, because of such rounding
+ROUNDING = 0.51e-6  # half a unit of the sixth decimal, with a margin for floats
+SLACK = 1e-5  # rounding may put a fraction this far outside of 0 to 1
 FOLDER_NAMES = {"train": ["train"], "val": ["val", "valid"], "test": ["test"]}
 
 
 def read_yolo(
     args: argparse.Namespace, notes: list[str]
 ) -> tuple[dict[str, list[LabeledImage]], list[str]]:
-    """Read YOLO_FOLDER: the images by split, and the names of the classes."""
+    """Read YOLO_FOLDER; return the images by split, and the class names."""
     names = read_class_names(args.yolo_folder)
     errors, splits = Errors(), {}
     for split, (image_folder, label_folder) in find_splits(args.yolo_folder, notes).items():
         images = layout.find_files(image_folder, IMAGE_SUFFIXES, notes)
         labels = layout.find_files(label_folder, {".txt"}, notes)
         if "classes" not in images:
-            labels.pop("classes", None)  # labelImg puts its list of names there
+            labels.pop("classes", None)  # labelImg writes the class names to the labels
         for key in sorted(labels.keys() - images.keys()):
             errors.append(f"{labels[key]}: its image {image_folder / key}.jpg is missing")
         if unlabeled := len(images.keys() - labels.keys()):
@@ -62,29 +62,30 @@ def read_yolo(
 
 
 def find_splits(folder: Path, notes: list[str]) -> dict[str, tuple[Path, Path]]:
-    """Find the folders of images and of labels of train and, if there is one, of val."""
+    """Find the folders (images, labels) of train and, if it exists, of val."""
     splits = {}
     for split, names in FOLDER_NAMES.items():
-        homes = [home for name in names for home in (f"{{}}/{name}", f"{name}/{{}}")]
-        found = [home for home in homes if (folder / home.format("images")).is_dir()]
-        if len(found) > 1:
-            both = " and ".join(str(folder / home.format("images")) for home in found[:2])
+        patterns = [pattern for name in names for pattern in (f"{{}}/{name}", f"{name}/{{}}")]
+        patterns = [p for p in patterns if (folder / p.format("images")).is_dir()]
+        if len(patterns) > 1:
+            both = " and ".join(str(folder / pattern.format("images")) for pattern in patterns[:2])
             raise UserError(f"{both} both exist: keep one of them")
-        if found:
-            splits[split] = tuple(folder / found[0].format(kind) for kind in ("images", "labels"))
+        if patterns:
+            pattern = patterns[0]
+            splits[split] = (folder / pattern.format("images"), folder / pattern.format("labels"))
     if "test" in splits:
-        notes.append(f"{splits.pop('test')[0]} is ignored: training reads train and val")
+        notes.append(f"{splits.pop('test')[0]} is ignored: only train and val are converted")
     images = folder / "images"
     if not splits and images.is_dir() and not any(map(Path.is_dir, images.glob("[!.]*"))):
         return {"train": (images, folder / "labels")}
     if "train" not in splits:
-        looked = f"{folder / 'images/train'}, {folder / 'train/images'}"
-        raise UserError(f"no images to train on; looked for the folders {looked}")
+        expected = f"{folder / 'images/train'} or {folder / 'train/images'}"
+        raise UserError(f"{folder} has no training images: add the folder {expected}")
     return splits
 
 
 def read_class_names(folder: Path) -> list[str]:
-    """Read the class names, from class 0 on, from classes.txt or else from data.yaml."""
+    """Read the class names in the order of their numbers, from classes.txt or else data.yaml."""
     file = folder / "classes.txt"
     if file.is_file():
         names = [line.strip() for line in layout.read_text(file).rstrip().splitlines()]
@@ -94,17 +95,17 @@ def read_class_names(folder: Path) -> list[str]:
             raise UserError(f"{folder}/classes.txt and {file} are missing: add one of them")
         names = read_yaml_names(file)
     if not names or "" in names:
-        raise UserError(f"{file} has a class without a name, or no class at all")
+        raise UserError(f"{file} has a class without a name, or no classes")
     if repeated := layout.repeated_values(names):
-        raise UserError(f"{file} has two classes of the name {repeated[0]!r}")
+        raise UserError(f"{file} has two classes with the name {repeated[0]!r}")
     return names
 
 
 def read_yaml_names(file: Path) -> list[str]:
-    """Read `names` of a data.yaml: a list, or a map with the class numbers as keys."""
-    remedy = f"correct it, or write the names into {file.parent}/classes.txt, one a line"
+    """Read `names` of a data.yaml: a list, or a mapping from class numbers to names."""
+    remedy = f"correct it, or write the names to {file.parent}/classes.txt, one per line"
     try:
-        # Everything stays text: a class named 1, 007, no or on is not a number or a boolean.
+        # BaseLoader reads text only: class names such as 1, 007, no and on are not converted.
         content = yaml.load(layout.read_text(file), Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -123,29 +124,30 @@ def read_yaml_names(file: Path) -> list[str]:
 
 
 def read_box(line: str, size: tuple[int, int], names: list[str]) -> Box:
-    """Read a line of a label file of an image of `size` (width, height)."""
+    """Read a line of the label file of an image with `size` (width, height)."""
     label, *numbers = line.split()
     if len(numbers) != 4:
-        hint = ", as of a polygon or a rotated box: export upright boxes"
-        found = f"{len(numbers) + 1} columns instead of 5 (class, x, y, width, height)"
-        raise UserError(found + (hint if len(numbers) > 5 else ""))
+        message = f"{len(numbers) + 1} columns instead of 5 (class, x, y, width, height)"
+        if len(numbers) > 5:
+            message += ", as for a polygon or a rotated box: export upright boxes"
+        raise UserError(message)
     if not re.fullmatch(r"\d+", label, re.ASCII) or int(label) >= len(names):
-        raise UserError(f"class {label} has no name: there are 0 to {len(names) - 1}")
+        raise UserError(f"class {label} has no name: the classes are 0 to {len(names) - 1}")
     try:
         fractions = [float(number) for number in numbers]
     except ValueError as error:
         raise UserError(str(error)) from None
     for number, fraction in zip(numbers, fractions, strict=True):
         if not -SLACK <= fraction <= 1 + SLACK:
-            raise UserError(f"{number} is not between 0 and 1: it has to be a fraction of the side")
+            raise UserError(f"{number} is not between 0 and 1: use fractions of the image size")
     return Box(names[int(label)], to_pixels(fractions, size))
 
 
 def to_pixels(fractions: list[float], size: tuple[int, int]) -> list[float]:
-    """Convert centre, width and height in fractions to x, y, width, height in pixels."""
+    """Convert center, width and height in fractions to x, y, width, height in pixels."""
     (cx, cy, w, h), (width, height) = fractions, size
     return [
-        # The corner has the rounding of the centre and half of that of the side.
+        # The corner has the rounding error of the center and half of that of the size.
         round_within((cx - w / 2) * width, 1.5 * ROUNDING * width),
         round_within((cy - h / 2) * height, 1.5 * ROUNDING * height),
         round_within(w * width, ROUNDING * width),
@@ -154,17 +156,17 @@ def to_pixels(fractions: list[float], size: tuple[int, int]) -> list[float]:
 
 
 def round_within(value: float, tolerance: float) -> float:
-    """The number with the fewest decimals that differs by no more than `tolerance`."""
+    """Round to the fewest decimals that change the value by at most `tolerance`."""
     decimals = 0
     while abs(round(value, decimals) - value) > tolerance:
         decimals += 1
-    return round(value, decimals) + 0.0  # never -0.0
+    return round(value, decimals) + 0.0  # + 0.0 converts -0.0
 
 
 def main(argv: list[str] | None = None) -> None:
-    layout.convert(
-        layout.build_parser(__doc__, yolo_folder="the folder to convert"), argv, read_yolo
-    )
+    """Convert the folder."""
+    parser = layout.build_parser(__doc__, yolo_folder="folder to convert")
+    layout.convert(parser, argv, read_yolo)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-# What the scripts share; each sources this file. Nothing here changes the working folder.
+# Sourced by all scripts. Keeps the working directory.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Keep freed memory for the next tensor: on a CPU, glibc would return every large one to the system
-# and request it again, page by page, in each step (a tenth of a step at 128 pixels). OMP_WAIT_POLICY
-# is left alone: "passive" made steps 13 % longer, and helps only beside another program that spins.
+# Keep freed memory in the process: by default, glibc returns every large tensor to the system and
+# requests it again, page by page, in each step (a tenth of a CPU step at 128 pixels). OMP_WAIT_POLICY
+# keeps its default: "passive" made steps 13 % longer, and helps only beside a busy-waiting program.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1000000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
 export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-200000000}
@@ -14,7 +14,8 @@ fail() {
     exit 2
 }
 
-# Sets PYTHON: that of the active virtual or conda environment, else of .venv in the project.
+# Sets PYTHON to that of the active virtual or conda environment, else of .venv in the project; fails
+# if it does not exist.
 find_python() {
     local environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-$ROOT/.venv}}
     PYTHON=$environment/bin/python
@@ -22,7 +23,7 @@ find_python() {
     [ -x "$PYTHON" ]
 }
 
-# has MODULES...: whether PYTHON has them; looking where they are is quicker than importing them.
+# has MODULES...: succeeds if PYTHON finds all of them; finding is faster than importing.
 has() {
     "$PYTHON" -c '
 import sys
@@ -30,12 +31,12 @@ from importlib.util import find_spec
 sys.exit(not all(map(find_spec, sys.argv[1:])))' "$@"
 }
 
-# has_all: whether PYTHON has what requirements.txt lists.
+# Succeeds if PYTHON finds all packages of requirements.txt.
 has_all() {
     has torch torchvision numpy PIL tqdm msgspec hotcoco pycocotools jinja2 matplotlib yaml
 }
 
-# Installs on first use.
+# Installs the packages if any is missing.
 ensure_installed() {
     if ! find_python || ! has_all; then
         bash "$ROOT/start_scripts/init_torch.sh"
@@ -43,13 +44,13 @@ ensure_installed() {
     fi
 }
 
-# One process on one device: run_one FLAGS...
+# run_one FLAGS...: trains in one process on one device.
 run_one() {
     ensure_installed
     exec "$PYTHON" "$ROOT/train.py" "$@"
 }
 
-# One process for each device of this machine: run_all FLAGS...
+# run_all FLAGS...: trains with one process per device of this machine.
 run_all() {
     ensure_installed
     exec "$PYTHON" "$ROOT/start_scripts/launch.py" "$@"

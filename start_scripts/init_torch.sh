@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Install what the recipe needs: into the active virtual or conda environment if there is one, else
-# into .venv in the project. A PyTorch with torchvision that the Python found already has, as in a
-# vendor's container, is used and not replaced.
+# Install the requirements into the active virtual or conda environment, else into .venv in the
+# project. An existing PyTorch with torchvision, as in a vendor's container, is kept.
 #
-#   bash start_scripts/init_torch.sh [pip's own options]      e.g. --index-url URL
+#   bash start_scripts/init_torch.sh [PIP OPTIONS]      e.g. --index-url URL
 #
-# PYTHON_FOR_VENV=/path/to/python3 chooses the Python that .venv is made with.
+# PYTHON_FOR_VENV=/path/to/python3 sets the Python that creates .venv.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -21,23 +20,23 @@ if ! find_python; then
     fi
     "$base" -m venv ${options[@]+"${options[@]}"} "$ROOT/.venv" || {
         rm -rf "$ROOT/.venv"
-        fail "$base cannot make a virtual environment: on Debian or Ubuntu, apt install python3-venv"
+        fail "$base cannot create a virtual environment: on Debian or Ubuntu, apt install python3-venv"
     }
     find_python
 fi
 
-# pip leaves alone what is there and new enough, and asks nobody then.
+# pip keeps packages that are new enough, without network access.
 has_all || echo "installing into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
 "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" -r "$ROOT/requirements.txt"
 
-# The check that counts: torchvision's compiled operators really run.
+# torchvision may import although its compiled operators do not match this PyTorch: call one.
 "$PYTHON" -c '
 import torch, torchvision
 from torchvision.ops import nms
 nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
 device = "CUDA" if torch.cuda.is_available() else "CPU only"
 print(f"ready: torch {torch.__version__}, torchvision {torchvision.__version__}, {device}")' || fail \
-    "torchvision's operators do not run with this PyTorch (the lines above say why)." \
-    "Most often the two were built for different versions: remove both and install them together:" \
+    "torchvision's operators do not run with this PyTorch (see the error above)." \
+    "The usual reason is that their versions do not match: remove both and install them together:" \
     "  $PYTHON -m pip uninstall -y torch torchvision" \
     "  bash $ROOT/start_scripts/init_torch.sh"

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Run train.py on every device of this machine, or of several, through torchrun.
+"""Run train.py with torchrun on all devices of one or more machines.
 
-What torchrun lacks at the oldest torch that is required is added here: a signal lets the processes
-finish their step and save, however long that takes (its --shutdown-timeout came later), and the
-exit code is the one that train.py chose.
+Adds what torchrun lacks in the oldest supported torch: after a signal, processes have unlimited
+time to finish their step and save (--shutdown-timeout is newer), and the exit code is train.py's.
 
-Environment: NPROC_PER_NODE, processes on this machine; MAX_RESTARTS, how often torchrun may start
-them again after a failure; on several machines also NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
+Environment variables: NPROC_PER_NODE, the processes on this machine; MAX_RESTARTS, the restarts by
+torchrun after failures; on several machines also NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 """
 
 import logging
@@ -29,7 +28,7 @@ from internals import preemption  # noqa: E402
 
 
 def install_signal_handlers(folder: Path) -> None:
-    """Hand signals on as a file; at the second one torchrun ends the processes in 30 seconds."""
+    """Pass the first signal on as a file; at the second, torchrun ends the processes in 30 s."""
 
     def note_signal(number: int, frame: object) -> None:
         name, file = signal.Signals(number).name, folder / "stop"
@@ -40,20 +39,20 @@ def install_signal_handlers(folder: Path) -> None:
     for name in preemption.STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), note_signal)
-    # torchrun would set handlers of its own for these signals: leave it the other ones.
+    # Otherwise torchrun replaces the handlers of these signals.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
 
 
 def rendezvous_flags(environment: dict) -> list[str]:
-    """torchrun's flags for the rendezvous: a port of the machine with NODE_RANK 0."""
+    """Return torchrun's flags for the rendezvous, at a port of the machine with NODE_RANK 0."""
     nodes = int(environment.get("NNODES") or 1)
     if nodes == 1:
         return ["--standalone"]
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not environment.get(name)]
     if missing:
-        sys.exit(f"NNODES is {nodes}, so {' and '.join(missing)} must be set, too")
+        sys.exit(f"NNODES is {nodes}: set {' and '.join(missing)}, too")
     node = int(environment["NODE_RANK"])
-    # Each start of all processes gets a new store, without the addresses of the one before.
+    # Each restart gets a new store, without the addresses of the previous start.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     address = f"{environment['MASTER_ADDR']}:{environment.get('MASTER_PORT') or 29400}"
     return [
@@ -64,7 +63,7 @@ def rendezvous_flags(environment: dict) -> list[str]:
 
 
 def run(folder: Path) -> int:
-    """Run torchrun to its end; return the exit code."""
+    """Run torchrun to its end; return the exit code of train.py."""
     devices = torch.cuda.device_count()
     processes = int(os.environ.get("NPROC_PER_NODE") or devices or 2)
     if not devices:
@@ -91,6 +90,7 @@ def run(folder: Path) -> int:
 
 
 def main() -> None:
+    """Run the training, and exit with its exit code."""
     folder = Path(tempfile.mkdtemp(prefix="faster-rcnn-"))
     install_signal_handlers(folder)
     try:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained detector in a few minutes: install, make the built-in data set of shapes,
-# train on it from random weights and evaluate. Run again, it goes on where it was stopped.
+# Train a small detector in a few minutes: install, make the built-in data set of shapes, train from
+# random weights, and evaluate. If interrupted, run it again to continue.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -14,9 +14,9 @@ bash "$ROOT/start_scripts/train_fasterrcnn_resnet50_amp_torch.sh" --data-path "$
 cat << END
 
 In that folder:
-  report.html       open it in a browser: curves, errors, images with boxes
-  model_best.pth    the detector with the best AP
-  detections.json   its boxes on the validation images, in COCO's results format
-  metrics.jsonl     every loss and every AP
-Train on your own images next: README.md, "Your own data".
+  report.html       curves, errors and images with boxes; open it in a browser
+  model_best.pth    the checkpoint with the best AP
+  detections.json   detections on the validation images, in COCO's results format
+  metrics.jsonl     all losses and APs
+Next, train on your own images: README.md, "Your own data".
 END

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests need and run them, or with --fast those that take no more than a moment each;
-# other arguments go to pytest: bash start_scripts/test.sh --fast -k plan
+# Install the test requirements and run the tests; --fast skips the slow ones. Other arguments are
+# passed to pytest: bash start_scripts/test.sh --fast -k plan
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -12,6 +12,6 @@ fi
 ensure_installed
 has pytest ruff xdist onnx onnxruntime safetensors tensorboard ||
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements-dev.txt"
-# pytest looks for tests where it is called, which may be anywhere.
+# pytest collects tests below the working directory.
 cd "$ROOT"
 exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal ${selection[@]+"${selection[@]}"} "$@"

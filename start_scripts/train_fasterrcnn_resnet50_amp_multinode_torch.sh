@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Train Faster R-CNN with a ResNet-50-FPN on all devices of several machines, in mixed precision. Start
-# it on each of them, with the same flags, and with the output folder on a disk that all of them see:
+# it on each machine, with the same flags, and with the output folder on a shared file system:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=first.machine bash train_fasterrcnn_resnet50_amp_multinode_torch.sh
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=first.machine bash train_fasterrcnn_resnet50_amp_multinode_torch.sh
-# MASTER_ADDR is the machine with NODE_RANK 0, where MASTER_PORT (default: 29400) is free.
-# When a process or a machine fails, the others wait for it to be started again, by the same command,
-# and go on from the newest checkpoint, up to MAX_RESTARTS times (default: 3). The rest is as in
+# MASTER_ADDR is the machine with NODE_RANK 0; MASTER_PORT (default: 29400) must be free there.
+# After a failure, all processes restart from the newest checkpoint, up to MAX_RESTARTS times (default:
+# 3); start a failed machine again with the same command, the others wait for it. The rest is as in
 # train_fasterrcnn_resnet50_amp_dist_torch.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
