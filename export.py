@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Export a trained detector to ONNX, or its weights to safetensors, and check the result.
+"""Export a trained detector to ONNX, or its weights to safetensors, and verify the result.
 
-For ONNX Runtime and everything else that reads ONNX, with images of any height and width:
+An ONNX model for images of any height and width:
 
     python export.py output/model_best.pth --output model.onnx
 
-The weights alone, for torchvision's own class of the model:
+The weights alone, for the model class of torchvision:
 
     python export.py output/model_best.pth --output weights.safetensors
 """
@@ -34,103 +34,111 @@ from internals.failures import run_command
 from internals.images import image_files, read_upright
 
 PACKAGES = {".onnx": ("onnx", "onnxruntime"), ".safetensors": ("safetensors",)}
-OPSET = 17  # the newest that torch's TorchScript exporter and older runtimes all know
+OPSET = 17  # the newest opset of the TorchScript exporter that older runtimes support
 OUTPUTS = ("boxes", "labels", "scores")
 INTERFACE = {
     "input": "image: float32 [3, height, width], red, green and blue from 0 to 1, of any size; the "
-    "model resizes and normalises it",
+    "model resizes and normalizes it",
     "output": "boxes: float32 [N, 4], x1, y1, x2, y2 in pixels of the image; labels: int64 [N], "
     "see categories; scores: float32 [N], 0 to 1",
 }
-CHECK_IMAGES = 20  # at most
-BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3  # in pixels of the image, and of a score up to 1
+MAX_CHECK_IMAGES = 20
+BOX_TOLERANCE = 0.1  # pixels of the image
+SCORE_TOLERANCE = 1e-3
+EPILOG = """\
+A file that fails its check is not written.
+
+Exit codes: 0 done; 1 failed, or the check failed; 2 error in the command line, the checkpoint or
+the images, or a missing package.
+"""
 
 
 # fmt: off
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = ArgumentParser(
-        description="Export a trained detector to ONNX, or its weights to safetensors.",
-        epilog="A file that does not pass its check is not written. Exit codes: 0 done; 2 the "
-        "command line, the checkpoint or the images are wrong, or a package is missing; 1 failed, "
-        "or the check has.",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pth file of train.py")
     add("--output", type=Path, required=True, metavar="FILE",
-        help="its suffix is the format: .onnx, or .safetensors for the weights alone. A file of "
-        "that name is replaced once the check has passed")
+        help="the output file, required; its suffix is the format: .onnx, or .safetensors for the "
+        "weights alone. An existing file is replaced after the check has passed")
     add("--half", action="store_true",
-        help="ONNX: store the weights as float16, half the size; they are converted back when the "
-        "file is loaded, and everything is computed in float32")
+        help="ONNX: store the weights as float16 for half the file size; they are converted back "
+        "on loading, and computation stays float32 (default: float32)")
     add("--check-images", type=Path, metavar="FOLDER",
-        help=f"ONNX: compare with PyTorch on up to {CHECK_IMAGES} images of this folder (default: "
-        "validation images of the training, or synthetic ones if they are gone)")
+        help=f"ONNX: compare with PyTorch on up to {MAX_CHECK_IMAGES} images of this folder "
+        "(default: the validation images of the training, or synthetic images without them)")
     args = parser.parse_args(argv)
     if args.output.suffix not in PACKAGES:
-        raise UserError(f"--output {args.output}: end the name with {' or '.join(PACKAGES)}")
+        raise UserError(f"--output {args.output}: the suffix must be {' or '.join(PACKAGES)}")
     if args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder: name a file")
     if args.output.suffix != ".onnx" and (args.half or args.check_images):
-        raise UserError("--half and --check-images are for --output FILE.onnx")
+        raise UserError("--half and --check-images are for --output FILE.onnx: remove them")
     return args
 
 # fmt: on
 
 
 def require_packages(names: tuple[str, ...]) -> None:
-    """Raise UserError, with the command that installs them, unless all `names` can be imported."""
+    """Import packages, or raise UserError with the command that installs them."""
     try:
         for name in names:
             importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"a package is missing for this ({error}): pip install {' '.join(names)}"
-        ) from None
+        raise UserError(f"a package is missing ({error}): pip install {' '.join(names)}") from None
 
 
 def build_metadata(saved: dict) -> dict[str, str]:
-    """Return what has to be known of the model of a checkpoint elsewhere, as strings."""
+    """Return the metadata of the exported file: model, image size and categories, as strings."""
     args, rows = saved["args"], saved["categories"]
-    known = {
+    metadata = {
         "model": args["model"],
         "num_classes": coco_utils.Categories.from_list(rows).num_classes,
         **{key: args[key] for key in ("min_size", "max_size", "fixed_size", "rpn_score_thresh")},
         "categories": rows,
     }
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items() if v}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items() if v}
 
 
 # ------------------------------------------------------------------------------- safetensors
 
 
 def write_safetensors(args: argparse.Namespace, saved: dict, file: Path) -> str:
-    """Write the weights to `file`, and check that they load: returns a line about it.
+    """Write the weights to `file`, and verify that they load.
+
+    Returns:
+        The result of the check, a line for the log.
 
     Raises:
-        RunError: the weights differ after loading.
+        RunError: The weights differ after loading.
     """
     import safetensors.torch
 
     weights = {name: tensor.contiguous() for name, tensor in saved["model"].items()}
-    # Not by save_file, whose files only their owner may read.
+    # save_file would create a file that only its owner can read.
     file.write_bytes(safetensors.torch.save(weights, {"format": "pt", **build_metadata(saved)}))
     loaded = safetensors.torch.load_file(str(file))
     model = models.from_checkpoint({**saved, "model": loaded}, stock=True)
     state = model.state_dict()
-    wrong = [name for name, tensor in weights.items() if not torch.equal(state[name], tensor)]
-    if wrong:
-        raise RunError(f"{', '.join(wrong[:3])} differ after loading")
-    return f"{len(loaded)} tensors, loaded into torchvision's own class bit for bit"
+    changed = [name for name, tensor in weights.items() if not torch.equal(state[name], tensor)]
+    if changed:
+        raise RunError(f"{', '.join(changed[:3])} differ after loading")
+    return f"{len(loaded)} tensors, identical after loading into torchvision's model"
 
 
 # -------------------------------------------------------------------------------------- ONNX
 
 
 class SingleImageDetector(nn.Module):
-    """A torchvision detector as a function of one image.
+    """A torchvision detector for one image, with outputs in a fixed order.
 
-    ONNX knows outputs by their order only, which differs between torchvision's detectors.
+    ONNX identifies outputs by their order, which differs between torchvision's detectors.
     """
 
     def __init__(self, model: nn.Module):
@@ -144,17 +152,20 @@ class SingleImageDetector(nn.Module):
 
 
 def write_onnx(args: argparse.Namespace, saved: dict, file: Path) -> str:
-    """Write the model to `file`, and compare its detections with PyTorch's: returns lines about it.
+    """Write the model to `file`, and compare its detections with PyTorch.
+
+    Returns:
+        The result of the comparison, lines for the log.
 
     Raises:
-        RunError: the detections differ.
+        RunError: The detections differ.
     """
     import onnx
     import onnxruntime
 
     model = SingleImageDetector(models.from_checkpoint(saved, stock=True)).eval()
     images, source = load_check_images(args.check_images, saved["args"])
-    utils.log(f"exporting {saved['args']['model']}, to be checked on {source}")
+    utils.log(f"exporting {saved['args']['model']}, check on {source}")
     half_names = round_to_half(model) if args.half else set()
     export_graph(model, file)
     exported = onnx.load(str(file))
@@ -169,9 +180,9 @@ def write_onnx(args: argparse.Namespace, saved: dict, file: Path) -> str:
     summary = describe(result, images)
     if result.unmatched:
         raise RunError(
-            f"it does not agree with PyTorch {summary}. If the model has hardly been trained, many "
-            "detections have equal scores, and rounding decides which are kept: train on, or try "
-            "other --check-images"
+            f"it does not agree with PyTorch {summary}. In a model with little training many "
+            "detections have equal scores, and rounding decides which are kept: train longer, or "
+            "use other --check-images"
         )
     if not args.half:
         return f"agrees with PyTorch {summary}"
@@ -187,15 +198,15 @@ def write_onnx(args: argparse.Namespace, saved: dict, file: Path) -> str:
 def export_graph(model: nn.Module, file: Path) -> None:
     """Write the ONNX graph of a `SingleImageDetector` for images of any size."""
     torch.onnx.register_custom_op_symbolic("aten::sigmoid", _precise_sigmoid, OPSET)
-    with warnings.catch_warnings():  # of the exporter about its own ways
+    with warnings.catch_warnings():  # about the tracing of torchvision's code
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
             (synthetic_image(0),),
             str(file),
-            dynamo=False,  # its successor does not get through torchvision's detectors
+            dynamo=False,  # the dynamo exporter fails on torchvision's detectors
             opset_version=OPSET,
-            training=torch.onnx.TrainingMode.PRESERVE,  # keeps each weight under its own name
+            training=torch.onnx.TrainingMode.PRESERVE,  # keeps the names of the weights
             input_names=["image"],
             output_names=list(OUTPUTS),
             dynamic_axes={"image": {1: "height", 2: "width"}, **{n: {0: "N"} for n in OUTPUTS}},
@@ -205,18 +216,17 @@ def export_graph(model: nn.Module, file: Path) -> None:
 def _precise_sigmoid(graph, x):
     """Export a sigmoid as 1 / (1 + exp(-x)).
 
-    ONNX Runtime's own rounds to multiples of 3e-8. Proposals of low scores, as most are, would come
-    in another order than in PyTorch, and non-maximum suppression would keep others of them.
+    The sigmoid of ONNX Runtime rounds to multiples of 3e-8. The many proposals with low scores
+    would have another order than in PyTorch, and non-maximum suppression would keep others.
     """
     one = graph.op("Constant", value_t=torch.tensor(1.0))
     return graph.op("Reciprocal", graph.op("Add", graph.op("Exp", graph.op("Neg", x)), one))
 
 
 def round_to_half(model: nn.Module) -> set[str]:
-    """Round the weights of layers to values that float16 can hold, and return their names.
+    """Round the weights of layers to float16 values, and return their names.
 
-    Biases and norms, which are few, stay as they are, and so do weights with larger numbers than
-    float16 has.
+    Biases, norms and weights beyond the range of float16 are not rounded.
     """
     names = set()
     for name, weights in model.named_parameters():
@@ -227,10 +237,10 @@ def round_to_half(model: nn.Module) -> set[str]:
 
 
 def store_as_half(graph, names: set[str]) -> None:
-    """Store the weights of these names as float16, each with a node that converts it to float32.
+    """Store these weights as float16, each with a node that converts it to float32.
 
-    This halves the file for every runtime. Computing in float16 is another matter: CPUs have few
-    operators for it, and boxes would be wrong by a pixel, since float16 counts in ones above 1024.
+    This halves the file for every runtime. Computation stays float32: CPUs have few float16
+    operators, and boxes would be off by a pixel, the resolution of float16 above 1024.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -246,12 +256,12 @@ def store_as_half(graph, names: set[str]) -> None:
 
 
 class Agreement(NamedTuple):
-    """How well the detections of two models match, in one image or in several."""
+    """The agreement of the detections of two models, in one image or in several."""
 
     matched: int
-    unmatched: int  # of either model
-    box_difference: float  # the largest of a matched pair, in pixels
-    score_difference: float
+    unmatched: int  # of both models
+    box_difference: float  # the largest of the matched pairs, in pixels
+    score_difference: float  # the largest of the matched pairs
 
 
 @torch.inference_mode()
@@ -264,10 +274,10 @@ def compare(
     """Compare the detections of PyTorch and ONNX Runtime.
 
     Args:
-        model: the detector in PyTorch.
-        session: the `onnxruntime.InferenceSession` of the exported one.
+        model: The detector in PyTorch.
+        session: An `onnxruntime.InferenceSession` of the exported detector.
         images: float32 `[3, H, W]` in [0, 1], at least one.
-        tolerances: up to which boxes (in pixels) and scores count as equal.
+        tolerances: The largest difference of matching boxes, in pixels, and of their scores.
     """
     results, head = [], getattr(model.model, "roi_heads", model.model)
     for image in tqdm(images, "checking", leave=False, disable=None):
@@ -287,11 +297,11 @@ def match_detections(
     """Match the detections of two models in one image, in any order.
 
     Args:
-        expected: boxes `[N, 4]`, labels `[N]` and scores `[N]`; N may be 0.
-        actual: the same of the other model, `[M, 4]`, `[M]` and `[M]`.
-        head: what drops low scores, below `score_thresh` and beyond `detections_per_img`. A
-            detection so near to where it drops them may be in one of the two alone.
-        tolerances: up to which boxes (in pixels) and scores count as equal.
+        expected: Boxes `[N, 4]`, labels `[N]` and scores `[N]`; N may be 0.
+        actual: The same of the other model, `[M, 4]`, `[M]` and `[M]`.
+        head: Drops scores below `score_thresh`, and all but the highest `detections_per_img`. A
+            detection close to these limits may be missing from one model, and is not counted.
+        tolerances: The largest difference of matching boxes, in pixels, and of their scores.
     """
     (boxes, labels, scores), (other_boxes, other_labels, other_scores) = expected, actual
     box_difference = (boxes[:, None] - other_boxes).abs().amax(dim=2)
@@ -300,17 +310,17 @@ def match_detections(
     same &= labels[:, None] == other_labels
     full = [s.min().item() for s in (scores, other_scores) if len(s) == head.detections_per_img]
     lowest = max([head.score_thresh, *full]) + tolerances[1]
-    alone = torch.cat([scores[~same.any(dim=1)], other_scores[~same.any(dim=0)]])
+    unmatched = torch.cat([scores[~same.any(dim=1)], other_scores[~same.any(dim=0)]])
     return Agreement(
         matched=int(same.any(dim=1).sum()),
-        unmatched=int((~(alone <= lowest)).sum()),  # NaN is one
+        unmatched=int((~(unmatched <= lowest)).sum()),  # counts NaN, too
         box_difference=max(box_difference[same].tolist(), default=0.0),
         score_difference=max(score_difference[same].tolist(), default=0.0),
     )
 
 
 def describe(result: Agreement, images: list[torch.Tensor]) -> str:
-    """Say how well the detections in these images match."""
+    """Describe the agreement of the detections in these images."""
     where = f"on {len(images)} images of {len({image.shape for image in images})} sizes"
     if not result.matched and not result.unmatched:
         return f"{where}, but nothing was detected in them: use --check-images with objects"
@@ -321,66 +331,68 @@ def describe(result: Agreement, images: list[torch.Tensor]) -> str:
     )
 
 
-# ---------------------------------------------------------------------- images to compare on
+# ------------------------------------------------------------------- images for the comparison
 
 
 def load_check_images(folder: Path | None, args: dict) -> tuple[list[torch.Tensor], str]:
-    """Load images to compare on, of two sizes at least.
+    """Load images for the comparison, of at least two sizes.
 
     Args:
-        folder: where to take them from; None for the validation images of the training, or
-            synthetic ones if they are gone.
-        args: those of the training.
+        folder: Their folder; None for the validation images of the training, or synthetic images
+            if those do not exist.
+        args: The flags of the training.
 
     Returns:
-        Images, float32 `[3, H, W]` in [0, 1], and a text on their source.
+        Images, float32 `[3, H, W]` in [0, 1], and a description of their source.
 
     Raises:
-        UserError: there is no readable image in `folder`.
+        UserError: There is no readable image in `folder`.
     """
     if folder is not None:
         images, source = sample_images(folder), f"images of {folder}"
         if not images:
-            raise UserError(f"--check-images {folder}: there is no image that can be read")
+            raise UserError(f"--check-images {folder}: no readable image in this folder")
     else:
         folder = find_validation_folder(args)
         images, source = sample_images(folder) if folder else [], f"validation images of {folder}"
     if not images:
         images = [synthetic_image(seed) for seed in range(6)]
-        source = "synthetic images, as the validation images are gone (see --check-images)"
-    if len({image.shape for image in images}) == 1:  # whether other sizes work is to be seen, too
+        source = "synthetic images, as the validation images are missing (see --check-images)"
+    if len({image.shape for image in images}) == 1:  # verify that other sizes work, too
         images.append(interpolate(images[0][None], scale_factor=(0.8, 0.6), mode="bilinear")[0])
     return images, source
 
 
 def sample_images(folder: Path) -> list[torch.Tensor]:
-    """Read up to 20 images from all over a folder, without those that cannot be used."""
+    """Read up to 20 images, evenly spaced over a folder; unusable ones are skipped."""
     files, images = image_files(folder), []
-    for i in np.unique(np.linspace(0, len(files) - 1, CHECK_IMAGES).round()) if files else ():
+    for i in np.unique(np.linspace(0, len(files) - 1, MAX_CHECK_IMAGES).round()) if files else ():
         file = files[int(i)]
         try:
             image = read_upright(file)
         except DataError as error:
             utils.log(f"skipped: {error}")
             continue
-        if max(image.shape[1:]) > 50 * min(image.shape[1:]):  # a side may be resized to nothing
-            utils.log(f"skipped: {file} is too narrow to compare on")
+        if max(image.shape[1:]) > 50 * min(image.shape[1:]):  # a side may be resized to 0 pixels
+            utils.log(f"skipped: {file} is too narrow")
             continue
         images.append(image.float() / 255)
     return images
 
 
 def find_validation_folder(args: dict) -> Path | None:
-    """Find the validation images of the training with these arguments, if they are still there."""
-    given = [args[key] and Path(args[key]) for key in ("val_annotations", "val_images")]
+    """Find the validation images of a training with these flags; None if they do not exist."""
+    annotations, images = (
+        Path(args[key]) if args[key] else None for key in ("val_annotations", "val_images")
+    )
     try:
-        return coco_utils.find_split(Path(args["data_path"]), "val", *given).images
+        return coco_utils.find_split(Path(args["data_path"]), "val", annotations, images).images
     except DataError:
         return None
 
 
 def synthetic_image(seed: int) -> torch.Tensor:
-    """Draw bright rectangles on noise: float32 `[3, H, W]` in [0, 1], its size varies by seed."""
+    """Draw bright rectangles on noise, float32 `[3, H, W]` in [0, 1]; the size varies by seed."""
     generator = torch.Generator().manual_seed(seed)
     height, width = 240 + 40 * (seed % 3), 320 - 40 * (seed % 2)
     image = 0.3 * torch.rand(3, height, width, generator=generator)
@@ -390,12 +402,13 @@ def synthetic_image(seed: int) -> torch.Tensor:
     return image
 
 
-# ------------------------------------------------------------------------------------ the run
+# -------------------------------------------------------------------------------- the command
 
 WRITERS = {".onnx": write_onnx, ".safetensors": write_safetensors}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     args = parse_arguments(argv)
     require_packages(PACKAGES[args.output.suffix])
     saved = checkpoint.load(args.checkpoint)
@@ -406,13 +419,13 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be written: {error.strerror}") from None
     try:
-        checked = WRITERS[args.output.suffix](args, saved, partial)
+        result = WRITERS[args.output.suffix](args, saved, partial)
         os.replace(partial, args.output)
     except RunError as error:
         raise RunError(f"{args.output} was not written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
-    utils.log(f"{args.output}: {args.output.stat().st_size / 2**20:.1f} MiB, {checked}")
+    utils.log(f"{args.output}: {args.output.stat().st_size / 2**20:.1f} MiB, {result}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Detect objects in images: write the images with boxes drawn, and the detections as a file.
+"""Detect objects in images; write the detections to a file, and the images with boxes drawn.
 
-With a checkpoint that train.py has written:
+With a checkpoint of train.py:
 
-    python predict.py output/model_best.pth my_images --output-dir found
+    python predict.py output/model_best.pth my_images --output-dir predictions
 
-With torchvision's own weights for COCO's 80 categories:
+With torchvision's weights for the 80 categories of COCO:
 
-    python predict.py COCO_V1 my_images --model fasterrcnn_resnet50_fpn --output-dir found
+    python predict.py COCO_V1 my_images --model fasterrcnn_resnet50_fpn --output-dir predictions
 """
 
 import argparse
@@ -46,11 +46,21 @@ from internals.mixed_precision import autocast, resolve_precision
 from internals.packed_images import PackedImages
 from reporting import drawing
 
-JPEG_LONGEST = 65_500  # pixels: the format has no more
+MAX_JPEG_SIDE = 65_500  # pixels: the limit of libjpeg
+EPILOG = """\
+output in DIR:
+  pictures/      the images with boxes, names and scores
+  --format coco  detections.json (COCO results) and images.json (the file of each image_id),
+                 both readable by pycocotools
+  --format csv   detections.csv
+  --format yolo  labels/ and classes.txt
+
+Exit codes: 0 done; 1 failed; 2 error in the command line, the checkpoint or some of the images.
+"""
 
 
 def score(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
+    """Parse a number from 0 to 1; an argparse type."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -60,37 +70,37 @@ def score(text: str) -> float:
 # fmt: off
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = ArgumentParser(
-        description="Detect objects in images with a trained detector.",
-        epilog="Written into DIR: pictures/, the images with boxes, names and scores drawn; the "
-        "detections as coco: detections.json (COCO results) and images.json (which image_id is "
-        "which file; pycocotools reads both), csv: detections.csv, or yolo: labels/ and "
-        "classes.txt. Exit codes: 0 done; 2 the command line, the checkpoint or some of the "
-        "images are wrong; 1 failed.",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT",
-        help="a .pth file of train.py, or with --model the name of torchvision's weights: COCO_V1")
+        help="a .pth file of train.py; with --model the name of torchvision's weights: COCO_V1")
     add("images", nargs="+", metavar="IMAGES",
         help="image files, folders (with their subfolders), or patterns such as 'day*/*.jpg'")
     add("--output-dir", type=Path, required=True, metavar="DIR",
-        help="a new or empty folder: nothing is written over")
-    add("--model", choices=models.MODELS, metavar="NAME",
-        help=f"torchvision's detector, with its own weights: one of {', '.join(models.MODELS)}")
+        help="a new or empty folder, required; existing files are never overwritten")
     add("--score-threshold", type=score, default=0.5, metavar="SCORE",
-        help="leave out detections with a lower score, 0 to 1; models have a threshold of their "
-        "own, most often 0.05 (default: %(default)s)")
+        help="drop detections with a lower score, 0 to 1; most models themselves drop those below "
+        "0.05 (default: %(default)s)")
     add("--format", choices=WRITERS, default="coco",
-        help="of the detections, see below (default: %(default)s)")
+        help="format of the detections, see below (default: %(default)s)")
     add("--show-truth", type=Path, metavar="FILE",
-        help="an annotation file in COCO format: draw its boxes, too, on the left, and use its "
-        "image ids")
-    add("--device", metavar="DEVICE", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--amp", action="store_true",
-        help="mixed precision: float16 on CUDA, bfloat16 on a CPU that has instructions for it")
+        help="draw the boxes of this COCO annotation file on the left, and use its image ids "
+        "(default: draw detections only, and number the images from 1)")
+    add("--model", choices=models.MODELS, metavar="NAME",
+        help=f"use a detector of torchvision with its weights: {', '.join(models.MODELS)} "
+        "(default: the model of the checkpoint)")
+    add("--device", metavar="DEVICE", help="cuda, cuda:N or cpu (default: cuda if available)")
     add("--batch-size", type=positive_int, metavar="N",
-        help="run up to N successive images of one size together; changes nothing but speed and "
-        "memory (default: 8 on CUDA, 1 on a CPU)")
+        help="run up to N consecutive images of one size together; affects only speed and memory "
+        "(default: 8 on CUDA, 1 on a CPU)")
+    add("--amp", action="store_true",
+        help="mixed precision: float16 on CUDA, bfloat16 on a CPU with instructions for it "
+        "(default: float32)")
     return parser.parse_intermixed_args(argv)
 
 # fmt: on
@@ -101,25 +111,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class InputImage:
-    """An image file, what it is called in the results, and what reading and detecting fill in."""
+    """An image file, its names in the results, its content and its detections."""
 
     path: Path
-    file_name: str  # relative to the folder of all images, or as in the annotation file
-    stem: str  # of the files that are written for it, unique
+    file_name: str  # relative to the common folder of all images, or as annotated
+    stem: str  # of its output files, unique
     image_id: int
-    row: int | None = None  # its position in the annotation file
-    annotated_size: tuple[int, int] | None = None  # width and height in the annotation file
+    row: int | None = None  # position in the annotation file
+    annotated_size: tuple[int, int] | None = None  # width and height
     size: tuple[int, int] | None = None  # width and height
-    pixels: torch.Tensor | None = None  # uint8 [3, H, W], until it has been drawn
+    pixels: torch.Tensor | None = None  # uint8 [3, H, W], until it is drawn
     error: str | None = None  # why it cannot be used
-    detections: np.ndarray | None = None  # rows of coco_eval.detection_rows, best score first
+    detections: np.ndarray | None = None  # rows of coco_eval.detection_rows, highest score first
 
 
 def match_annotations(images: list[InputImage], file: Path, categories: Categories) -> CocoIndex:
-    """Read an annotation file, and give the images the name, id and size that they have in it.
+    """Read an annotation file, and set the file name, id and size of its images.
 
-    An image belongs to the longest file name that its path ends with. Those that the file does not
-    list get new ids.
+    An image matches the longest annotated file name that its path ends with. Images without a match
+    get new ids.
+
+    Raises:
+        UserError: The annotation file has other categories, no image matches, or several images
+            match one file name.
     """
     index = CocoIndex(Split(file, file.parent))
     categories.check_contains(index.categories, file)
@@ -140,18 +154,18 @@ def match_annotations(images: list[InputImage], file: Path, categories: Categori
         if row in owners:
             raise UserError(
                 f"--show-truth: {file} lists {name} once (id {image_id}), but it "
-                f"may be {owners[row]} or {image.path}: leave one out"
+                f"may be {owners[row]} or {image.path}: remove one from the images"
             )
         owners[row] = image.path
         image.row, image.annotated_size = row, tuple(index.sizes[row].tolist())
         image.file_name, image.image_id = name, image_id
     if not owners:
-        raise UserError(f"--show-truth: {file} lists none of the images")
+        raise UserError(f"--show-truth: {file} lists none of the images: compare the file names")
     return index
 
 
-def read(image: InputImage, max_aspect_ratio: float) -> InputImage:
-    """Fill in the pixels and size of an image, or its error."""
+def read_input(image: InputImage, max_aspect_ratio: float) -> InputImage:
+    """Set the pixels and size of an image, or its error."""
     try:
         size = image.annotated_size
         pixels = read_image(image.path, *size) if size else read_upright(image.path)
@@ -161,8 +175,8 @@ def read(image: InputImage, max_aspect_ratio: float) -> InputImage:
     height, width = pixels.shape[1:]
     if max(width, height) > max_aspect_ratio * min(width, height):
         image.error = (
-            f"{image.path}: {width} x {height} pixels are too narrow for this model, which makes "
-            f"the longest side {max_aspect_ratio}: cut it in parts"
+            f"{image.path}: {width} x {height} pixels are too narrow for this model, which resizes "
+            f"the longest side to {max_aspect_ratio}: cut the image into parts"
         )
     else:
         image.pixels, image.size = pixels, (width, height)
@@ -173,23 +187,23 @@ def read(image: InputImage, max_aspect_ratio: float) -> InputImage:
 
 
 def load_model(weights: str, name: str | None) -> tuple[nn.Module, Categories]:
-    """Load a model and its categories from a checkpoint, or torchvision's own of that name."""
+    """Load a model and its categories from a checkpoint, or a model of torchvision by `name`."""
     path = Path(weights)
     if name:
         if path.exists():
-            raise UserError(f"--model is for torchvision's weights: {path} knows its own model")
+            raise UserError(f"--model is for torchvision's weights: remove it, {path} is a file")
         return models.torchvision_detector(name, weights)
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give a checkpoint in it, {path / checkpoint.BEST}")
+        raise UserError(f"{path} is a folder: use a checkpoint in it, {path / checkpoint.BEST}")
     if not path.exists():
-        raise UserError(f"{path}: no such file. For torchvision's own weights say --model, too")
+        raise UserError(f"{path}: no such file. For torchvision's weights add --model NAME")
     saved = checkpoint.load(path)
     return models.from_checkpoint(saved), Categories.from_list(saved["categories"])
 
 
 @dataclass
 class Detector:
-    """A model in evaluation mode on its device, and how to run it."""
+    """A model in evaluation mode on its device; call it with a batch of images of one size."""
 
     model: nn.Module
     categories: Categories
@@ -199,7 +213,7 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, batch: list[InputImage]) -> list[InputImage]:
-        """Fill in the detections of images of one size."""
+        """Set the detections of images of one size."""
         with autocast(self.device, self.amp_dtype):
             outputs = self.model(PackedImages([i.pixels for i in batch]).to(self.device))
         category_ids = self.categories.ids_of_labels()
@@ -215,11 +229,13 @@ def run_inference(
     """Read, detect and draw; threads read and draw images while the model runs on others.
 
     Yields:
-        The images that can be used. What is wrong with the others goes to stderr.
+        The usable images. The errors of the others are printed to stderr.
     """
     threads = min(4, os.cpu_count() or 1)
-    transform = detector.model.transform  # which would resize the shorter side to nothing
-    load = partial(read, max_aspect_ratio=math.inf if transform.fixed_size else transform.max_size)
+    transform = detector.model.transform
+    # Resized to max_size, the shorter side of a narrower image would round to 0 pixels.
+    max_aspect_ratio = math.inf if transform.fixed_size else transform.max_size
+    load = partial(read_input, max_aspect_ratio=max_aspect_ratio)
     loaded = prefetch_map(load, images, threads, batch_size + threads)
     batches = batch_by_size(skip_unusable(loaded), batch_size)
     detected = chain.from_iterable(map(detector, batches))
@@ -227,7 +243,7 @@ def run_inference(
 
 
 def prefetch_map(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
-    """Yield `function` of each item in order, computed by threads, at most `ahead` in advance."""
+    """Yield `function` of each item in order; threads compute up to `ahead` items in advance."""
     with ThreadPoolExecutor(threads) as pool:
         pending = deque()
         for item in items:
@@ -239,6 +255,7 @@ def prefetch_map(function: Callable, items: Iterable, threads: int, ahead: int) 
 
 
 def skip_unusable(images: Iterable[InputImage]) -> Iterator[InputImage]:
+    """Yield the images without an error; print the errors of the others to stderr."""
     for image in images:
         if image.error:
             tqdm.write(f"skipped: {image.error}", file=sys.stderr)
@@ -247,7 +264,7 @@ def skip_unusable(images: Iterable[InputImage]) -> Iterator[InputImage]:
 
 
 def batch_by_size(images: Iterable[InputImage], batch_size: int) -> Iterator[list[InputImage]]:
-    """Batch successive images of one size: padding changes what the model sees near borders."""
+    """Batch consecutive images of one size: padding would change detections near borders."""
     for _, group in groupby(images, key=lambda image: image.size):
         while batch := list(islice(group, batch_size)):
             yield batch
@@ -259,17 +276,17 @@ def batch_by_size(images: Iterable[InputImage], batch_size: int) -> Iterator[lis
 def draw_image(
     image: InputImage, folder: Path, categories: Categories, index: CocoIndex | None
 ) -> InputImage:
-    """Write an image with its detections, and the ground truth beside them if `index` has it."""
-    content = (image.detections, categories)
+    """Write an image with its detections, beside its ground truth if it is annotated."""
+    pixels, detections = image.pixels, image.detections
     if image.row is None:
-        drawn = drawing.draw_detections(image.pixels, *content)
+        drawn = drawing.draw_detections(pixels, detections, categories)
     else:
-        drawn = drawing.draw_comparison(image.pixels, index, image.row, *content)
+        drawn = drawing.draw_comparison(pixels, index, image.row, detections, categories)
     image.pixels = None
-    suffix = ".png" if max(drawn.shape) > JPEG_LONGEST else ".jpg"
+    suffix = ".png" if max(drawn.shape) > MAX_JPEG_SIDE else ".jpg"
     file = folder / (image.stem + suffix)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Subsampled colours, Pillow's default, would smear the thin lines.
+    # Subsampled colors, Pillow's default, would smear the thin lines.
     options = {"quality": 90, "subsampling": 0} if suffix == ".jpg" else {}
     Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy()).save(file, **options)
     return image
@@ -281,8 +298,8 @@ def draw_image(
 def write_coco(folder: Path, images: list[InputImage], categories: Categories) -> Path:
     """Write `detections.json` in COCO's results format, and `images.json`.
 
-    The latter, an annotation file without annotations, says which `image_id` is which file:
-    `COCO(images).loadRes(detections)`.
+    `images.json` is an annotation file without annotations, with the file of each `image_id`, for
+    `COCO("images.json").loadRes("detections.json")`.
     """
     file = folder / "detections.json"
     rows = np.concatenate([np.empty((0, 7)), *(image.detections for image in images)])
@@ -300,15 +317,15 @@ def write_coco(folder: Path, images: list[InputImage], categories: Categories) -
 
 
 def write_csv(folder: Path, images: list[InputImage], categories: Categories) -> Path:
-    """Write `detections.csv`: a line for each box, x and y of its upper left corner, in pixels."""
+    """Write `detections.csv`: one line per box, x and y of its upper left corner, in pixels."""
     file, names = folder / "detections.csv", categories.id_to_name
-    # Linux has file names that are not UTF-8: their bytes are written as they are.
+    # File names on Linux need not be UTF-8: their bytes are written unchanged.
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
         writer = csv.writer(opened)
         box = ("x", "y", "width", "height")
         writer.writerow(("file_name", "category_id", "category", "score", *box))
         for image in images:
-            # float32 is as exact as they are, and shorter.
+            # The model computes in float32: more digits have no information.
             for _, *xywh, score, i in image.detections.astype(np.float32):
                 writer.writerow((image.file_name, int(i), names[int(i)], score, *xywh))
     return file
@@ -317,7 +334,7 @@ def write_csv(folder: Path, images: list[InputImage], categories: Categories) ->
 def write_yolo(folder: Path, images: list[InputImage], categories: Categories) -> Path:
     """Write `labels/`, a text file for each image, and `classes.txt`, the names of class 0, 1, ...
 
-    A line is `class cx cy w h score` of a box, relative to the width and height of the image.
+    Each line is `class cx cy w h score`, relative to the width and height of the image.
     """
     for image in images:
         file = folder / "labels" / f"{image.stem}.txt"
@@ -337,7 +354,7 @@ WRITERS = {"coco": write_coco, "csv": write_csv, "yolo": write_yolo}
 
 
 def summarize(images: list[InputImage], categories: Categories) -> str:
-    """Say how much was detected, by category, the most frequent first."""
+    """Return the number of detections by category, the most frequent first, as a line."""
     counts = Counter(i for image in images for i in image.detections[:, 6])
     names = [f"{count:,} {categories.id_to_name[i]}" for i, count in counts.most_common()]
     more = f" and {len(names) - 10} more categories" if names[10:] else ""
@@ -346,10 +363,11 @@ def summarize(images: list[InputImage], categories: Categories) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     args = parse_arguments(argv)
     device = choose_device(args.device)
-    found = find_images(args.images)
-    images = [InputImage(*names, image_id) for image_id, names in enumerate(found, start=1)]
+    paths_and_names = find_images(args.images)
+    images = [InputImage(*row, image_id) for image_id, row in enumerate(paths_and_names, start=1)]
     model, categories = load_model(args.checkpoint, args.model)
     index = match_annotations(images, args.show_truth, categories) if args.show_truth else None
     prepare_output_dir(args.output_dir, must_be_empty=True)
@@ -361,21 +379,22 @@ def main(argv: list[str] | None = None) -> None:
     draw = partial(draw_image, folder=folder, categories=categories, index=index)
     batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
     finished = run_inference(images, detector, draw, batch_size)
-    done, interrupted, begin = [], False, time.perf_counter()
+    done, interrupted = [], False
+    start = time.perf_counter()
     try:
         for image in tqdm(finished, total=len(images), unit="image", leave=False, disable=None):
             done.append(image)
     except KeyboardInterrupt:
         interrupted = True
-    speed = len(done) / (time.perf_counter() - begin)
+    speed = len(done) / (time.perf_counter() - start)
 
     file = WRITERS[args.format](args.output_dir, done, categories)
     unlisted = [image.file_name for image in done if image.row is None]
     if index and unlisted:
-        shown = ", ".join(unlisted[:20]) + ", ..." * (len(unlisted) > 20)
-        utils.log(f"drawn without ground truth, as {args.show_truth} does not list them: {shown}")
+        names = ", ".join(unlisted[:20]) + (", ..." if len(unlisted) > 20 else "")
+        utils.log(f"not in {args.show_truth}, no ground truth drawn: {names}")
     utils.log(f"{summarize(done, categories)}; {speed:.2f} images/s")
-    utils.log(f"written: {file} and {folder}{os.sep}")
+    utils.log(f"output: {file} and {folder}{os.sep}")
     if interrupted:
         raise RunError(f"interrupted after {len(done)} of {len(images)} images")
     skipped = sum(image.error is not None for image in images)

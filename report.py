@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write report.html: a training's metrics, curves, errors and images with boxes on one page.
+"""Write report.html: metrics, curves, errors and example images of a training on one page.
 
     python report.py output
 
-It reads metrics.jsonl and detections.json in OUTPUT_DIR, and the validation images where the run
-found them. The page is one file that loads nothing else. What is missing, such as an evaluation or
-images that were moved, is said on the page and on the console.
+Reads metrics.jsonl and detections.json in OUTPUT_DIR, and the validation images at the paths of the
+run. The page is a single file without external resources. Missing inputs, such as moved images, are
+noted on the page and on the console.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from internals.failures import run_command
 from reporting.analysis import (
     DetectionResults,
     RunHistory,
-    args_of,
+    flags_of,
     most_confused_categories,
     most_confused_pairs,
     read_history,
@@ -33,22 +33,22 @@ from reporting.analysis import (
 from reporting.gallery import build_galleries, list_some
 
 TEMPLATE = Path(__file__).resolve().parent / "reporting/template.html"
-MAX_MATRIX = 20  # with more categories the confusion matrix shows the most confused ones
+MAX_MATRIX = 20  # of more categories the confusion matrix shows the most confused ones
 
 
 # --------------------------------------------------------------------------------------- tables
 
 
 def accuracy_table(history: RunHistory) -> dict:
-    """COCO's twelve metrics of the last evaluation and of the best one."""
-    test_only = args_of(history.eval_start).get("test_only")
+    """Return the twelve metrics of COCO, of the last and of the best evaluation."""
+    test_only = flags_of(history.eval_start).get("test_only")
     columns = {"last (--test-only)" if test_only else "last": history.last}
     if history.best not in (None, history.last):
         columns["best"] = history.best
     elif len(history.evals) > 1:
         columns = {"last and best": history.last}
     return {
-        "heads": [name + of_epoch(line) for name, line in columns.items()],
+        "heads": [name + epoch_suffix(line) for name, line in columns.items()],
         "rows": [
             (name, coco_eval.MEANING[name], [line.get(name) for line in columns.values()])
             for name in coco_eval.METRICS
@@ -57,7 +57,7 @@ def accuracy_table(history: RunHistory) -> dict:
 
 
 def category_table(history: RunHistory, results: DetectionResults | None) -> list[dict]:
-    """AP and the number of ground-truth boxes (None if unknown) of each category, best AP first."""
+    """Return AP and number of ground-truth boxes (None: unknown) by category, best AP first."""
     boxes = {}
     if results:
         names = results.index.categories.names
@@ -69,26 +69,26 @@ def category_table(history: RunHistory, results: DetectionResults | None) -> lis
 
 
 def matrix_table(results: DetectionResults) -> dict | None:
-    """The confusion matrix; None where there are neither boxes nor detections."""
+    """Return the confusion matrix, None if there are neither boxes nor detections."""
     matrix, names = results.confusion_matrix(), results.index.categories.names
     if not matrix.any():
         return None
-    shown = most_confused_categories(matrix, MAX_MATRIX)
+    categories = most_confused_categories(matrix, MAX_MATRIX)
     shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
-    chosen = np.append(shown, len(names))
+    positions = np.append(categories, len(names))  # the last row and column: background
     rows = [
         {
             "name": None if t == len(names) else names[t],
             "cells": [
                 {"count": int(matrix[t, d]), "share": shares[t, d], "correct": t == d}
-                for d in chosen
+                for d in positions
             ],
         }
-        for t in chosen
+        for t in positions
     ]
-    pairs = most_confused_pairs(matrix, 10) if len(shown) < len(names) else []
+    pairs = most_confused_pairs(matrix, 10) if len(categories) < len(names) else []
     return {
-        "names": [names[k] for k in shown],
+        "names": [names[k] for k in categories],
         "rows": rows,
         "categories": len(names),
         "pairs": [(names[t], names[d], int(matrix[t, d])) for t, d in pairs],
@@ -99,43 +99,53 @@ def matrix_table(results: DetectionResults) -> dict | None:
 
 
 def setup_facts(history: RunHistory) -> list[tuple[str, str]]:
-    """What was trained on what, as (label, text)."""
-    start, args = history.start, args_of(history.start)
-    test_only, overfit = args.get("test_only"), args.get("overfit")
-    names = category_names(start)
-    processes = f", {start['world_size']} processes" if start.get("world_size", 1) > 1 else ""
-    val_images = f"the same (--overfit {overfit})" if overfit else images_of(start, "val")
+    """Return the data, model, schedule and hardware of a run, as (label, text)."""
+    start, args = history.start, flags_of(history.start)
+    names, device = category_names(start), start.get("device")
+    val_images = images_of_split(start, "val")
+    if args.get("overfit"):
+        val_images = f"the same (--overfit {args['overfit']})"
     rows = [
         ("Model", args.get("model")),
         ("Image size", image_size(args)),
         ("Initial weights", initial_weights(args)),
-        ("Categories", names and f"{len(names)}: {list_some(names, 12)}"),
-        ("Training images", images_of(start, "train")),
+        ("Categories", f"{len(names)}: {list_some(names, 12)}" if names else None),
+        ("Training images", images_of_split(start, "train")),
         ("Validation images", val_images),
-        ("Augmentation", not test_only and args.get("data_augmentation")),
-        ("Training", test_only and "none: evaluation only"),
-        *(training_facts(history) if history.train and not test_only else []),
-        ("Device", start.get("device") and start["device"] + processes),
+    ]
+    if args.get("test_only"):
+        rows.append(("Training", "none: evaluation only"))
+    else:
+        rows += [("Augmentation", args.get("data_augmentation")), *training_facts(history)]
+    if device and start.get("world_size", 1) > 1:
+        device += f", {start['world_size']} processes"
+    rows += [
+        ("Device", device),
         ("Precision", start.get("precision")),
         ("Speed", speed(history)),
-        ("Time", time_taken(history)),
+        ("Time", run_time(history)),
         ("Versions", ", ".join(f"{k} {v}" for k, v in (start.get("versions") or {}).items())),
     ]
     return [(label, text) for label, text in rows if text]
 
 
 def category_names(start: dict) -> list[str]:
+    """Return the names of the categories from a "start" line."""
     return [row["name"] for row in start.get("categories") or []]
 
 
-def images_of(start: dict, split: str) -> str | None:
-    args, count = args_of(start), start.get(f"{split}_images")
-    folder = args.get(f"{split}_annotations") or args.get("data_path")
-    return None if count is None else f"{count:,}, from {folder}"
+def images_of_split(start: dict, split: str) -> str | None:
+    """Describe the number and the source of the images of a split."""
+    args, count = flags_of(start), start.get(f"{split}_images")
+    source = args.get(f"{split}_annotations") or args.get("data_path")
+    return None if count is None else f"{count:,}, from {source}"
 
 
 def training_facts(history: RunHistory) -> list[tuple[str, str | None]]:
-    args, last = args_of(history.start), history.train[-1]
+    """Return epochs, batch and optimizer of a training, as (label, text); empty before a step."""
+    if not history.train:
+        return []
+    args, last = flags_of(history.start), history.train[-1]
     processes, accumulate = history.start.get("world_size", 1), args.get("accumulate_steps") or 1
     batch = f"{args.get('batch_size')}"
     batch += f" x {processes} processes" if processes > 1 else ""
@@ -147,11 +157,12 @@ def training_facts(history: RunHistory) -> list[tuple[str, str | None]]:
         ("Epochs", f"{args.get('epochs')} planned; {done}"),
         ("Images per step", batch),
         ("Learning rate", learning_rate(args)),
-        ("Moving average of weights", args.get("ema") and f"decay {args['ema']}"),
+        ("Moving average of weights", f"decay {args['ema']}" if args.get("ema") else None),
     ]
 
 
 def image_size(args: dict) -> str | None:
+    """Describe the size that images are resized to."""
     if args.get("fixed_size"):
         return "stretched to {} x {} pixels (height x width)".format(*args["fixed_size"])
     if args.get("min_size"):
@@ -163,15 +174,17 @@ def image_size(args: dict) -> str | None:
 
 
 def initial_weights(args: dict) -> str | None:
+    """Describe the source of the initial weights."""
     backbone = args.get("weights_backbone")
     if args.get("weights"):
-        return f"a whole detector: {args['weights']}"
+        return f"pretrained detector, {args['weights']}"
     if backbone == "none":
         return "random"
-    return f"a pretrained backbone, {backbone}; the rest random" if backbone else None
+    return f"pretrained backbone, {backbone}; others random" if backbone else None
 
 
 def learning_rate(args: dict) -> str:
+    """Describe the optimizer, the learning rate and its schedule."""
     parts = [f"{args.get('lr')} ({args.get('opt')})"]
     if args.get("warmup_steps"):
         parts.append(f"warm-up over {args['warmup_steps']} steps")
@@ -184,6 +197,7 @@ def learning_rate(args: dict) -> str:
 
 
 def speed(history: RunHistory) -> str | None:
+    """Describe the training speed and the peak memory."""
     rates, memory = (
         [line[key] for line in history.train if line.get(key) is not None]
         for key in ("images_per_second", "peak_memory_mib")
@@ -194,18 +208,19 @@ def speed(history: RunHistory) -> str | None:
     return f"{median(rates):,.1f} images/s in training (median){peak}"
 
 
-def time_taken(history: RunHistory) -> str:
-    n, end = history.resumed, history.end
-    resumed = f"resumed {n} times" if n > 1 else "resumed once"
+def run_time(history: RunHistory) -> str:
+    """Describe the duration of the run, and how often it was resumed."""
+    end = history.end
+    resumed = f"resumed {history.resumed} times" if history.resumed > 1 else "resumed once"
     if end is None:
-        return "the run did not reach its end" + (f"; {resumed}" if n else "")
-    if n:
-        return f"{duration(end['seconds'])} since it was resumed ({resumed})"
-    return f"{duration(end['seconds'])}, evaluations included"
+        return "the run did not finish" + (f"; {resumed}" if history.resumed else "")
+    if history.resumed:
+        return f"{format_duration(end['seconds'])} since it was resumed ({resumed})"
+    return f"{format_duration(end['seconds'])}, evaluations included"
 
 
-def duration(seconds: float) -> str:
-    """The two largest units: "2 h 5 min", "3 min 4 s", "12 s"."""
+def format_duration(seconds: float) -> str:
+    """Format seconds in the two largest units: "2 h 5 min", "3 min 4 s", "12 s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -216,9 +231,9 @@ def duration(seconds: float) -> str:
 # ------------------------------------------------------------------------------------- the page
 
 
-def one_sentence(history: RunHistory) -> str:
-    """The run in one sentence."""
-    start, args = history.start, args_of(history.start)
+def summary_sentence(history: RunHistory) -> str:
+    """Summarize the run in one sentence."""
+    start, args = history.start, flags_of(history.start)
     model, count = args.get("model") or "A detector", len(category_names(start))
     categories = "1 category" if count == 1 else f"{count:,} categories"
     if args.get("test_only") or start.get("train_images") is None:
@@ -228,13 +243,13 @@ def one_sentence(history: RunHistory) -> str:
 
 
 def key_numbers(history: RunHistory, results: DetectionResults | None) -> list[tuple[str, str]]:
-    """The few numbers to remember, as (number, what it is)."""
+    """Return the numbers for the top of the page, as (number, label)."""
     last, best, tiles = history.last, history.best, []
     if last is not None:
-        tiles.append((digits(last.get("AP")), "AP, last evaluation"))
-        tiles.append((digits(last.get("AP50")), "AP50, last evaluation"))
+        tiles.append((format_metric(last.get("AP")), "AP, last evaluation"))
+        tiles.append((format_metric(last.get("AP50")), "AP50, last evaluation"))
     if best is not None and best["AP"] != last.get("AP"):
-        tiles.append((digits(best["AP"]), f"AP, best{of_epoch(best)}"))
+        tiles.append((format_metric(best["AP"]), f"AP, best{epoch_suffix(best)}"))
     counts = results.counts() if results else {}
     for total, name in (("ground_truth", "recall"), ("detections", "precision")):
         if counts.get(total):
@@ -243,42 +258,44 @@ def key_numbers(history: RunHistory, results: DetectionResults | None) -> list[t
     return tiles
 
 
-def of_epoch(line: dict) -> str:
+def epoch_suffix(line: dict) -> str:
+    """Return ", epoch N", or "" for an evaluation without a training."""
     return "" if line.get("epoch") is None else f", epoch\u00a0{line['epoch']}"
 
 
-def digits(value: float | None) -> str:
+def format_metric(value: float | None) -> str:
+    """Format a metric with three decimals, None as a dash."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def render(title: str, history: RunHistory, results: DetectionResults | None, svgs: dict) -> str:
-    """The page as HTML, with the figures `svgs` by name."""
+    """Render the page as HTML, with the figures `svgs` by name."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["digits"] = digits
+    environment.filters["metric"] = format_metric
     environment.filters["count"] = lambda value: "" if value is None else f"{value:,}"
     galleries = build_galleries(results) if results else {}
     cards = [card for gallery in galleries.values() for card in gallery]
-    unread = [card["problem"] for card in cards if card["problem"]]
-    if unread:
+    errors = [card["problem"] for card in cards if card["problem"]]
+    if errors:
         history.notes.append(
-            f"{len(unread)} of {len(cards)} images for the page cannot be read, for example "
-            f"{unread[0]}"
+            f"{len(errors)} of {len(cards)} images for the page cannot be read, for example: "
+            f"{errors[0]}"
         )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
-        sentence=one_sentence(history),
+        sentence=summary_sentence(history),
         notes=history.notes,
         tiles=key_numbers(history, results),
         facts=setup_facts(history),
-        flags={k: v for k, v in args_of(history.start).items() if v not in (None, False)},
-        accuracy=history.last and accuracy_table(history),
+        flags={k: v for k, v in flags_of(history.start).items() if v not in (None, False)},
+        accuracy=accuracy_table(history) if history.last else None,
         categories=category_table(history, results),
         svgs=svgs,
         has_val_loss=any(line.get("val_loss") for line in history.evals),
-        counts=results and results.counts(),
-        matrix=results and matrix_table(results),
+        counts=results.counts() if results else None,
+        matrix=matrix_table(results) if results else None,
         galleries=galleries,
     )
 
@@ -286,15 +303,15 @@ def render(title: str, history: RunHistory, results: DetectionResults | None, sv
 def write(output_dir: Path) -> Path:
     """Write `report.html` in the output folder of a training.
 
-    What is missing for parts of it is said in it, and logged.
+    Missing inputs are noted on the page and logged.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: there is no usable `metrics.jsonl`, or the folder cannot be written.
+        UserError: `metrics.jsonl` is missing or invalid, or the folder cannot be written.
     """
-    from reporting import figures  # matplotlib takes its time, and only a report needs it
+    from reporting import figures  # imports matplotlib, which is slow
 
     history = read_history(output_dir / "metrics.jsonl")
     results = None
@@ -317,13 +334,14 @@ def write(output_dir: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = ArgumentParser(
         __doc__,
-        epilog="Exit codes: 0 done; 2 the folder or what is in it is wrong; 1 anything else.",
+        epilog="Exit codes: 0 done; 2 error in the folder or its files; 1 any other error.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "output_dir", type=Path, metavar="OUTPUT_DIR", help="what train.py had as --output-dir"
+        "output_dir", type=Path, metavar="OUTPUT_DIR", help="the --output-dir of train.py"
     )
     path = write(parser.parse_args(argv).output_dir)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -1,1 +1,1 @@
-"""What the recipe calls and a first reading skips."""
+"""Supporting modules: reading and checking data, errors, preemption, precision, memory."""

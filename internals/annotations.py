@@ -1,7 +1,7 @@
-"""Read a COCO annotation file into arrays, and report the entries that cannot be read.
+"""Read a COCO annotation file into arrays, and report entries that cannot be read.
 
-Only the fields of `ImageRow`, `AnnotationRow` and `CategoryRow` are read. Everything else in the
-file, such as segmentations, is skipped without being decoded.
+Only the fields of `ImageRow`, `AnnotationRow` and `CategoryRow` are decoded; all others, such as
+segmentations, are skipped.
 """
 
 import json
@@ -18,22 +18,22 @@ import numpy as np
 from internals.errors import DataError
 
 MAX_EXAMPLES = 20
-# Larger integers would not survive in the float64 rows of detections.
+# Larger integers are not exact in the float64 rows of detections.
 MAX_ID = 2**53
 
 
 class DataIssue(NamedTuple):
-    """One kind of error in a data set, with its count and its first occurrences."""
+    """One kind of issue in a data set, with its count and its first occurrences."""
 
     kind: str  # "images without a positive size"
-    examples: list[str]  # at most MAX_EXAMPLES, with their ids
+    examples: list[str]  # up to MAX_EXAMPLES, with their ids
     count: int
-    remedy: str = "Correct them in the file, or take them out"
-    fatal: bool = True  # if not, it is logged and training goes on
+    remedy: str = "Correct or remove them in the annotation file"
+    fatal: bool = True  # False: only logged
 
     def __str__(self) -> str:
-        long = len(self.examples) > 1 and max(map(len, self.examples)) >= 80
-        start, separator, end = ("\n    ",) * 3 if long else (" ", ", ", ". ")
+        is_long = len(self.examples) > 1 and max(map(len, self.examples)) >= 80
+        start, separator, end = ("\n    ",) * 3 if is_long else (" ", ", ", ". ")
         rest = self.count - len(self.examples)
         more = f" and {rest} more" if rest else ""
         listed = separator.join(self.examples)
@@ -46,7 +46,7 @@ Integer = Annotated[int, msgspec.Meta(ge=-MAX_ID, le=MAX_ID)]
 Box = tuple[float, float, float, float]
 
 
-# gc=False: a million rows refer to nothing that could form a cycle, so the collector skips them.
+# gc=False: rows cannot form cycles, so the garbage collector skips these millions of objects.
 class ImageRow(msgspec.Struct, gc=False):
     """An element of the list `images`."""
 
@@ -87,10 +87,7 @@ ROW_TYPES = {"images": ImageRow, "annotations": AnnotationRow, "categories": Cat
 
 @dataclass
 class AnnotationColumns:
-    """An annotation file as arrays, in the order of the file.
-
-    For `I` images and `M` annotations.
-    """
+    """An annotation file of `I` images and `M` annotations as arrays, in the order of the file."""
 
     categories: list[CategoryRow]
     image_ids: np.ndarray  # int64 [I]
@@ -111,7 +108,7 @@ def read_annotations(file: Path) -> tuple[AnnotationColumns, list[DataIssue]]:
     """Read a COCO annotation file.
 
     Returns:
-        The columns, and an issue for each kind of row that had to be left out of them.
+        The columns, and an issue for each kind of row that was skipped.
 
     Raises:
         DataError: The file cannot be read, or is not a COCO annotation file.
@@ -156,14 +153,14 @@ def _to_columns(data: AnnotationFile) -> AnnotationColumns:
     )
 
 
-# -------------------------------------------------------------- files that msgspec does not accept
+# ------------------------------------------------------------------ files that msgspec rejects
 
 
 def _decode_leniently(content: bytes, file: Path) -> tuple[AnnotationFile, list[DataIssue]]:
-    """Decode with Python's json, which is slow, but accepts NaN and can say what is wrong.
+    """Decode with Python's json, which is slower, but accepts NaN and allows precise messages.
 
-    Numbers of other types are converted where that loses nothing. Rows that cannot be converted
-    are left out and reported.
+    Numbers of other types are converted if the conversion is exact. Rows that cannot be converted
+    are skipped and reported.
     """
     try:
         data = json.loads(content.decode("utf-8-sig"))  # some tools on Windows write a BOM
@@ -173,13 +170,13 @@ def _decode_leniently(content: bytes, file: Path) -> tuple[AnnotationFile, list[
         raise DataError(f"{file} is not valid JSON: {error}. Export or copy it again") from error
     if not isinstance(data, dict):
         raise DataError(
-            f"{file} holds a {type(data).__name__} at its top level, not an object with the lists "
-            "images, annotations and categories: COCO results are not annotations"
+            f"{file} holds a {type(data).__name__} at its top level: use an annotation file, with "
+            "the lists images, annotations and categories, not a file of COCO results"
         )
     lists, rejected = {}, {}
     for key, row_type in ROW_TYPES.items():
         if not isinstance(data.get(key), list):
-            raise DataError(f"{file} has no list {key!r}: is it a COCO annotation file?")
+            raise DataError(f"{file} has no list {key!r}: use a COCO annotation file")
         lists[key] = []
         for number, row in enumerate(data.pop(key)):
             try:
@@ -195,7 +192,7 @@ def _decode_leniently(content: bytes, file: Path) -> tuple[AnnotationFile, list[
 
 
 def _convert_row(row: object, row_type: type) -> msgspec.Struct:
-    """Convert an element of a list; ValueError ends the sentence "images ...", for example."""
+    """Convert an element of a list; a ValueError completes a message "images ..."."""
     if not isinstance(row, dict):
         raise ValueError("that are not objects")
     values = {}
@@ -219,25 +216,25 @@ def _to_integer(value: object) -> int:
     return number
 
 
-def _to_text(value: object) -> str:
+def _to_string(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
-    value.encode()  # half of a surrogate pair, which JSON can say and UTF-8 cannot, is refused
+    value.encode()  # rejects half of a surrogate pair, valid in JSON but not in UTF-8
     return value
 
 
 def _to_box(value: object) -> Box:
-    if not isinstance(value, list):  # the characters of a text could pass for numbers
+    if not isinstance(value, list):  # "1234" would convert to four numbers
         raise TypeError
     x, y, width, height = map(float, value)
     return x, y, width, height
 
 
-# How a value of each field type is converted, and how a message calls it.
+# The conversion of each field type, and its name in messages.
 CONVERTERS: dict[type, tuple[Callable, str]] = {
     Integer: (_to_integer, "a whole number up to 2**53"),
     Box: (_to_box, "four numbers"),
     float | None: (float, "a number"),
-    str: (_to_text, "a text"),
-    str | None: (_to_text, "a text"),
+    str: (_to_string, "a string"),
+    str | None: (_to_string, "a string"),
 }

@@ -1,4 +1,4 @@
-"""How many images fit into memory at once: the largest batch, found by trying."""
+"""Find the largest batch size that fits into memory (--find-batch-size)."""
 
 import argparse
 import os
@@ -16,57 +16,60 @@ from internals.errors import UserError
 from internals.mixed_precision import autocast
 from internals.train_state import TrainState
 
-SHARE = 0.95  # of the memory may be used: allocators leave gaps
+USABLE_SHARE = 0.95  # of the free memory: allocators fragment it
 
 
-def find(
+def find_largest_batch(
     state: TrainState, loader, args: argparse.Namespace, to_device: Callable[..., tuple]
 ) -> None:
     """Log the largest batch of the hardest images that fits into memory in a training step.
 
     Args:
-        state: its weights are changed.
-        loader: of a `coco_utils.CocoDetection`, with a `samplers.TrainingPlan`.
-        args: of them `min_size, max_size, data_augmentation`.
+        state: The training; its weights are changed.
+        loader: Loads a `coco_utils.CocoDetection` with a `samplers.TrainingPlan`.
+        args: `min_size`, `max_size` and `data_augmentation` are used.
         to_device: `engine.to_device`.
 
     Raises:
-        UserError: not even one image fits.
+        UserError: One image does not fit.
     """
-    preemption.restore_signal_handlers()  # there is nothing to save
-    dataset, squares = loader.dataset, args.data_augmentation == "lsj"
+    preemption.restore_signal_handlers()  # nothing to save
+    dataset, is_square = loader.dataset, args.data_augmentation == "lsj"
     stored = dataset.index.sizes[dataset.images]
-    pair = hardest_images(stored, loader.batch_sampler.groups, args.min_size, args.max_size)
+    pair = find_hardest_images(stored, loader.batch_sampler.groups, args.min_size, args.max_size)
     boxes = int(np.bincount(dataset.index.image_of_rows()[dataset.index.usable]).max(initial=1))
     shapes = " and ".join(f"{w} x {h}" for w, h in {tuple(stored[i].tolist()) for i in pair})
     utils.log(f"trying images of {shapes} pixels, before resizing, with {boxes} boxes each")
 
-    def peak(images: int) -> int | None:
-        # An augmentation that makes squares is applied, as it decides the size.
-        keys = [(pair[n % 2], 0) if squares else pair[n % 2] for n in range(images)]
-        batch = loader.collate_fn([hard_sample(*dataset[key], boxes) for key in keys])
+    def measure(images: int) -> int | None:
+        # The augmentation lsj is applied, as it determines the image size.
+        keys = [(pair[n % 2], 0) if is_square else pair[n % 2] for n in range(images)]
+        batch = loader.collate_fn([make_hard_sample(*dataset[key], boxes) for key in keys])
         memory = measure_peak_memory(state, *to_device(*batch, state.device))
-        utils.log(f"  batch of {images}: {'too many' if memory is None else f'{memory:,} MiB'}")
+        result = "does not fit" if memory is None else f"{memory:,} MiB"
+        utils.log(f"  batch of {images}: {result}")
         return memory
 
     if state.device.type == "cuda":
-        fit, how = largest(lambda images: peak(images) is not None, len(stored)), "by trying"
-    else:  # where memory runs out on a CPU the system kills somebody, so it is not tried
-        peaks = [peak(n) for n in (1, 1, 2, 3)][1:]  # the first step makes the optimizer's state
-        limit = free_memory()
-        fit = extrapolated(peaks, limit >> 20, len(stored))
-        how = f"estimated for the {limit / 2**30:.1f} GiB that are free or its own now"
-    if not fit:
-        raise UserError("not even one image fits: lower --min-size, or choose a smaller --model")
-    utils.log(f"--batch-size {fit} is the largest that fits, {how}")
+        size = search_largest(lambda images: measure(images) is not None, len(stored))
+        source = "measured"
+    else:  # out of memory on a CPU, the system kills processes: extrapolate instead
+        peaks = [measure(n) for n in (1, 1, 2, 3)][1:]  # the first creates the optimizer state
+        limit = available_memory()
+        size = extrapolate_largest(peaks, limit >> 20, len(stored))
+        source = f"estimated for {limit / 2**30:.1f} GiB of available memory"
+    if not size:
+        raise UserError("one image does not fit: lower --min-size or use a smaller --model")
+    utils.log(f"--batch-size {size} is the largest that fits, {source}")
 
 
 def measure_peak_memory(
     state: TrainState, images: list[torch.Tensor], targets: list[dict]
 ) -> int | None:
-    """The most memory in MiB that training has taken, after a step with this batch.
+    """Train one step on a batch, and return the peak memory of this process so far.
 
-    None if the batch does not fit. Changes the weights.
+    Returns:
+        MiB; None if the batch does not fit.
     """
     state.model.train()
     try:
@@ -84,18 +87,18 @@ def measure_peak_memory(
             torch.cuda.empty_cache()
 
 
-def hard_sample(image: torch.Tensor, target: dict, boxes: int) -> tuple[torch.Tensor, dict]:
-    """A sample of `CocoDetection`, but with so many boxes."""
+def make_hard_sample(image: torch.Tensor, target: dict, boxes: int) -> tuple[torch.Tensor, dict]:
+    """Return a sample of `CocoDetection` with its boxes replaced by this number of boxes."""
     height, width = image.shape[-2:]
     corners = torch.rand(boxes, 2, generator=torch.Generator().manual_seed(boxes)) / 2
     xyxy = torch.cat([corners, corners + 0.3], dim=1) * torch.tensor([width, height] * 2)
     return image, {**target, "boxes": xyxy, "labels": torch.ones(boxes, dtype=torch.int64)}
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` for which `fits` is true; 0 if it is not even for 1.
+def search_largest(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest number up to `most` for which `fits` is true, 0 if there is none.
 
-    Doubles the number until it is too large, then halves the distance.
+    Doubles the number until it does not fit, then bisects.
     """
     good, size = 0, 1
     while size <= most and fits(size):
@@ -103,54 +106,66 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     bad = min(size, most + 1)
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
     return good
 
 
-def extrapolated(peaks: Sequence[int], limit: int, most: int) -> int:
-    """The same from the memory that 1, 2, ... images took at most, where it must not run out.
+def extrapolate_largest(peaks: Sequence[int], limit: int, most: int) -> int:
+    """Estimate the largest batch up to `most` from the peak memory of smaller ones.
 
-    `peaks` ascend, in the unit of `limit`, two of them or more.
+    Args:
+        peaks: The peak memory with 1, 2, ... images, ascending, at least two of them.
+        limit: The available memory, in the same unit.
+        most: An upper bound of the result.
     """
     per_image = max(1, (peaks[-1] - peaks[0]) / (len(peaks) - 1))
-    return int(min(most, max(0, 1 + (SHARE * limit - peaks[0]) // per_image)))
+    return int(min(most, max(0, 1 + (USABLE_SHARE * limit - peaks[0]) // per_image)))
 
 
-def hardest_images(
+def find_hardest_images(
     sizes: np.ndarray, groups: np.ndarray, min_size: int, max_size: int
 ) -> tuple[int, int]:
-    """The positions of two images that make the largest padded batch which one group can.
+    """Find the two images of one group whose padded batch is the largest.
 
-    `sizes` `[I, 2]` as width, height of the stored images, `groups` `[I]` those that batches are
-    filled from; images are resized to a shortest side of `min_size` and a longest of at most
-    `max_size`.
+    Args:
+        sizes: `[I, 2]`, width and height of the stored images.
+        groups: `[I]`, the group of each image; a batch has images of one group.
+        min_size: Images are resized to this shortest side,
+        max_size: but to at most this longest side.
+
+    Returns:
+        The positions of the images; they may be equal.
     """
     sizes = sizes.astype(np.float64)
     scale = np.minimum(min_size / sizes.min(axis=1), max_size / sizes.max(axis=1))
     resized = sizes * scale[:, None]
-    found = []
+    candidates = []
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
         wide, high = members[resized[members].argmax(axis=0)]
-        found.append((resized[wide, 0] * resized[high, 1], int(wide), int(high)))
-    return max(found)[1:]
+        candidates.append((resized[wide, 0] * resized[high, 1], int(wide), int(high)))
+    return max(candidates)[1:]
 
 
-def free_memory() -> int:
-    """The bytes of memory that this process has or could get; 16 GiB if the system does not tell.
+def available_memory() -> int:
+    """Return the bytes of memory that this process uses or can still allocate.
 
-    On Linux what is free now counts, elsewhere on POSIX all that the machine has.
+    On Linux this is the memory in use by the process plus the free memory, on other POSIX systems
+    the memory of the machine, elsewhere 16 GiB.
     """
     limits = []
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # limits of a container
         file = Path("/sys/fs/cgroup") / name
         if file.exists() and file.read_text().strip().isdigit():
             limits.append(int(file.read_text()))
     information = Path("/proc/meminfo")
     if information.exists():
         free = re.search(r"MemAvailable:\s*(\d+)", information.read_text())
-        mine = re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())
-        limits.append(1024 * (int(free[1]) + int(mine[1])))
+        used = re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())
+        limits.append(1024 * (int(free[1]) + int(used[1])))
     elif sys.platform != "win32":
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(limits, default=2**34)

@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose errors are UserErrors, types of flags, output folders."""
+"""Command-line helpers: a parser that raises UserError, argparse types, output folders."""
 
 import argparse
 from pathlib import Path
@@ -7,17 +7,18 @@ from internals.errors import UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Raises UserError instead of printing the usage; takes no abbreviated flags."""
+    """A parser that raises UserError instead of printing its usage; no abbreviated flags."""
 
     def __init__(self, description: str, **kwargs):
         super().__init__(description=description, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
+        """Raise UserError."""
         raise UserError(f"{message} (see --help)")
 
 
 def at_least(kind: type, minimum: float):
-    """An argparse type: a number of type `kind` that is not below `minimum`."""
+    """Return an argparse type: a number of type `kind`, at least `minimum`."""
 
     def convert(text: str):
         value = kind(text)
@@ -25,16 +26,18 @@ def at_least(kind: type, minimum: float):
             raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse says it of what is no number
+    convert.__name__ = kind.__name__  # for "invalid int value"
     return convert
 
 
-positive_int, non_negative_int, int_at_least_2 = (at_least(int, n) for n in (1, 0, 2))
+positive_int = at_least(int, 1)
+non_negative_int = at_least(int, 0)
+int_at_least_2 = at_least(int, 2)
 non_negative_float = at_least(float, 0.0)
 
 
 def fraction(text: str) -> float:
-    """An argparse type: a number strictly between 0 and 1."""
+    """Parse a number between 0 and 1, both excluded; an argparse type."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -42,24 +45,24 @@ def fraction(text: str) -> float:
 
 
 def evaluator_name(text: str) -> str:
-    """An argparse type: faster-coco-eval, which hotcoco has replaced, still stands for it."""
+    """Parse an evaluator name, an argparse type: faster-coco-eval is an alias of hotcoco."""
     return "hotcoco" if text == "faster-coco-eval" else text
 
 
 def prepare_output_dir(folder: Path, must_be_empty: bool = False) -> None:
-    """Make the output folder, and fail now if it cannot be written.
+    """Create the output folder and check that it is writable.
 
     Raises:
-        UserError: it cannot be written, or holds something although it `must_be_empty`.
+        UserError: It is not writable, or not empty although it `must_be_empty`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink(missing_ok=True)
-        used = must_be_empty and any(folder.iterdir())
+        is_rejected = must_be_empty and any(folder.iterdir())
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
-    if used:
+    if is_rejected:
         raise UserError(
-            f"--output-dir {folder} is not empty, and nothing is written over: name a new folder"
+            f"--output-dir {folder} is not empty, and files are never overwritten: use a new folder"
         )

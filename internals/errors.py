@@ -1,32 +1,32 @@
-"""The two families of errors: what the user can mend, and what a run died of."""
+"""The exceptions of the recipe: errors that the user can correct, and failures of a run."""
 
 
 class UserError(ValueError):
-    """The command line, the data or a checkpoint is wrong: exit code 2.
+    """An error in the command line, the data or a checkpoint: exit code 2.
 
-    The message names the file and the id, and says what to do.
+    The message names the error, the file and id, and what to do.
     """
 
 
 class DataError(UserError):
-    """Something wrong with the data; `kind` is what to count it under in a list of many."""
+    """An error in the data; errors of one `kind` are counted together."""
 
     def __init__(self, message: str, kind: str = ""):
-        # A DataLoader worker's error arrives as a text with its traceback: keep what was said.
+        # The DataLoader adds the traceback of the worker to the message: remove it.
         super().__init__(message.rpartition("DataError: ")[2].strip())
         self.kind = kind
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read or does not fit."""
+    """A checkpoint that cannot be read, or that does not match the model or data."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, such as one with infinite losses: exit code 1.
+    """A run that cannot continue, such as after an infinite loss: exit code 1.
 
-    The message says where, and what to try.
+    The message names the error, the step or image, and what to try.
     """
 
 
-class StopRequested(Exception):
-    """Asked to stop, on every process, after everything was saved: exit code 75."""
+class StopRequested(Exception):  # noqa: N818 - no error
+    """A requested stop; raised by all processes after saving: exit code 75."""

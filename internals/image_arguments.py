@@ -1,4 +1,4 @@
-"""The images that files, folders and patterns on a command line stand for, and names for them."""
+"""Resolve files, folders and patterns on a command line to images, and name their outputs."""
 
 import glob
 import os
@@ -9,40 +9,40 @@ from internals.images import IMAGE_SUFFIXES, image_files
 
 
 def find_images(arguments: list[str]) -> list[tuple[Path, str, str]]:
-    """Find the images that command-line arguments stand for, in that order, each once.
+    """Resolve command-line arguments to images, in their order and without duplicates.
 
     Args:
-        arguments: files, folders, which stand for all images below them, or patterns.
+        arguments: Files, folders (with their subfolders) or patterns.
 
     Returns:
-        For each image its absolute path, its name, which is the path from the folder that holds all
-        of them, and a unique name without suffix for files that are made of it.
+        For each image its absolute path, its path relative to the common folder of all images, and
+        a unique name without suffix for output files.
 
     Raises:
-        UserError: an argument stands for nothing.
+        UserError: An argument matches no image.
     """
-    found = [pair for argument in arguments for pair in _expand(argument)]
-    paths = list(dict.fromkeys(os.path.abspath(path) for _, path in found))
+    pairs = [pair for argument in arguments for pair in _expand(argument)]
+    paths = list(dict.fromkeys(os.path.abspath(path) for _, path in pairs))
     try:
-        root = os.path.commonpath([os.path.abspath(folder) for folder, _ in found])
+        root = os.path.commonpath([os.path.abspath(folder) for folder, _ in pairs])
         names = [PurePath(path).relative_to(root).as_posix() for path in paths]
-    except ValueError:  # several drives of Windows
+    except ValueError:  # several drives on Windows
         names = [PurePath(path.replace(":", "")).as_posix() for path in paths]
     return list(zip(map(Path, paths), names, _unique_stems(names), strict=True))
 
 
 def _expand(argument: str) -> list[tuple[Path, Path]]:
-    """Return (folder, file) for each image that an argument stands for.
+    """Return (folder, file) for each image that an argument matches.
 
-    What exists is no pattern, whatever brackets its name has. Patterns are expanded here if the
-    shell has not done so, as those of Windows do not.
+    An existing path is not treated as a pattern, even if its name has brackets. Shells on Windows
+    do not expand patterns.
     """
     path = Path(argument)
     if path.is_dir():
         files = image_files(path)
         if not files:
             suffixes = ", ".join(IMAGE_SUFFIXES)
-            raise UserError(f"there is no image in the folder {argument} ({suffixes})")
+            raise UserError(f"{argument}: no image in this folder or below ({suffixes})")
         return [(path, file) for file in files]
     if path.exists():
         return [(path.parent, path)]
@@ -55,9 +55,9 @@ def _expand(argument: str) -> list[tuple[Path, Path]]:
 
 
 def _unique_stems(names: list[str]) -> list[str]:
-    """Return file names without suffix, with a number where they would be equal without it.
+    """Return file names without suffix; a number is appended to repeated ones.
 
-    Stems that differ in capitals alone count as equal, as they do on some file systems.
+    Stems that differ only in case are equal, as on some file systems.
     """
     stems, taken = [], set()
     for name in names:

@@ -1,4 +1,4 @@
-"""Which type autocast uses, and what stays float32 under it."""
+"""Choose the dtype of autocast, and keep boxes in float32 under it."""
 
 import platform
 
@@ -19,18 +19,22 @@ HEADS = (RPNHead, FastRCNNPredictor, RetinaNetHead, FCOSHead, SSDHead, SSDLiteHe
 def resolve_precision(
     device: torch.device, amp: bool, dtype_name: str | None = None
 ) -> tuple[torch.dtype | None, str]:
-    """The type of autocast, None for plain float32, and a text for the log that says why.
+    """Choose the dtype of autocast.
 
     Args:
-        device: where the model runs.
-        amp: whether mixed precision is wanted at all.
-        dtype_name: "float16" or "bfloat16" to overrule the choice, which is float16 on CUDA,
-            bfloat16 on a CPU that has instructions for it, float32 on any other.
+        device: Where the model runs.
+        amp: Whether to use mixed precision.
+        dtype_name: "float16" or "bfloat16"; None for float16 on CUDA, bfloat16 on a CPU with
+            bfloat16 instructions, and float32 on any other CPU.
+
+    Returns:
+        The dtype, None for plain float32, and a description for the log.
     """
     if not amp:
-        return None, "float32"
+        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32  # PyTorch's default
+        return None, "float32, TF32 in convolutions" if tf32 else "float32"
     if dtype_name is not None:
-        return getattr(torch, dtype_name), f"mixed, {dtype_name} (as asked)"
+        return getattr(torch, dtype_name), f"mixed, {dtype_name} (--amp-dtype)"
     if device.type == "cuda":
         return torch.float16, "mixed, float16 with loss scaling"
     if _cpu_has_bfloat16():
@@ -39,7 +43,7 @@ def resolve_precision(
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """The context in which a detector runs with what `resolve_precision` has chosen."""
+    """Return the autocast context for a dtype of `resolve_precision`."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -52,9 +56,9 @@ def _cpu_has_bfloat16() -> bool:
 def keep_boxes_float32(model: nn.Module) -> None:
     """Keep anchors, box decoding, NMS and losses in float32 under autocast.
 
-    torchvision gives its anchors the type of the feature maps and decodes boxes in the type of the
-    predicted offsets. bfloat16 counts in steps of 4 pixels above 512, so boxes would be wrong by as
-    much. Features and heads stay in the fast type; only the output of the heads is widened.
+    torchvision computes anchors in the dtype of the feature maps and decodes boxes in the dtype of
+    the predicted offsets. bfloat16 has a resolution of 4 pixels above 512, so boxes would be off by
+    as much. Features and heads keep the fast dtype; only the output of the heads is converted.
     """
     for module in model.modules():
         if isinstance(module, ANCHOR_GENERATORS):
@@ -65,18 +69,18 @@ def keep_boxes_float32(model: nn.Module) -> None:
 
 def _float32_feature_maps(module: nn.Module, args: tuple) -> tuple:
     image_list, feature_maps = args
-    # The generator reads only shape, type and device: one number, expanded, has all three.
-    stand_ins = [_widen(f.new_zeros(())).expand(f.shape) for f in feature_maps]
-    return image_list, stand_ins
+    # The generator reads only shape, dtype and device: expanding one number costs no memory.
+    placeholders = [_to_float32(f.new_zeros(())).expand(f.shape) for f in feature_maps]
+    return image_list, placeholders
 
 
 def _float32_output(module: nn.Module, args: tuple, output):
     if isinstance(output, dict):
-        return {name: _widen(tensor) for name, tensor in output.items()}
+        return {name: _to_float32(tensor) for name, tensor in output.items()}
     if isinstance(output, tuple | list):
         return type(output)(_float32_output(module, args, part) for part in output)
-    return _widen(output)
+    return _to_float32(output)
 
 
-def _widen(tensor: torch.Tensor) -> torch.Tensor:
+def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.itemsize < 4 else tensor

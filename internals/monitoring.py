@@ -1,4 +1,4 @@
-"""What watches the training loop without stopping it: losses, skipped steps, lack of memory."""
+"""Monitor the training loop without synchronizing it: losses, skipped steps, out of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from internals.errors import RunError
 
 
 class LossMeter:
-    """Averages the losses over steps and processes, and remembers the first that was not finite.
+    """Averages the losses over steps and processes, and records the first non-finite one.
 
-    Everything is added up on the device; only `check` and `read` make the host wait for it.
+    Losses are summed on the device; only `check` and `read` wait for it.
     """
 
     NEVER = 2**62
@@ -23,18 +23,18 @@ class LossMeter:
         self.total, self.count, self.image_ids = 0, 0, {}
 
     def add(self, losses: dict[str, torch.Tensor], step: int, image_ids: list[int]) -> None:
-        """Note the losses of a step, or of one of its micro-batches."""
+        """Add the losses of a step, or of one of its micro-batches."""
         values = torch.stack([loss.detach().float() for loss in losses.values()])
         bad = torch.where(torch.isfinite(values.sum()), self.NEVER, step)
         self.first_bad = torch.minimum(self.first_bad, bad)
         self.image_ids[step] = image_ids
         self.names = [loss_name(name) for name in losses]
         self.total, self.count = self.total + values, self.count + 1
-        if values.device.type == "cpu":  # nothing to wait for, so it is found before it does harm
+        if values.device.type == "cpu":  # no wait on a CPU: check before the optimizer step
             self.check()
 
     def check(self) -> None:
-        """Raise RunError on every process if the loss of one was NaN or infinite."""
+        """Raise RunError on every process if a loss of any of them was NaN or infinite."""
         mine = int(self.first_bad)
         first = int(utils.all_reduce(self.first_bad, "min"))
         if first < self.NEVER:
@@ -47,7 +47,7 @@ class LossMeter:
             )
 
     def read(self) -> dict[str, float]:
-        """The averages since the last read: "loss", their sum, first. Checks them, too."""
+        """Check and return the averages since the last read; "loss", their sum, is the first."""
         self.check()
         mean = utils.all_reduce(self.total) / (self.count * utils.world_size())
         parts = dict(zip(self.names, mean.tolist(), strict=True))
@@ -56,15 +56,15 @@ class LossMeter:
 
 
 def loss_name(name: str) -> str:
-    """Faster R-CNN's names of the terms of its loss begin with "loss_", others' do not."""
+    """Return the name of a loss term with the prefix "loss_", which only Faster R-CNN's have."""
     return f"loss_{name.removeprefix('loss_')}"
 
 
 class SkippedSteps:
-    """Counts on the device the steps that the GradScaler skips for infinite float16 gradients.
+    """Counts the steps that the GradScaler skips for infinite float16 gradients, on the device.
 
-    Now and then one is skipped while the scale is searched for; many in a row learn nothing. To be
-    used as a context, in which the steps of `optimizer` are watched.
+    Single skipped steps are normal, as the GradScaler adapts its scale; many in a row are an error.
+    Use it as a context manager, in which the steps of `optimizer` are counted.
     """
 
     TOO_MANY = 10
@@ -81,7 +81,7 @@ class SkippedSteps:
         self._hook.remove()
 
     def _note(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        # The GradScaler leaves it there for fused optimizers, which skip on the device.
+        # Set by the GradScaler for fused optimizers, which skip on the device.
         found = getattr(optimizer, "found_inf", None)
         if found is not None:
             self.total += found
@@ -89,10 +89,10 @@ class SkippedSteps:
             torch.maximum(self.most, self.in_a_row, out=self.most)
 
     def read(self, step: int) -> int:
-        """The number skipped since the last read; waits for the device.
+        """Return the number of steps skipped since the last read; waits for the device.
 
         Raises:
-            RunError: too many came one after the other.
+            RunError: Too many steps in a row were skipped.
         """
         total, most = int(self.total), int(self.most)
         if most >= self.TOO_MANY:
@@ -106,7 +106,7 @@ class SkippedSteps:
 
 @contextmanager
 def explain_oom(progress: utils.Progress, batch_flag: str) -> Iterator[None]:
-    """Turn an out-of-memory error into a RunError that says of what there was too much."""
+    """Turn an out-of-memory error into a RunError that lists the images of the batch."""
     try:
         yield
     except Exception as error:

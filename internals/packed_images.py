@@ -1,4 +1,4 @@
-"""The images of a batch on their way to the device."""
+"""Transfer the images of a batch to the device."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ import torch
 
 
 class PackedImages:
-    """The images of a batch in one uint8 tensor, which goes to the device as one copy.
+    """The images of a batch in one uint8 tensor, copied to the device at once.
 
-    uint8 is a quarter of the bytes of float32.
+    uint8 has a quarter of the bytes of float32.
     """
 
     def __init__(self, images: Sequence[torch.Tensor]):
@@ -20,12 +20,12 @@ class PackedImages:
         return len(self.sizes)
 
     def pin_memory(self) -> "PackedImages":
-        """Called by the DataLoader where the device is a CUDA one."""
+        """Pin the memory; the DataLoader calls this for CUDA devices."""
         self.pixels = self.pixels.pin_memory()
         return self
 
     def to(self, device: torch.device) -> list[torch.Tensor]:
-        """The images on the device, each float32 `[3, H, W]` in [0, 1]."""
+        """Copy the images to a device and return them, each float32 `[3, H, W]` in [0, 1]."""
         pixels = self.pixels.to(device, non_blocking=True)
         parts = pixels.split([3 * height * width for height, width in self.sizes])
         return [

@@ -1,9 +1,9 @@
-"""Being asked to stop, by a signal or by the launcher, and agreeing on it between two steps.
+"""Preemption: stop requests by signals or from the launcher, and when to save a checkpoint.
 
-A signal is only noted; between two steps all processes agree to save and to stop. Under
-`start_scripts/launch.py` processes tell each other by files: `stop`, from the launcher to all;
-`asked`, from a process that got a signal itself to the others; `exit`, the exit code, from the
-first process to end to the launcher (see `failures.exit_with_code`).
+A signal handler only records the signal; between two steps all processes agree to save and stop.
+Under `start_scripts/launch.py` they communicate by files: `stop`, from the launcher to all
+processes; `asked`, from a process that received a signal to the others; `exit`, the exit code of
+the first process to exit, for the launcher (see `failures.exit_with_code`).
 """
 
 import multiprocessing
@@ -19,58 +19,71 @@ import torch
 import utils
 from internals.errors import StopRequested
 
-# The launcher hands on what it is sent as a file in this folder, because torchrun would kill the
-# processes after 30 seconds (`--shutdown-timeout` is newer than the torch that is required).
+# The launcher forwards signals as a file in this folder: torchrun would kill the processes 30
+# seconds after a signal (its `--shutdown-timeout` is newer than the oldest supported torch).
 LAUNCH_FOLDER_VARIABLE = "FASTER_RCNN_LAUNCH"
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is Slurm's usual warning
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # SIGUSR1: the usual warning of Slurm
 
 
 class _StopRequest:
-    """What this process knows of a request to stop."""
+    """The stop request that this process has received.
+
+    Attributes:
+        signal_name: Name of the signal, None without a request.
+        grace_seconds: Time to finish a step after a SIGTERM under torchrun, before this process
+            is killed.
+    """
 
     signal_name: str | None = None
-    grace_seconds = 60  # until a process that torchrun ends gives up waiting for its step to end
+    grace_seconds = 60
 
 
 def install_signal_handlers() -> None:
-    """From now on note signals instead of dying of them."""
+    """Record the signals in STOP_SIGNALS instead of ending the process."""
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _note_signal)
+            signal.signal(getattr(signal, name), _record_signal)
 
 
 def restore_signal_handlers() -> None:
-    """Undo `install_signal_handlers`: there is nothing left to save."""
+    """Restore the default handlers: from here on there is nothing to save."""
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
-def _note_signal(number: int, frame: object) -> None:
+def cancel_deadline() -> None:
+    """Cancel the alarm of a received or later SIGTERM, as this process is about to exit."""
+    _StopRequest.grace_seconds = 0  # signal.alarm(0) sets no alarm
+    if os.name == "posix":
+        signal.alarm(0)
+
+
+def _record_signal(number: int, frame: object) -> None:
     if _StopRequest.signal_name is None:
         _StopRequest.signal_name = signal.Signals(number).name
-        if utils.rank() == 0:  # not by print, which may be what the signal interrupted
+        if utils.rank() == 0:  # print is not reentrant, and the signal may have interrupted one
             os.write(2, f"\n{_StopRequest.signal_name}: stopping after this step\n".encode())
     elif number == signal.SIGINT:
         restore_signal_handlers()
         signal.raise_signal(number)
-    # Under torchrun a SIGTERM may also mean that another process has failed. Where no step ends, as
-    # in one that hangs, nothing else would end this process before torchrun kills it.
+    # Under torchrun a SIGTERM may also mean that another process has failed. This one may then hang
+    # in a step: the alarm ends it before torchrun kills it.
     if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ and os.name == "posix":
         signal.alarm(_StopRequest.grace_seconds)
 
 
 def launch_file(name: str) -> Path | None:
-    """A file by which the launcher and its processes tell each other something."""
+    """Return the path of a file shared with the launcher, None without the launcher."""
     folder = os.environ.get(LAUNCH_FOLDER_VARIABLE)
     return Path(folder) / name if folder else None
 
 
 def stop_requested() -> bool:
-    """Whether this process knows of a request to stop; others may not know yet.
+    """Check whether this process has received a stop request; others may not have yet.
 
-    Those of one launcher do: what one was asked, it leaves for the others, which may be far from
-    the end of an evaluation.
+    Under the launcher a request is forwarded to the other processes by a file, so that they need
+    not reach the end of an evaluation first.
     """
     if _StopRequest.signal_name is None:
         for file in (launch_file("stop"), launch_file("asked")):
@@ -84,43 +97,48 @@ def stop_requested() -> bool:
 
 
 def raise_if_stop_requested() -> None:
-    """Raise StopRequested in every process if one was asked to stop; all have to call it."""
+    """Raise StopRequested in every process if one has a stop request; all must call this."""
     if utils.all_reduce(torch.tensor(int(stop_requested())), "max"):
         raise StopRequested
 
 
 class CheckpointTimer:
-    """Decides between steps, for all processes alike, when to save and when to stop.
+    """Decides between steps when to save and when to stop, on all processes alike.
 
-    `seconds_saving` is how long the training has waited for its checkpoints.
+    Attributes:
+        every_steps: Steps between two saves; None for saves by time only.
+        interval: Seconds from one save to the next, checked between steps.
+        write: Writes a checkpoint.
+        seconds_saving: The total time of saving.
     """
 
-    SAVE, STOP = 1, 2
+    SAVE, STOP = 1, 2  # larger numbers take precedence
 
     def __init__(self, every_steps: int | None, minutes: float, write: Callable[..., None]):
-        """Let `write()` be called every `every_steps` steps, and `minutes` after the last save."""
-        self.every_steps, self.interval, self.write = every_steps, 60 * minutes, write
+        self.every_steps = every_steps
+        self.interval = 60 * minutes
+        self.write = write
         self.last_save = self.last_step = time.monotonic()
         self.seconds_saving = 0.0
-        self._launcher = os.getppid()
+        self._launcher_pid = os.getppid()
 
     def save(self, **kwargs) -> None:
-        """Save now, in the time that it takes."""
+        """Save now; a pending alarm is cancelled, however long the save takes."""
         if os.name == "posix":
             signal.alarm(0)
-        begin = time.monotonic()
+        start = time.monotonic()
         self.write(**kwargs)
         self.last_save = time.monotonic()
-        self.seconds_saving += self.last_save - begin
+        self.seconds_saving += self.last_save - start
 
     def after_step(self, step: int, check: Callable[[], None]) -> None:
-        """Save if it is time to and `check()` raises nothing.
+        """Save if a checkpoint is due, unless `check()` raises an error.
 
         Raises:
-            StopRequested: a process was asked to stop, and everything is saved.
+            StopRequested: A process has a stop request, and the checkpoint is saved.
         """
         now = time.monotonic()
-        _StopRequest.grace_seconds = 3 + 3 * round(now - self.last_step)
+        _StopRequest.grace_seconds = 5 + 3 * round(now - self.last_step)
         due = now - self.last_save >= self.interval
         due = due or (bool(self.every_steps) and step % self.every_steps == 0)
         action = self._sync_action(due)
@@ -130,16 +148,16 @@ class CheckpointTimer:
         if action == self.STOP:
             raise StopRequested
         if action:
-            raise_if_stop_requested()  # a request during the save needs no second one
+            raise_if_stop_requested()  # for a request during the save, without a second save
         self.last_step = time.monotonic()
 
     def _sync_action(self, due: bool) -> int:
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._launcher:
-            raise RuntimeError("the launcher of this process is gone")
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._launcher_pid:
+            raise RuntimeError("the launcher of this process has exited")
         action = 0
         if stop_requested():
             action = self.STOP
-        elif due and utils.rank() == 0:  # whose clock decides
+        elif due and utils.rank() == 0:  # the clocks of others differ
             action = self.SAVE
         return int(utils.all_reduce(torch.tensor(action), "max"))
 
@@ -148,7 +166,7 @@ class CheckpointTimer:
 
 
 def ignore_signals_in_worker(worker: int) -> None:
-    """For a loading process: outlive signals sent to a whole group, for as long as a save takes."""
+    """Keep a loading process alive during a save when its process group receives a signal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name == "posix":
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -156,18 +174,17 @@ def ignore_signals_in_worker(worker: int) -> None:
 
 
 def use_forked_workers() -> None:
-    """Let loading processes be copies of this one, on Linux.
+    """Start loading processes by fork on Linux, also on Python 3.14, whose default is forkserver.
 
-    Copies share the memory of its data set, and end when it is killed. Without this, Python 3.14
-    and later start them from a server of their own, where they do neither.
+    Forked processes share the memory of the data set, and end when this process is killed.
     """
     if sys.platform == "linux":
         multiprocessing.set_start_method("fork", force=True)
 
 
 def kill_workers() -> None:
-    """End the loading processes that are left: they hold nothing, and outlive a polite request."""
+    """Kill the remaining loading processes: they ignore SIGTERM for a while, and save nothing."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch would report them as killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would report them as killed
     for child in multiprocessing.active_children():
         child.kill()

@@ -1,8 +1,13 @@
-"""What a run says of itself: its setup with the arithmetic, its steps, its end."""
+"""What a run logs: its setup, its steps and epochs, its end."""
 
 import argparse
 import platform
+import shlex
+import subprocess
+import sys
+import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,11 +18,18 @@ from internals.train_state import TrainState
 
 
 def run_metadata(
-    device: torch.device, precision: str, train_loader, val_loader, categories
+    model: torch.nn.Module,
+    device: torch.device,
+    precision: str,
+    train_loader,
+    val_loader,
+    categories,
 ) -> dict:
-    """What a figure from this run depends on, for `metrics.jsonl`."""
+    """Return the command, code, hardware and data of a run, for its "start" line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
+        "command": shlex.join(sys.argv),
+        "commit": find_commit(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -27,81 +39,159 @@ def run_metadata(
         "threads": torch.get_num_threads(),
         "world_size": utils.world_size(),
         "precision": precision,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "train_images": len(train_loader.dataset) if train_loader else None,
         "val_images": len(val_loader.dataset),
         "categories": categories.to_list(),
     }
 
 
-def log_training_setup(args: argparse.Namespace, base_lr: float, plan, state: TrainState) -> None:
-    """Say what is about to happen before the first step, with the arithmetic.
+def find_commit() -> str | None:
+    """Return the project's Git commit, with "-dirty" if files are changed; None without Git."""
+    command = ("git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12")
+    try:
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
-    `base_lr` is the learning rate for 16 images in a step, `plan` a `samplers.TrainingPlan`.
+
+def log_training_setup(args: argparse.Namespace, base_lr: float, plan, state: TrainState) -> None:
+    """Log what is trained, how long and at which learning rate, before the first step.
+
+    Args:
+        args: After `arguments.resolve_defaults`.
+        base_lr: The default learning rate for 16 images per step.
+        plan: A `samplers.TrainingPlan`.
+        state: With the epoch and step to start from.
     """
-    if state.epoch >= args.epochs:
-        utils.log(f"nothing is left to train of {args.epochs} epochs: raise --epochs to go on")
-        return
-    processes = utils.world_size()
-    shares = f"{args.batch_size}"
-    shares += f" on each of {processes} processes" if processes > 1 else ""
-    shares += f" {args.accumulate_steps} times" if args.accumulate_steps > 1 else ""
-    utils.log(
-        f"training: {len(plan.groups):,} images, {shares} a step, {len(plan)} steps an epoch, "
-        f"epochs {state.epoch} to {args.epochs - 1}"
-        + (f", until {args.max_steps} steps are done" if args.max_steps else "")
-    )
     size = "x".join(map(str, args.fixed_size or ())) or f"{args.min_size} to {args.max_size}"
-    utils.log(f"images: resized to {size} pixels, augmentation: {args.data_augmentation}")
-    drops = "then a cosine down to 0"
+    parameters = list(state.model.parameters())
+    total = sum(p.numel() for p in parameters) / 1e6
+    trainable = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
+    text = f"{args.model}, {total:.1f} M parameters, {trainable:.1f} M trainable"
+    utils.log_field("model", text)
+    utils.log_field("images", f"resized to {size} pixels, augmentation {args.data_augmentation}")
+    if state.step:
+        utils.log_field("resume", f"{args.resume or '--start-epoch'}, {state.step:,} steps done")
+    if state.epoch >= args.epochs:
+        utils.log_field("schedule", f"{args.epochs} epochs, all done: raise --epochs to go on")
+        return
+    factors = [f"{args.batch_size} per device"]
+    if utils.world_size() > 1:
+        factors.append(f"{utils.world_size()} processes")
+    if args.accumulate_steps > 1:
+        factors.append(f"{args.accumulate_steps} accumulated")
+    limit = f", until step {args.max_steps:,}" if args.max_steps else ""
+    utils.log_field("batch", f"{plan.global_batch} images per step ({' x '.join(factors)})")
+    utils.log_field(
+        "schedule",
+        f"epochs {state.epoch} to {args.epochs - 1}, {len(plan):,} steps each, of "
+        f"{len(plan.groups):,} images{limit}",
+    )
+    drops = "then cosine to 0"
     if args.lr_scheduler == "multisteplr":
         drops = f"x {args.lr_gamma} after epochs {' '.join(map(str, args.lr_steps))}"
     scaled = args.lr == base_lr * plan.global_batch / 16
     rule = f" = {base_lr} x {plan.global_batch} / 16" if scaled else ""
-    utils.log(f"learning rate: {args.lr:g}{rule}, warm-up over {args.warmup_steps} steps, {drops}")
-    if state.step:
-        utils.log(f"resumed: {args.resume or '--start-epoch'}, {state.step} steps done")
+    utils.log_field("optimizer", f"{args.opt}, lr {args.lr:g}{rule}")
+    utils.log_field("", f"warm-up over {args.warmup_steps} steps, {drops}")
 
 
-def log_step(
-    metrics: utils.MetricsFile,
-    state: TrainState,
-    progress: utils.Progress,
-    averages: dict[str, float],
-    rate: float,
-    batch_size: int,
-) -> None:
-    """Say how the steps since the last report went, on the console and in `metrics.jsonl`."""
-    steps, seconds, waited = progress.lap()
-    speed = steps * batch_size * utils.world_size() / seconds
-    losses = {name: x for name, x in averages.items() if name.startswith("loss")}
-    loss, *details = [f"{name.removeprefix('loss_')} {x:.4f}" for name, x in losses.items()]
-    if averages["skipped_steps"]:
-        details.append(f"{averages['skipped_steps']} steps skipped: infinite float16 gradients")
-    progress.show(f"{loss}  lr {rate:.6f}  {speed:.2f} images/s", ", ".join(details))
-    metrics.write(
-        "train",
-        epoch=state.epoch,
-        step=state.step,
-        lr=rate,
-        **averages,
-        images_per_second=speed,
-        data_seconds=waited,
-        peak_memory_mib=utils.peak_memory(state.device),
-    )
-    if progress.done == progress.total:
-        images, total = progress.steps * batch_size * utils.world_size(), progress.seconds
-        utils.log(
-            f"{progress.label}: {images:,} images in {total:.1f} s, {images / total:.2f} images/s, "
-            f"{100 * progress.waited / total:.0f} % of the time waiting for data"
+class StepLog:
+    """Logs the steps and epochs of a training, on the console and in `metrics.jsonl`."""
+
+    def __init__(self, metrics: utils.MetricsFile):
+        self.metrics = metrics
+        self._sums: dict[str, float] = {}
+
+    def __call__(
+        self,
+        state: TrainState,
+        progress: utils.Progress,
+        averages: dict[str, float],
+        rate: float,
+        batch_size: int,
+    ) -> None:
+        """Log the steps since the last call, and after the last step of an epoch the epoch.
+
+        Args:
+            state: After the current step.
+            progress: Of the epoch.
+            averages: The losses, averaged over the steps since the last call, "loss" first; and
+                `skipped_steps`, of the same steps.
+            rate: The learning rate of the current step.
+            batch_size: Images per step of this process.
+        """
+        steps, seconds, waited = progress.lap()
+        if progress.steps == steps:
+            self._sums = {}
+        for name, value in averages.items():
+            self._sums[name] = self._sums.get(name, 0) + value * steps
+        speed = steps * batch_size * utils.world_size() / seconds
+        text = f"loss {averages['loss']:7.4f}  lr {rate:.2e}  {speed:6.2f} images/s"
+        if averages["skipped_steps"]:
+            text += f"  {averages['skipped_steps']} steps skipped (infinite float16 gradients)"
+        progress.show(text)
+        self.metrics.write(
+            "train",
+            epoch=state.epoch,
+            step=state.step,
+            lr=rate,
+            **averages,
+            images_per_second=speed,
+            data_seconds=waited,
+            peak_memory_mib=utils.peak_memory(state.device),
         )
+        if progress.done == progress.total:
+            self._log_epoch(progress, progress.steps * batch_size * utils.world_size())
+
+    def _log_epoch(self, progress: utils.Progress, images: int) -> None:
+        seconds = progress.seconds
+        utils.log(
+            f"{progress.label}  {images:,} images in {timedelta(seconds=round(seconds))}, "
+            f"{images / seconds:.2f} images/s, {progress.waited / seconds:.0%} waiting for data"
+        )
+        loss, *terms = [
+            f"{name.removeprefix('loss_')} {total / progress.steps:.3f}"
+            for name, total in self._sums.items()
+            if name.startswith("loss")
+        ]
+        utils.log(textwrap.fill(f"  {loss}: {', '.join(terms)}", 80, subsequent_indent="    "))
+
+
+def log_best(state: TrainState, AP: float | None, is_best: bool) -> None:
+    """Log the AP of an epoch and the best one so far; nothing without ground truth."""
+    if AP is not None:
+        best = "the best so far" if is_best else f"the best is {state.best_AP:.3f}"
+        utils.log(f"epoch {state.epoch}  AP {AP:.3f}, {best}")
+
+
+def log_time_left(epochs: int, seconds_per_epoch: float) -> None:
+    """Log how long the `epochs` still to train will take, evaluation included."""
+    if epochs:
+        left = timedelta(seconds=round(epochs * seconds_per_epoch))
+        utils.log(f"{epochs} epochs left, about {left} with evaluation\n")
 
 
 def log_end(
-    metrics: utils.MetricsFile, output_dir: Path, best_AP: float | None, begin: float, saving: float
+    metrics: utils.MetricsFile,
+    output_dir: Path,
+    best_AP: float | None,
+    start: float,
+    saving_seconds: float,
 ) -> None:
-    """Say how it went since `begin` (`time.perf_counter()`), `saving` seconds of it for saving."""
-    seconds = time.perf_counter() - begin
-    metrics.write("end", best_AP=best_AP, seconds=seconds, saving_seconds=saving)
+    """Log the result and duration of a run.
+
+    Args:
+        metrics: Gets an "end" line.
+        output_dir: Where the results are.
+        best_AP: The AP of the best evaluation, if there was any ground truth.
+        start: `time.perf_counter()` at the start of the run.
+        saving_seconds: The time of it spent on saving checkpoints.
+    """
+    seconds = time.perf_counter() - start
+    metrics.write("end", best_AP=best_AP, seconds=seconds, saving_seconds=saving_seconds)
     best = "" if best_AP is None else f"best AP {best_AP:.3f}, "
-    share = f"{saving / seconds:.1%} of the time went into checkpoints"
-    utils.log(f"done: {best}results in {output_dir}; {share}")
+    duration = timedelta(seconds=round(seconds))
+    utils.log(f"done: {best}{duration}, {saving_seconds / seconds:.1%} of it saving checkpoints")
+    utils.log(f"output: {output_dir}")

@@ -1,4 +1,4 @@
-"""torchvision's builders of detectors, without their download of a backbone's weights."""
+"""Use torchvision's builders of detectors without their download of backbone weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,16 @@ from torchvision.models import WeightsEnum
 
 @contextmanager
 def without_download(weights: WeightsEnum, state: dict[str, torch.Tensor] | None) -> Iterator[None]:
-    """Let torchvision's builders load `state` where they would download the backbone `weights`.
+    """Make torchvision's builders load `state` instead of downloading the backbone `weights`.
 
-    With None they load random weights, for a model that is loaded as a whole afterwards.
+    This temporarily replaces a method of torchvision. Its builders freeze norms and layers only for
+    `weights_backbone=...`, which always downloads; without this the freezing rules of nine
+    detectors would have to be copied here. `test_pretrained_structure_matches_torchvision` detects
+    changes of torchvision.
 
-    This replaces a method of torchvision's for a moment. Its builders freeze norms and layers only
-    for `weights_backbone=...`, which always downloads; without this the freezing rules of nine
-    detectors would have to be copied here. `test_pretrained_structure_is_torchvisions` notices.
+    Args:
+        weights: The backbone weights that the builder is called with.
+        state: Their state_dict; None for random weights, if the whole model is loaded afterwards.
     """
 
     def get_state_dict(*args, **kwargs) -> dict[str, torch.Tensor]:

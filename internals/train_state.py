@@ -1,4 +1,4 @@
-"""What a training changes as it goes, and what a checkpoint holds of it."""
+"""The state of a training, and its part of a checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +12,14 @@ import utils
 
 @dataclass
 class TrainState:
-    """A training in progress.
+    """The state of a training.
 
-    `learning_rate(step)` is the rate of a step; `amp_dtype` is the type of autocast, None for
-    float32; `epoch` and `step` are those to go on with, counted from 0.
+    Attributes:
+        learning_rate: Returns the learning rate of a step.
+        amp_dtype: The dtype of autocast, None for float32.
+        epoch: The next epoch, counted from 0.
+        step: The next step, counted from 0.
+        ddp_model: `model` wrapped for several processes, None in a single one.
     """
 
     model: nn.Module
@@ -27,7 +31,7 @@ class TrainState:
     step: int = 0
     best_AP: float | None = None
     evaluations_since_best: int = 0
-    ddp_model: nn.Module | None = None  # what a step calls where there are several processes
+    ddp_model: nn.Module | None = None
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self):
@@ -37,33 +41,34 @@ class TrainState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model to evaluate, and to load elsewhere: the moving average if there is one."""
+        """The model to evaluate and to save for inference: the moving average if there is one."""
         return self.ema.module if self.ema else self.model
 
     def set_learning_rate(self) -> float:
-        """Give the rate of the step to come to every parameter group; return it."""
+        """Set the learning rate of the next step in every parameter group, and return it."""
         rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
 
     def update_best(self, AP: float | None) -> bool:
-        """Note what an evaluation found; return whether it is better than every one before."""
-        best = AP is not None and (self.best_AP is None or self.best_AP < AP)
-        if best:
+        """Record the AP of an evaluation (None: no ground truth); return whether it is the best."""
+        is_best = AP is not None and (self.best_AP is None or self.best_AP < AP)
+        if is_best:
             self.best_AP = AP
-        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
-        return best
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
+        return is_best
 
     def should_stop_early(self, patience: int | None) -> bool:
-        """Whether AP has not risen for `patience` evaluations (--early-stop-patience)."""
-        waited = self.evaluations_since_best
-        if not patience or waited < patience:
+        """Check whether AP has not improved for `patience` evaluations (--early-stop-patience)."""
+        count = self.evaluations_since_best
+        if not patience or count < patience:
             return False
-        utils.log(f"no better AP in {waited} evaluations (--early-stop-patience {patience}): done")
+        utils.log(f"early stopping: no better AP in {count} evaluations")
         return True
 
     def state_dict(self) -> dict:
+        """Return the training's part of a checkpoint."""
         names = ("epoch", "step", "best_AP", "evaluations_since_best")
         state = {
             "model": self.eval_model.state_dict(),
@@ -76,11 +81,13 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore all but the weights of `model`, which are loaded when it is built."""
+        """Restore everything except the weights of `model`, which are loaded when it is built."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step, self.best_AP = state["epoch"], state["step"], state["best_AP"]
+        self.epoch = state["epoch"]
+        self.step = state["step"]
+        self.best_AP = state["best_AP"]
         self.evaluations_since_best = state.get("evaluations_since_best", 0)
         if self.ema and "raw_model" in state:
             self.ema.module.load_state_dict(state["model"])
-            self.ema.n_averaged.fill_(self.step)  # 0 would make the next update a plain copy
+            self.ema.n_averaged.fill_(self.step)  # with 0 the next update would copy the model

@@ -1,4 +1,4 @@
-"""Files of weights: read without running code, checked, or downloaded by torchvision."""
+"""Load weights from files, without running code from them, or from torchvision."""
 
 import pickle
 import zipfile
@@ -17,32 +17,35 @@ TRAINED_WITH_EPSILON_0 = (
 
 
 def load_weights_file(path: Path) -> dict:
-    """Read any file of `torch.save` that holds a dict of plain types; raises CheckpointError.
+    """Read a dict of tensors and plain types from a file of `torch.save`.
 
-    Nothing in the file is executed: it is read with `weights_only=True`.
+    Code in the file is never executed (`weights_only=True`).
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or has other contents.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
         _verify_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # whose text advises to execute the file
+    except pickle.UnpicklingError as error:  # its message suggests weights_only=False
         raise CheckpointError(
             f"{path} cannot be read: it is not a file of torch.save, or it holds more than tensors "
-            "and plain types, which is refused because loading it could run code"
+            "and plain types, which is rejected because loading it could run code"
         ) from error
     except CheckpointError:
         raise
-    except Exception as error:  # damage can make a zip archive fail in any way
+    except Exception as error:  # damaged zip archives raise errors of many types
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read, it is damaged: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read, it may be damaged: {reason}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     return state
 
 
 def _verify_checksums(path: Path) -> None:
-    """Compare every part of a zip archive with its checksum; older formats of torch have none."""
+    """Verify the checksums of a zip archive; older formats of torch.save have none."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -51,15 +54,15 @@ def _verify_checksums(path: Path) -> None:
 
 
 def is_file(weights: str) -> bool:
-    """Whether a value of --weights or --weights-backbone is a path rather than a name."""
+    """Check whether a value of --weights or --weights-backbone is a path rather than a name."""
     return Path(weights).suffix in (".pth", ".pt") or Path(weights).exists()
 
 
 def find_weights(choices: type[WeightsEnum], name: str) -> WeightsEnum:
-    """The member of `choices` called `name`, with or without that of its class.
+    """Return the member of `choices` with this name, with or without the name of the enum.
 
     Raises:
-        UserError: there is none; names those there are.
+        UserError: There is none; the message lists the choices.
     """
     try:
         return choices[name.removeprefix(f"{choices.__name__}.")]
@@ -71,10 +74,14 @@ def find_weights(choices: type[WeightsEnum], name: str) -> WeightsEnum:
 
 
 def download(weights: WeightsEnum, hint: str) -> dict[str, torch.Tensor]:
-    """A state_dict from torchvision's cache, or over TLS with the hash in the file's name checked.
+    """Load a state_dict from torchvision's cache, or download it and verify its hash.
+
+    Args:
+        weights: The weights of a model or backbone.
+        hint: An alternative to a download, for the message without network.
 
     Raises:
-        UserError: without network; says where to place the file, and `hint`, what else to do.
+        UserError: The download failed; the message has the path to place the file at.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
     try:
@@ -82,7 +89,7 @@ def download(weights: WeightsEnum, hint: str) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{weights} cannot be loaded: {error}\n"
-            f"Without network, place the file {weights.url}\nat {file}, {hint}"
+            f"Without network, download {weights.url} elsewhere,\nplace it at {file}, {hint}"
         ) from error
     if weights in TRAINED_WITH_EPSILON_0:
         _absorb_epsilon(state)
@@ -90,11 +97,11 @@ def download(weights: WeightsEnum, hint: str) -> dict[str, torch.Tensor]:
 
 
 def _absorb_epsilon(state: dict[str, torch.Tensor]) -> None:
-    """Write frozen norms for an epsilon of 1e-5, the one that a stock model divides with.
+    """Convert frozen norms from an epsilon of 0 to 1e-5, the default of torchvision's models.
 
-    Some of COCO's weights were trained with an epsilon of 0, which torchvision's builder sets again
-    after loading. Absorbed in the (frozen) scales, they and all that is trained from them give the
-    same detections in any stock model, with no need to know where they came from.
+    Some COCO weights were trained with an epsilon of 0, which torchvision's builder restores after
+    loading. With the difference absorbed in the frozen scales, these weights and all models trained
+    from them give the same detections in any stock model.
     """
     for key in [key for key in state if key.endswith("running_var")]:
         scale, variance = key.replace("running_var", "weight"), state[key].double()

@@ -1,1 +1,1 @@
-"""What a training has come to: analysis, figures, drawings, TensorBoard."""
+"""Report the results of a training: analysis, figures, drawings, TensorBoard."""

@@ -1,4 +1,4 @@
-"""What a run left in its output folder: metrics, and detections matched with the ground truth."""
+"""Read the output folder of a run: metrics, and detections matched with the ground truth."""
 
 import json
 import math
@@ -12,11 +12,11 @@ import coco_eval
 from coco_utils import CocoIndex, find_split
 from internals.errors import UserError
 
-SCORE_THRESHOLD = 0.5  # detections below are only in the curves and in the dashed recall by size
+SCORE_THRESHOLD = 0.5  # of all figures but the curves and the dashed recall by size
 IOU_THRESHOLD = 0.5
 EVALUATOR = coco_eval.EVALUATORS[0]
-UNMATCHED, IGNORED = -1, -2  # in place of the row of the match
-# What is used of a line of `metrics.jsonl` without asking whether it is there, by kind.
+UNMATCHED, IGNORED = -1, -2  # instead of the row of the match
+# Keys of `metrics.jsonl` that a line must have, by kind; others may be missing.
 REQUIRED_KEYS = {"train": {"step", "epoch"}, "end": {"seconds"}}
 
 
@@ -25,17 +25,17 @@ REQUIRED_KEYS = {"train": {"step", "epoch"}, "end": {"seconds"}}
 
 @dataclass
 class RunHistory:
-    """The lines of `metrics.jsonl` that count for the last training, or for evaluations alone.
+    """The lines of `metrics.jsonl` that belong to the last training, or to evaluations alone.
 
     Attributes:
-        start: the training's "start" line, `{}` where there is none.
-        eval_start: the "start" line of the run that made the last evaluation.
-        train: the "train" lines, with ascending steps.
-        evals: the "eval" lines of the training, with ascending steps.
-        last: the last "eval" line, whose detections are in `detections.json`.
-        end: the "end" line; None if the run did not reach its end.
-        resumed: how often the training was resumed.
-        notes: what the reader of the report should know.
+        start: The "start" line of the training, `{}` without one.
+        eval_start: The "start" line of the run with the last evaluation.
+        train: The "train" lines, with ascending steps.
+        evals: The "eval" lines of the training, with ascending steps.
+        last: The last "eval" line; its detections are in `detections.json`.
+        end: The "end" line; None if the run did not finish.
+        resumed: How often the training was resumed.
+        notes: Warnings for the reader of the report.
     """
 
     start: dict = field(default_factory=dict)
@@ -49,34 +49,34 @@ class RunHistory:
 
     @property
     def best(self) -> dict | None:
-        """The evaluation with the highest AP, the first of equals as in `model_best.pth`."""
+        """The evaluation with the highest AP; the first of equal ones, as `model_best.pth`."""
         evals = self.evals or [self.last or {}]
         known = [line for line in evals if line.get("AP") is not None]
         return max(known, key=lambda line: line["AP"], default=None)
 
 
-def args_of(start: dict) -> dict:
-    """The flags of a run, from its "start" line."""
+def flags_of(start: dict) -> dict:
+    """Return the flags of a run from its "start" line."""
     return start.get("args") or {}
 
 
 def read_history(file: Path) -> RunHistory:
-    """Read `metrics.jsonl`. Steps that a resumed run repeated count once, as they were last.
+    """Read `metrics.jsonl`; of steps that a resumed run repeated, the last lines are used.
 
     Raises:
-        UserError: the file cannot be read, is empty, or has a line that is no JSON object with a
-            "kind". A last line that a crash cut off is only noted.
+        UserError: The file cannot be read, is empty, or has an invalid line. An incomplete last
+            line, as after a crash, is only noted.
     """
     history, start, train, evals = RunHistory(), {}, {}, {}
     for line in _read_lines(file, history.notes):
         kind, step = line["kind"], line.get("step") or 0
-        test_only = args_of(start).get("test_only")
+        test_only = flags_of(start).get("test_only")
         if kind == "start":
             start = line
-            if not args_of(line).get("test_only"):
+            if not flags_of(line).get("test_only"):
                 history.start, history.end = line, None
                 history.resumed += 1
-                if not args_of(line).get("resume"):  # a new training in the same folder
+                if not flags_of(line).get("resume"):  # a new training in the same folder
                     train, evals, history.resumed = {}, {}, 0
         elif kind == "train":
             _drop_from(step, train)
@@ -99,8 +99,8 @@ def _read_lines(file: Path, notes: list[str]) -> list[dict]:
         rows = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}): give the folder that train.py had as "
-            "--output-dir"
+            f"{file} cannot be read ({error.strerror}): use the folder that was --output-dir of "
+            "train.py"
         ) from None
     lines = []
     for n, row in enumerate(rows, start=1):
@@ -114,16 +114,16 @@ def _read_lines(file: Path, notes: list[str]) -> list[dict]:
         if valid:
             lines.append(line)
         elif n < len(rows):
-            raise UserError(f"{file}:{n} is not a line that train.py wrote: correct or remove it")
+            raise UserError(f"{file}:{n} is not a valid line of train.py: correct or remove it")
         else:
-            notes.append(f"{file}: the last line was cut off by a crash and is left out")
+            notes.append(f"{file}: the last line is incomplete, as after a crash, and is skipped")
     if not lines:
-        raise UserError(f"{file} is empty: there is nothing to report yet")
+        raise UserError(f"{file} is empty: wait for the first step of the training")
     return lines
 
 
 def _drop_from(step: int, lines: dict[int, dict]) -> None:
-    """Remove the lines of `step` and later ones; the keys ascend."""
+    """Remove the lines of `step` and later steps, in place; the keys ascend."""
     while lines and next(reversed(lines)) >= step:
         lines.popitem()
 
@@ -135,36 +135,37 @@ class DetectionResults:
     """The detections of the last evaluation, matched with the ground truth.
 
     Attributes:
-        index: the ground truth, M boxes in K categories.
-        curves: precision by IoU and recall, of `coco_eval.evaluate_with_curves`.
+        index: The ground truth, M boxes in K categories.
+        curves: Precision by IoU and recall, from `coco_eval.evaluate_with_curves`.
         confident: float64 `[N, 7]`, rows of `coco_eval.detection_rows` with a score of at least
             0.5. The following attributes are about these alone.
-        matched_gt, matched_detection: int64 `[N]` and `[M]`, as of `match_detections`, whatever
-            the categories.
+        matched_gt, matched_detection: int64 `[N]` and `[M]`, from `match_detections` across
+            categories.
         gt_category, detection_category: int64 `[M]` and `[N]`, positions in `index.categories`.
         correct, wrong_category, false_positive: bool `[N]`.
         missed: bool `[M]`.
-        found_score: float64 `[M]`, the score of the detection that matches a box when all
-            detections are matched within their categories; NaN if none does.
+        matched_score: float64 `[M]`, the score of the detection that matches each box, when all
+            detections are matched within their categories; NaN without a match.
     """
 
     def __init__(self, index: CocoIndex, detections: np.ndarray, curves: np.ndarray):
-        self.index, self.curves = index, curves
+        self.index = index
+        self.curves = curves
         self.confident = detections[detections[:, 5] >= SCORE_THRESHOLD]
         self.matched_gt, self.matched_detection = match_detections(index, self.confident)
         self.gt_category = np.searchsorted(index.categories.ids, index.category_ids)
         self.detection_category = np.searchsorted(index.categories.ids, self.confident[:, 6])
-        # The two more are what UNMATCHED and IGNORED pick.
+        # The two appended elements are those of UNMATCHED and IGNORED.
         category_of_match = np.append(self.gt_category, [-1, -1])[self.matched_gt]
         self.correct = category_of_match == self.detection_category
         self.wrong_category = (self.matched_gt >= 0) & ~self.correct
         self.false_positive = self.matched_gt == UNMATCHED
         self.missed = self.matched_detection == UNMATCHED
         _, detection = match_detections(index, detections, same_category=True)
-        self.found_score = np.append(detections[:, 5], np.nan)[detection.clip(min=-1)]
+        self.matched_score = np.append(detections[:, 5], np.nan)[detection.clip(min=-1)]
 
     def counts(self) -> dict[str, int]:
-        """How many boxes there are of each kind, at a score of at least 0.5."""
+        """Count the boxes of each kind, at a score of at least 0.5."""
         return {
             "images": len(self.index),
             "ground_truth": int(self.index.usable.sum()),
@@ -177,17 +178,18 @@ class DetectionResults:
         }
 
     def confusion_matrix(self) -> np.ndarray:
-        """int64 `[K + 1, K + 1]`: rows are the ground truth's categories, columns the detections'.
+        """Return the confusion matrix, int64 `[K + 1, K + 1]`.
 
-        The last row counts false positives, the last column missed boxes.
+        Rows are categories of the ground truth, columns of the detections. The last row counts
+        false positives, the last column missed boxes.
         """
-        k = len(self.index.categories.ids)
-        matrix = np.zeros((k + 1, k + 1), dtype=np.int64)
+        background = len(self.index.categories.ids)
+        matrix = np.zeros((background + 1, background + 1), dtype=np.int64)
         matched = self.matched_gt >= 0
         gt_category = self.gt_category[self.matched_gt[matched]]
         np.add.at(matrix, (gt_category, self.detection_category[matched]), 1)
-        np.add.at(matrix, (k, self.detection_category[self.false_positive]), 1)
-        np.add.at(matrix, (self.gt_category[self.missed], k), 1)
+        np.add.at(matrix, (background, self.detection_category[self.false_positive]), 1)
+        np.add.at(matrix, (self.gt_category[self.missed], background), 1)
         return matrix
 
 
@@ -195,15 +197,15 @@ def read_results(output_dir: Path, history: RunHistory) -> DetectionResults:
     """Read `detections.json` and the ground truth that it was evaluated against.
 
     Raises:
-        UserError: there was no evaluation, or one of the files is missing or broken.
+        UserError: There was no evaluation, or one of the files is missing or invalid.
     """
     if history.last is None:
-        raise UserError("there was no evaluation yet; train.py evaluates after each epoch")
+        raise UserError("no evaluation yet: train.py evaluates after each epoch")
     file = output_dir / "detections.json"
     if not file.exists():
         raise UserError(
-            f"{file} is missing: train.py --test-only --resume {output_dir / 'model_best.pth'} "
-            "writes it again"
+            f"{file} is missing: write it again with train.py --test-only --resume "
+            f"{output_dir / 'model_best.pth'}"
         )
     detections = coco_eval.read_results(file)
     index = load_evaluated_index(history.eval_start)
@@ -211,33 +213,36 @@ def read_results(output_dir: Path, history: RunHistory) -> DetectionResults:
     known &= np.isin(detections[:, 6], index.categories.ids)
     if not known.all():
         history.notes.append(
-            f"{np.count_nonzero(~known):,} detections are of images or categories that "
-            f"{index.annotation_file} does not have, and are left out"
+            f"{np.count_nonzero(~known):,} detections have images or categories that are not in "
+            f"{index.annotation_file}, and are skipped"
         )
     metrics, curves = coco_eval.evaluate_with_curves(index, detections[known], EVALUATOR)
-    logged, here = history.last.get("AP"), metrics["AP"]
-    if abs((logged or 0) - (here or 0)) > 1e-6:
+    logged, computed = history.last.get("AP"), metrics["AP"]
+    if abs((logged or 0) - (computed or 0)) > 1e-6:
         history.notes.append(
-            f"{file} has AP {here} on {index.annotation_file}, but metrics.jsonl says {logged}: "
-            "one of the files was changed since. The tables and the curve of AP are from "
+            f"{file} has AP {computed} on {index.annotation_file}, but metrics.jsonl has {logged}: "
+            "one of the files has changed since. The tables and the curve of AP are from "
             "metrics.jsonl, everything else is from detections.json"
         )
     return DetectionResults(index, detections[known], curves)
 
 
 def load_evaluated_index(start: dict) -> CocoIndex:
-    """Load the ground truth of the run with this "start" line, without the images it left out.
+    """Load the ground truth of the run with this "start" line, without the images it skipped.
 
     Raises:
-        DataError: the data cannot be read.
+        DataError: The data cannot be read.
     """
-    args = args_of(start)
-    split = "train" if args.get("overfit") else "val"
-    paths = [args.get(f"{split}_annotations"), args.get(f"{split}_images")]
-    data_path = Path(args.get("data_path") or ".")
-    index = CocoIndex(find_split(data_path, split, *(path and Path(path) for path in paths)))
-    if args.get("overfit"):
-        return index.first_with_boxes(args["overfit"])
+    flags = flags_of(start)
+    split = "train" if flags.get("overfit") else "val"
+    annotations, images = (
+        Path(flags[key]) if flags.get(key) else None
+        for key in (f"{split}_annotations", f"{split}_images")
+    )
+    data_path = Path(flags.get("data_path") or ".")
+    index = CocoIndex(find_split(data_path, split, annotations, images))
+    if flags.get("overfit"):
+        return index.first_with_boxes(flags["overfit"])
     left_out = np.array(start.get("val_images_left_out") or [], dtype=np.int64)
     return index.without(index.positions_of(left_out))
 
@@ -247,17 +252,17 @@ def match_detections(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Match detections with ground-truth boxes one to one, in the order of their scores.
 
-    Each detection takes the free ground-truth box of its image with the highest IoU, which must be
-    at least 0.5; with `same_category` only of its own category.
+    Each detection is matched with the unmatched ground-truth box of its image with the highest IoU,
+    if that is at least 0.5.
 
     Args:
-        index: the ground truth, M boxes.
+        index: The ground truth, M boxes.
         detections: float64 `[N, 7]`, rows of `coco_eval.detection_rows` with images of the index.
-        same_category: whether a match needs the same category.
+        same_category: Whether to match boxes of the same category only.
 
     Returns:
         matched_gt: int64 `[N]`, the ground-truth row of each detection, `UNMATCHED`, or `IGNORED`
-            if at least half of the box lies in a crowd of its category, as COCO has it.
+            if at least half of the box is in a crowd of its category, by the rule of COCO.
         matched_detection: int64 `[M]`, the detection of each ground-truth box, `UNMATCHED` if it
             was missed, or `IGNORED` for crowds and boxes without a size.
     """
@@ -265,14 +270,14 @@ def match_detections(
     matched_detection = np.where(index.usable, UNMATCHED, IGNORED)
     by_score = np.argsort(-detections[:, 5], kind="stable")
     images = index.positions_of(detections[by_score, 0].astype(np.int64))
-    by_image = by_score[np.argsort(images, kind="stable")]  # and by score within each image
+    by_image = by_score[np.argsort(images, kind="stable")]  # within an image by score
     bounds = np.cumsum(np.bincount(images, minlength=len(index)))[:-1]
     for i, rows in enumerate(np.split(by_image, bounds)):
         gt = index.box_range(i)
         if not len(rows) or gt.start == gt.stop:
             continue
         iscrowd = index.iscrowd[gt]
-        # Of crowds it is the share of the detection that lies inside.
+        # For crowds: the share of the detection inside.
         iou = bbox_iou(detections[rows, 1:5], index.boxes[gt], iscrowd)
         same = detections[rows, 6][:, None] == index.category_ids[gt]
         in_crowd = (iscrowd & same & (iou >= IOU_THRESHOLD)).any(axis=1)
@@ -290,7 +295,7 @@ def match_detections(
 
 
 def most_confused_pairs(matrix: np.ndarray, limit: int) -> list[tuple[int, int]]:
-    """Categories that are mixed up most often, as (ground truth, detection), the worst first."""
+    """Return the most confused pairs of categories as (ground truth, detection), worst first."""
     confused = _confused(matrix)
     worst = np.argsort(-confused, axis=None, kind="stable")[:limit]
     pairs = np.stack(np.unravel_index(worst, confused.shape), axis=1)
@@ -298,7 +303,7 @@ def most_confused_pairs(matrix: np.ndarray, limit: int) -> list[tuple[int, int]]
 
 
 def most_confused_categories(matrix: np.ndarray, limit: int) -> np.ndarray:
-    """The categories that are mixed up with others most often, in their own order."""
+    """Return the categories that are most often confused with others, in ascending order."""
     confused = _confused(matrix)
     total = confused.sum(axis=0) + confused.sum(axis=1)
     return np.sort(np.argsort(-total, kind="stable")[:limit])
@@ -310,25 +315,30 @@ def _confused(matrix: np.ndarray) -> np.ndarray:
 
 
 def recall_by_size(
-    sides: np.ndarray, found_score: np.ndarray
+    sides: np.ndarray, matched_score: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Count ground-truth boxes by the square root of their area.
 
-    The bins are half octaves, so that 32, where COCO's medium boxes begin, is an edge.
+    The bins are half octaves, so that 32, the lower bound of COCO's medium boxes, is an edge.
 
     Args:
         sides: float64 `[M]`, at least one, all positive.
-        found_score: `DetectionResults.found_score` of the same boxes.
+        matched_score: `DetectionResults.matched_score` of the same boxes.
 
     Returns:
-        The edges `[B + 1]` and three counts `[B]`: of all boxes, of those found with a score of at
-        least 0.5, and of those found with any score.
+        The edges `[B + 1]` and three counts `[B]`: of all boxes, of those detected with a score of
+        at least 0.5, and of those detected with any score.
     """
     low, high = np.log2([sides.min(), sides.max()])
     edges = 2.0 ** (np.arange(math.floor(2 * low), math.floor(2 * high) + 2) / 2)
-    kinds = (np.ones(len(sides), bool), found_score >= SCORE_THRESHOLD, np.isfinite(found_score))
-    return edges, *(np.histogram(sides[kind], edges)[0] for kind in kinds)
+    selections = (
+        np.ones(len(sides), dtype=bool),
+        matched_score >= SCORE_THRESHOLD,
+        np.isfinite(matched_score),
+    )
+    return edges, *(np.histogram(sides[selected], edges)[0] for selected in selections)
 
 
 def shorten(text: str, limit: int = 18) -> str:
+    """Return a text of at most `limit` characters, with an ellipsis where it was cut."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,4 +1,4 @@
-"""Boxes with names and scores drawn on images, readable at any image size."""
+"""Draw boxes with names and scores on images, readable at any image size."""
 
 import colorsys
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from torchvision.ops import box_convert
 
 from coco_utils import Categories, CocoIndex
 
-MIN_SIDE = 480  # pixels: smaller images are enlarged, or no text would fit
+MIN_SIDE = 480  # pixels: smaller images are enlarged to fit text
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
-def colour(category: int) -> Colour:
-    """The colour, 0 to 255 each, of the category at this position; neighbours differ clearly."""
-    # Steps of the golden ratio around the circle of hues never come back to one that was there.
+def category_color(category: int) -> Color:
+    """Return the RGB color, 0 to 255, of a category by position; neighbours differ clearly."""
+    # Steps of the golden ratio on the circle of hues never repeat a hue.
     red, green, blue = colorsys.hsv_to_rgb(0.02 + category * 0.618034 % 1, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -29,13 +29,13 @@ def draw_comparison(
 
     Args:
         image: uint8 `[3, H, W]`.
-        index: the ground truth.
-        i: the image's position in it. Boxes without a size, or of unknown categories, are left out.
-        detections: float64 `[N, 7]`, rows of `coco_eval.detection_rows`, the highest score first.
-        categories: gives the names and colours of both.
+        index: The ground truth. Boxes without a size or of unknown categories are not drawn.
+        i: The position of the image in the index.
+        detections: float64 `[N, 7]`, rows of `coco_eval.detection_rows`, highest score first.
+        categories: The categories of both, for names and colors.
 
     Returns:
-        uint8 `[3, H', W']`, the two side by side, each below a caption.
+        uint8 `[3, H', W']`, both drawings side by side, with captions.
     """
     rows = index.box_range(i)
     boxes, ids = index.boxes[rows], index.category_ids[rows]
@@ -62,32 +62,32 @@ def _draw_categories(
     suffixes: list[str],
     categories: Categories,
 ) -> torch.Tensor:
-    """Draw boxes in the colours of their categories, with their names, the first box on top."""
+    """Draw boxes with the colors and names of their categories, the first box on top."""
     positions = np.searchsorted(categories.ids, category_ids).tolist()
     texts = [categories.names[k] + suffix for k, suffix in zip(positions, suffixes, strict=True)]
-    colours = [colour(k) for k in positions]
-    return draw_boxes(image, xywh_to_xyxy(xywh).flip(0), texts[::-1], colours[::-1])
+    colors = [category_color(k) for k in positions]
+    return draw_boxes(image, xywh_to_xyxy(xywh).flip(0), texts[::-1], colors[::-1])
 
 
 def xywh_to_xyxy(boxes: np.ndarray) -> torch.Tensor:
-    """float32 `[N, 4]` for `draw_boxes` from boxes in COCO's format."""
+    """Convert boxes from the format of COCO to that of `draw_boxes`, float32 `[N, 4]`."""
     return box_convert(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), "xywh", "xyxy")
 
 
 def draw_boxes(
-    image: torch.Tensor, boxes: torch.Tensor, texts: list[str], colours: list[Colour]
+    image: torch.Tensor, boxes: torch.Tensor, texts: list[str], colors: list[Color]
 ) -> torch.Tensor:
-    """Draw boxes and a text at each of them on a copy of the image.
+    """Draw boxes and their texts on a copy of the image.
 
     Args:
         image: uint8 `[3, H, W]`.
-        boxes: float32 `[N, 4]` as x1, y1, x2, y2 in pixels; later ones lie on top, and their texts
-            find room first. N may be 0.
-        texts: one for each box, "" for none.
-        colours: one for each box.
+        boxes: float32 `[N, 4]`, xyxy in pixels; later boxes are on top, and their texts are placed
+            first. N may be 0.
+        texts: One for each box, "" for none.
+        colors: One for each box.
 
     Returns:
-        uint8 `[3, H, W]`, enlarged by a whole number if the longest side is below 480 pixels.
+        uint8 `[3, H', W']`, enlarged by an integer factor if the longest side is below 480 pixels.
     """
     factor = max(1, -(-MIN_SIDE // max(image.shape[-2:])))
     canvas = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
@@ -98,24 +98,24 @@ def draw_boxes(
     limits = torch.tensor([*canvas.size, *canvas.size])
     corners = (boxes * factor).clip(torch.zeros(4), limits).round().int().tolist()
     width = max(2, max(canvas.size) // 400)
-    for box, shade in zip(corners, colours, strict=True):
+    for box, shade in zip(corners, colors, strict=True):
         _draw_outline(draw, box, shade, width)
-    _draw_texts(canvas, draw, corners, texts, colours)
+    _draw_texts(canvas, draw, corners, texts, colors)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
-def _draw_outline(draw: ImageDraw.ImageDraw, box: list[int], shade: Colour, width: int) -> None:
-    """Draw a frame with a dark rim, which tells touching boxes of one colour apart."""
+def _draw_outline(draw: ImageDraw.ImageDraw, box: list[int], shade: Color, width: int) -> None:
+    """Draw a frame with a dark rim, which separates touching boxes of one color."""
     rim = max(1, width // 3)
     x1, y1, x2, y2 = box
-    x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)  # Pillow draws the last pixel, too
+    x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)  # Pillow includes the last pixel
     around = (x1 - rim, y1 - rim, x2 + rim, y2 + rim)
     draw.rectangle(around, outline=(20, 20, 20), width=width + 2 * rim)
     draw.rectangle((x1, y1, x2, y2), outline=shade, width=width)
 
 
 def _font(width: int, height: int) -> ImageFont.ImageFont:
-    """What can be read at this image size; torchvision would need a font file, Pillow has one."""
+    """Return a font that is readable at this image size, from Pillow (torchvision has none)."""
     return ImageFont.load_default(max(12, min(max(width, height) // 55, min(width, height) // 6)))
 
 
@@ -124,11 +124,11 @@ def _draw_texts(
     draw: ImageDraw.ImageDraw,
     boxes: list[list[int]],
     texts: list[str],
-    colours: list[Colour],
+    colors: list[Color],
 ) -> None:
-    """Draw each text on a ground of its colour, where it hides no other text if possible."""
-    font, taken = _font(*canvas.size), np.empty((0, 4))
-    for box, text, shade in reversed(list(zip(boxes, texts, colours, strict=True))):
+    """Draw each text on a background of its color, if possible without covering other texts."""
+    font, occupied = _font(*canvas.size), np.empty((0, 4))
+    for box, text, shade in reversed(list(zip(boxes, texts, colors, strict=True))):
         if not text:
             continue
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
@@ -137,9 +137,9 @@ def _draw_texts(
         places = np.array(list(_places(box, width, height)))
         places = places.clip(0, np.maximum(0, np.array(canvas.size) - (width, height)))
         low, high = places[:, None], places[:, None] + (width, height)
-        overlap = ((low < taken[:, 2:]) & (high > taken[:, :2])).all(axis=2).any(axis=1)
+        overlap = ((low < occupied[:, 2:]) & (high > occupied[:, :2])).all(axis=2).any(axis=1)
         x, y = places[overlap.argmin()].tolist()
-        taken = np.vstack([taken, (x, y, x + width, y + height)])
+        occupied = np.vstack([occupied, (x, y, x + width, y + height)])
         draw.rectangle((x, y, x + width - 1, y + height - 1), fill=shade)
         bright = np.dot(shade, (0.299, 0.587, 0.114)) > 140
         ink = "black" if bright else "white"
@@ -147,7 +147,7 @@ def _draw_texts(
 
 
 def _places(box: list[int], width: int, height: int) -> Iterator[tuple[int, int]]:
-    """Where a text of this size may lie at its box, the best first: outside it, then inside."""
+    """Yield positions for a text of this size at its box, best first: outside, then inside."""
     x1, y1, x2, y2 = box
     if y1 >= height:
         yield x1, y1 - height
@@ -160,7 +160,7 @@ def _places(box: list[int], width: int, height: int) -> Iterator[tuple[int, int]
 
 
 def side_by_side(images: list[torch.Tensor], captions: list[str]) -> torch.Tensor:
-    """Put images of one size, uint8 `[3, H, W]`, from left to right, each below its caption."""
+    """Join images of one size, uint8 `[3, H, W]`, from left to right, with captions on top."""
     height, width = images[0].shape[-2:]
     font, gap = _font(width, height), max(4, width // 100)
     _, _, _, bottom = font.getbbox("Ag")

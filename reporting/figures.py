@@ -1,4 +1,4 @@
-"""The figures of the report: inline SVG in the page's colours and font."""
+"""Draw the figures of the report as inline SVG in the colors and font of the page."""
 
 import io
 import math
@@ -16,16 +16,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from reporting.analysis import DetectionResults, RunHistory, recall_by_size, shorten
 
-MAX_CURVES = 12  # with more categories than these only the mean is drawn
+MAX_CURVES = 12  # with more categories only the mean is drawn
 
-# Colours that colour-blind people can tell apart (Okabe and Ito). In the page they become CSS
-# variables, which are lighter on a dark ground.
+# A palette for color-blind readers (Okabe and Ito). In the page the colors are CSS variables,
+# which are lighter on a dark background.
 INK, SOFT, GRID = "#1b1f24", "#5b6470", "#dfe3e8"
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", **{c: f"c{n}" for n, c in enumerate(LINES)}}
 STYLE = {
-    "svg.fonttype": "none",  # text stays text, in the reader's font
-    "text.parse_math": False,  # a category may be called $x$
+    "svg.fonttype": "none",  # text in the font of the page, not paths
+    "text.parse_math": False,  # the name of a category may have dollar signs
     "font.size": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -51,14 +51,14 @@ LOSS_TERMS = {  # of torchvision's detectors
     "bbox_regression": "box regression",
     "bbox_ctrness": "box centerness",
 }
-SHORTEST = FuncFormatter(lambda value, _: f"{value:g}")
+SHORT_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def draw_figures(history: RunHistory, results: DetectionResults | None) -> dict[str, Markup]:
-    """Draw the figures that there is something to draw for.
+    """Draw all figures that have data.
 
     Returns:
-        The SVG by name; the page gives each a title with the id `{name}-title`.
+        The SVG by name; in the page the title of a figure has the id `{name}-title`.
     """
     train, evals, svgs = history.train, history.evals, {}
     if series(train, "loss").size:
@@ -79,13 +79,13 @@ def draw_figures(history: RunHistory, results: DetectionResults | None) -> dict[
 
 
 def series(lines: list[dict], y: str, x: str = "step") -> np.ndarray:
-    """float64 `[2, N]`: x and y of the lines that have both."""
+    """Return x and y of the lines that have both, float64 `[2, N]`."""
     points = [(line.get(x), line.get(y)) for line in lines]
     return np.array([p for p in points if None not in p], dtype=np.float64).reshape(-1, 2).T
 
 
 def loss_terms(train: list[dict]) -> list[str]:
-    """The names of the terms of the loss, in the order of the lines."""
+    """Return the names of the terms of the loss, in the order of the lines."""
     names = dict.fromkeys(name for line in train for name in line)
     terms = [name for name in names if name in LOSS_TERMS or name.startswith("loss_")]
     return [name for name in terms if series(train, name).size]
@@ -95,28 +95,28 @@ def loss_terms(train: list[dict]) -> list[str]:
 
 
 def to_svg(name: str, draw: Callable, height: float = 3.5, rows: int = 1) -> Markup:
-    """Call `draw` with the axes of a new figure, an array where there are several rows of them."""
-    out = io.StringIO()
+    """Draw a figure as SVG; `draw` gets its axes, an array if there are several rows."""
+    file = io.StringIO()
     style = matplotlib.style.context({**STYLE, "svg.hashsalt": name}, after_reset=True)
     with style, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # missing here, but the reader's fonts decide
+        warnings.filterwarnings("ignore", "Glyph")  # missing here, but not in the fonts of the page
         figure = Figure(figsize=(5.9, height), layout="constrained")
         draw(figure.subplots(rows, sharex=rows > 1))
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=metadata)
-    view = re.search(r'viewBox="[\d. ]+"', out.getvalue())[0]
-    body = re.search(r"</style>\s*</defs>(.*)</svg>", out.getvalue(), re.DOTALL)[1]
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    view = re.search(r'viewBox="[\d. ]+"', file.getvalue())[0]
+    body = re.search(r"</style>\s*</defs>(.*)</svg>", file.getvalue(), re.DOTALL)[1]
     body = re.sub("<[^>]+>", partial(_adapt_tag, name), body)
     return Markup(f'<svg role="img" aria-labelledby="{name}-title" {view}>{body}</svg>')
 
 
 def _adapt_tag(name: str, tag: re.Match) -> str:
-    """Make ids unique in the page, use its colours, and cut digits that nobody can see."""
+    """Make ids unique in the page, use its colors, and drop insignificant digits."""
     text = re.sub(r'\bid="', f'id="{name}-', tag[0])
     text = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', text)
     text = text.replace("url(#", f"url(#{name}-")
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, f"var(--{variable})")
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
 
 
@@ -124,6 +124,7 @@ def _adapt_tag(name: str, tag: re.Match) -> str:
 
 
 def draw_loss(axes: Axes, history: RunHistory) -> None:
+    """Draw the training loss, smoothed and not, and the validation loss if there is one."""
     steps, loss = series(history.train, "loss")
     draw_line(axes, steps, loss, color=LINES[0], alpha=0.35, linewidth=1)
     draw_line(axes, steps, smooth(loss), color=LINES[0], label="training, smoothed", marker="")
@@ -132,43 +133,46 @@ def draw_loss(axes: Axes, history: RunHistory) -> None:
         draw_line(axes, *series(evals, "loss"), color=LINES[1], label="validation")
     axes.set_ylabel("loss")
     set_loss_scale(axes, loss)
-    finish(axes)
+    finish_axes(axes)
 
 
 def draw_loss_terms(axes: Axes, train: list[dict]) -> None:
+    """Draw the smoothed terms of the training loss."""
     terms = {term: series(train, term) for term in loss_terms(train)}
     for n, (term, (steps, values)) in enumerate(terms.items()):
         label = LOSS_TERMS.get(term, term.removeprefix("loss_"))
         draw_line(axes, steps, smooth(values), label=label, **line_style(n))
     axes.set_ylabel("term of the loss")
     set_loss_scale(axes, max((values for _, values in terms.values()), key=np.max))
-    finish(axes, columns=2)
+    finish_axes(axes, columns=2)
 
 
 def draw_lr(axes: Axes, train: list[dict]) -> None:
+    """Draw the learning rate."""
     draw_line(axes, *series(train, "lr"), color=LINES[0])
     axes.set_ylabel("learning rate")
     axes.set_ylim(0)
-    axes.yaxis.set_major_formatter(SHORTEST)
-    finish(axes, columns=0)
+    axes.yaxis.set_major_formatter(SHORT_NUMBERS)
+    finish_axes(axes, columns=0)
 
 
 def draw_ap(axes: Axes, evals: list[dict]) -> None:
+    """Draw AP, AP50 and AP75 by epoch."""
     for n, name in enumerate(("AP", "AP50", "AP75")):
         width = 3 if name == "AP" else 1.5
         draw_line(axes, *series(evals, name, "epoch"), label=name, lw=width, **line_style(n))
     axes.set(ylim=(0, 1), ylabel="AP on validation images")
-    finish(axes, "epoch, counted from 0")
+    finish_axes(axes, "epoch, counted from 0")
 
 
 def draw_precision(axes: Axes, results: DetectionResults, threshold: int) -> None:
-    """Draw precision by recall at IoU 0.50 + 0.05 x `threshold`, of each category if few."""
+    """Draw precision by recall at IoU 0.50 + 0.05 x `threshold`; the mean, and few categories."""
     curves, recall = results.curves[threshold], np.linspace(0, 1, 101)
     names = [shorten(name) for name in results.index.categories.names]
     known = np.flatnonzero(np.isfinite(curves).all(axis=0)).tolist()
     if 1 < len(known) <= MAX_CURVES:
         for n, k in enumerate(known):
-            # The number first: matplotlib leaves out a label that begins with "_".
+            # The number first, as matplotlib hides labels that start with "_".
             label = f"{curves[:, k].mean():.2f} {names[k]}"
             axes.plot(recall, curves[:, k], label=label, lw=1.3, **line_style(n))
     mean = curves[:, known].mean(axis=1)
@@ -179,29 +183,29 @@ def draw_precision(axes: Axes, results: DetectionResults, threshold: int) -> Non
 
 
 def draw_sizes(both: np.ndarray, results: DetectionResults) -> None:
-    """Draw how many ground-truth boxes there are of each size, and below it their recall."""
+    """Draw the number of ground-truth boxes by size, and below it their recall."""
     usable = results.index.usable
     sides = np.sqrt(results.index.boxes[usable, 2:].prod(axis=1))
-    edges, total, confident, found = recall_by_size(sides, results.found_score[usable])
+    edges, total, confident, detected = recall_by_size(sides, results.matched_score[usable])
     counts, recall = both
-    for count, below, colour, label in (
-        (confident, 0 * confident, LINES[0], "found, score 0.5 or more"),
-        (found - confident, confident, LINES[5], "found, lower score"),
-        (total - found, found, LINES[1], "missed"),
+    for count, below, color, label in (
+        (confident, 0 * confident, LINES[0], "detected, score ≥ 0.5"),
+        (detected - confident, confident, LINES[5], "detected, lower score"),
+        (total - detected, detected, LINES[1], "missed"),
     ):
         width = np.diff(edges) * 0.94
-        counts.bar(edges[:-1], count, width, below, align="edge", color=colour, label=label)
+        counts.bar(edges[:-1], count, width, below, align="edge", color=color, label=label)
     counts.set(ylabel="ground-truth boxes", ylim=(0, 1.08 * total.max()))
     counts.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     counts.figure.legend(loc="outside upper center", ncols=3, columnspacing=1, handlelength=1)
-    some = total > 0
-    middle = np.sqrt(edges[1:] * edges[:-1])[some]
-    for count, colour, dash in ((found, LINES[5], "--"), (confident, LINES[0], "-")):
-        recall.plot(middle, count[some] / total[some], dash, marker="o", color=colour)
-    recall.set(ylim=(0, 1.05), ylabel="recall", xlabel="square root of the box's area, pixels")
+    filled = total > 0
+    centers = np.sqrt(edges[1:] * edges[:-1])[filled]
+    for count, color, dash in ((detected, LINES[5], "--"), (confident, LINES[0], "-")):
+        recall.plot(centers, count[filled] / total[filled], dash, marker="o", color=color)
+    recall.set(ylim=(0, 1.05), ylabel="recall", xlabel="square root of the box area in pixels")
     for axes in both:
         axes.set_xscale("log")
-        for bound in (32, 96):  # between COCO's small, medium and large
+        for bound in (32, 96):  # of small, medium and large boxes in COCO
             axes.axvline(bound, color=SOFT, lw=1, ls=":")
     ticks = edges if len(edges) < 8 else [x for x in edges if math.log2(x).is_integer()]
     recall.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
@@ -209,28 +213,28 @@ def draw_sizes(both: np.ndarray, results: DetectionResults) -> None:
     recall.set_xlim(edges[0], edges[-1])
 
 
-# --------------------------------------------------------------------------------- their parts
+# ------------------------------------------------------------------------------------- helpers
 
 
 def draw_line(axes: Axes, x: np.ndarray, y: np.ndarray, **style) -> None:
-    """Draw a line, with markers where there are few points."""
+    """Draw a line, with markers if there are few points."""
     axes.plot(x, y, **{"marker": "o" if len(x) <= 30 else "", **style})
 
 
 def line_style(n: int) -> dict:
-    """The style of line n of a figure: six colours, then again with another dash."""
+    """Return the style of line n of a figure: six colors, repeated with other dashes."""
     return {"color": LINES[n % len(LINES)], "linestyle": ("-", "--", ":")[n // len(LINES) % 3]}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Average over a fortieth of the values, over at least three where there are nine."""
+    """Return a moving average over a fortieth of the values; over at least three of nine."""
     window = np.ones(2 * max(len(values) // 80, int(len(values) >= 9)) + 1)
     counts = np.convolve(np.ones_like(values), window, "same")
     return np.convolve(values, window, "same") / counts
 
 
 def set_loss_scale(axes: Axes, values: np.ndarray) -> None:
-    """From 0 up, or logarithmic where most of the values would lie at the bottom."""
+    """Scale the y axis from 0, or logarithmically if most values are far below the largest."""
     if values.min() > 0 and values.max() > 8 * np.median(values):
         axes.set_yscale("log")
         axes.set_ylabel(f"{axes.get_ylabel()} (logarithmic)")
@@ -238,11 +242,11 @@ def set_loss_scale(axes: Axes, values: np.ndarray) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(0)
-    axes.yaxis.set_major_formatter(SHORTEST)
+    axes.yaxis.set_major_formatter(SHORT_NUMBERS)
 
 
-def finish(axes: Axes, x_label: str = "step", columns: int = 3) -> None:
-    """Label the x axis, which counts, and put the legend, if any, below the figure."""
+def finish_axes(axes: Axes, x_label: str = "step", columns: int = 3) -> None:
+    """Label the integer x axis, and put a legend with `columns` (0: none) below the figure."""
     axes.set_xlabel(x_label)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))

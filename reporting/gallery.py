@@ -1,4 +1,4 @@
-"""Which images the report shows, with their boxes drawn and their errors in words."""
+"""Choose the example images of the report, draw their boxes and list their errors."""
 
 import base64
 import io
@@ -14,21 +14,20 @@ from reporting import drawing
 from reporting.analysis import IGNORED, DetectionResults, shorten
 
 MAX_IMAGES = {"worst": 6, "best": 4, "random": 4}
-LONGEST_SIDE = 640  # pixels: so the page has two or three megabytes
+LONGEST_SIDE = 640  # pixels: for a page of two or three megabytes
 CORRECT, WRONG, WRONG_CATEGORY, CROWD = (0, 114, 178), (213, 94, 0), (240, 228, 66), (150, 150, 150)
 
 
 def build_galleries(results: DetectionResults) -> dict[str, list[dict]]:
-    """The cards of the images to show, by what they are examples of."""
-    chosen = choose_images(results).items()
-    return {kind: [image_card(results, i) for i in images] for kind, images in chosen}
+    """Build the cards of the example images, by kind: "worst", "best" and "random"."""
+    examples = choose_images(results).items()
+    return {kind: [build_card(results, i) for i in images] for kind, images in examples}
 
 
 def choose_images(results: DetectionResults) -> dict[str, list[int]]:
     """Choose the images with the fewest and the most errors, and random others, by position.
 
-    Errors are boxes that were missed, false positives and wrong categories. No image is in two
-    galleries.
+    Errors are missed boxes, false positives and wrong categories. No image is chosen twice.
     """
     index = results.index
     count = partial(np.bincount, minlength=len(index))
@@ -46,16 +45,16 @@ def choose_images(results: DetectionResults) -> dict[str, list[int]]:
     return {"worst": worst, "best": best, "random": random.tolist()}
 
 
-def image_card(results: DetectionResults, i: int) -> dict:
-    """Image i of the index with its boxes, and its errors in words.
+def build_card(results: DetectionResults, i: int) -> dict:
+    """Draw image i of the index, and list its errors.
 
-    Where the image cannot be read, `problem` says why, and `images` is empty.
+    If the image cannot be read, `problem` is the error message and `images` is empty.
     """
     index = results.index
     ground_truth, missed = label_ground_truth(results, i)
-    detections, found = label_detections(results, i)
-    summary = [f"{len(found.pop('correct'))} correct"]
-    for kind, texts in {"missed": missed, **found}.items():
+    detections, texts_by_kind = label_detections(results, i)
+    summary = [f"{len(texts_by_kind.pop('correct'))} correct"]
+    for kind, texts in {"missed": missed, **texts_by_kind}.items():
         if texts:
             summary.append(f"{len(texts)} {kind} ({list_some(texts, 5)})")
     card = {"file": index.file_name(i), "id": int(index.image_ids[i]), "summary": summary}
@@ -73,7 +72,7 @@ def image_card(results: DetectionResults, i: int) -> dict:
 
 
 def label_ground_truth(results: DetectionResults, i: int) -> tuple[list[tuple], list[str]]:
-    """The ground-truth boxes of image i as (box, text, colour), and the names of missed ones."""
+    """Return the ground-truth boxes of image i as (box, text, color), and the missed names."""
     index, boxes, missed = results.index, [], []
     rows = index.box_range(i)
     for row in range(rows.start, rows.stop):
@@ -83,16 +82,16 @@ def label_ground_truth(results: DetectionResults, i: int) -> tuple[list[tuple], 
         elif results.missed[row]:
             boxes.append((index.boxes[row], f"{name}, missed", WRONG))
             missed.append(name)
-        elif (detection := results.matched_detection[row]) != IGNORED:  # which has no size
-            colour = CORRECT if results.correct[detection] else WRONG_CATEGORY
-            boxes.append((index.boxes[row], name, colour))
+        elif (detection := results.matched_detection[row]) != IGNORED:  # ignored: without a size
+            color = CORRECT if results.correct[detection] else WRONG_CATEGORY
+            boxes.append((index.boxes[row], name, color))
     return boxes, missed
 
 
 def label_detections(results: DetectionResults, i: int) -> tuple[list[tuple], dict]:
-    """The detections of image i as (box, text, colour), and lists of texts by what they are."""
+    """Return the detections of image i as (box, text, color), and their texts by kind."""
     names, boxes = results.index.categories.names, []
-    found = {"correct": [], "false positive": [], "of a wrong category": []}
+    texts_by_kind = {"correct": [], "false positive": [], "wrong category": []}
     for row in np.flatnonzero(results.confident[:, 0] == results.index.image_ids[i]):
         match, box = results.matched_gt[row], results.confident[row, 1:5]
         text = f"{names[results.detection_category[row]]} {results.confident[row, 5]:.2f}"
@@ -100,30 +99,31 @@ def label_detections(results: DetectionResults, i: int) -> tuple[list[tuple], di
             boxes.append((box, f"{text}, in a crowd", CROWD))
         elif results.correct[row]:
             boxes.append((box, text, CORRECT))
-            found["correct"].append(text)
+            texts_by_kind["correct"].append(text)
         elif results.false_positive[row]:
-            boxes.append((box, f"{text}, false", WRONG))
-            found["false positive"].append(text)
+            boxes.append((box, f"{text}, false positive", WRONG))
+            texts_by_kind["false positive"].append(text)
         else:
             true_name = names[results.gt_category[match]]
             boxes.append((box, f"{text}, is {true_name}", WRONG_CATEGORY))
-            found["of a wrong category"].append(f"{true_name} detected as {text}")
-    return boxes, found
+            texts_by_kind["wrong category"].append(f"{true_name} detected as {text}")
+    return boxes, texts_by_kind
 
 
 def to_jpeg(image: torch.Tensor, factor: float, boxes: list[tuple]) -> dict:
-    """Draw the boxes, which are those before the image was resized by `factor`, errors on top."""
+    """Draw boxes, in pixels before a resize by `factor`, errors on top; return a data URI."""
     boxes = sorted(boxes, key=lambda item: item[2] == WRONG)
     xyxy = drawing.xywh_to_xyxy(np.array([box for box, *_ in boxes]) * factor)
     texts = [shorten(text, 40) for _, text, _ in boxes]
-    drawn = drawing.draw_boxes(image, xyxy, texts, [colour for *_, colour in boxes])
-    out = io.BytesIO()
-    Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=78)
+    drawn = drawing.draw_boxes(image, xyxy, texts, [color for *_, color in boxes])
+    file = io.BytesIO()
+    Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=78)
     height, width = drawn.shape[-2:]
-    data = base64.b64encode(out.getvalue()).decode()
+    data = base64.b64encode(file.getvalue()).decode()
     return {"uri": f"data:image/jpeg;base64,{data}", "width": width, "height": height}
 
 
 def list_some(texts: list[str], limit: int) -> str:
+    """Join up to `limit` texts, and append the number of the others."""
     more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and some images for TensorBoard, in `tensorboard/` of the output folder."""
+"""Write metrics and some images for TensorBoard, in `tensorboard/` of the output folder."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ class TensorBoardWriter:
     """Writes scalars and images; `write_metrics` is a listener of `utils.MetricsFile`."""
 
     def __init__(self, folder: Path, step: int):
-        """Go on after `step`, and hide what an interrupted run wrote of later steps."""
+        """Continue after `step`, and hide later steps of an interrupted run."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -24,7 +24,7 @@ class TensorBoardWriter:
         self.writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
 
     def write_metrics(self, kind: str, values: dict) -> None:
-        """Write every number of a "train" or "eval" line, those of a dict under its name."""
+        """Write all numbers of a "train" or "eval" line; those of a dict under its name."""
         if kind not in ("train", "eval"):
             return
         for name, value in values.items():
@@ -39,16 +39,16 @@ class TensorBoardWriter:
         """Draw the first validation images that have boxes, ground truth beside detections.
 
         Args:
-            index: the ground truth.
+            index: The ground truth.
             detections: float64 `[N, 7]`, rows of `coco_eval.detection_rows`; those with a score of
                 at least 0.5 are drawn.
-            step: the training step that they belong to.
+            step: The training step of the detections.
         """
         for i in index.images_with_boxes()[:NUM_IMAGES]:
             of_image = detections[:, 0] == index.image_ids[i]
-            shown = detections[of_image & (detections[:, 5] >= SCORE_THRESHOLD)]
-            shown = shown[np.argsort(-shown[:, 5], kind="stable")]
+            confident = detections[of_image & (detections[:, 5] >= SCORE_THRESHOLD)]
+            confident = confident[np.argsort(-confident[:, 5], kind="stable")]
             image = index.read_image(i)
-            drawn = drawing.draw_comparison(image, index, i, shown, index.categories)
+            drawn = drawing.draw_comparison(image, index, i, confident, index.categories)
             self.writer.add_image(f"validation/{index.image_ids[i]}", drawn, step)
         self.writer.flush()

@@ -1,8 +1,7 @@
-"""torchvision's detector parts without waiting for the device: same parameters, same numbers.
+"""Faster versions of torchvision's detector parts, without waits for the device.
 
-Each class replaces one of torchvision's in a model that is already built, has the same parameters
-under the same names, and gives the same results up to rounding. Each has a test that holds it
-equal to what it replaces.
+Each class replaces one of torchvision's in a built model. It has the same parameters under the same
+names, and gives the same results up to rounding, as its test verifies.
 """
 
 from torch import nn
@@ -18,11 +17,11 @@ from internals.fast.transform import FastTransform
 
 
 def use_fast_modules(model: nn.Module) -> None:
-    """Give a torchvision detector and its parts the faster classes of this folder, in place.
+    """Replace the classes of a torchvision detector and its parts by faster ones, in place.
 
-    All detectors share the transform, the matcher and the norms; only Faster R-CNN has more. The
-    classes of a built model are exchanged because torchvision's builders take none of these parts
-    as arguments; without it the model still trains, slower (`tests/internals/test_fast.py`).
+    All detectors share the transform, the matcher and the norms; only Faster R-CNN has more parts.
+    They are replaced in the built model because torchvision's builders do not take them as
+    arguments. The replacement is optional: without it the model trains more slowly.
     """
     replacements = {
         FasterRCNN: FastFasterRCNN,
@@ -41,13 +40,14 @@ def use_fast_modules(model: nn.Module) -> None:
 
 
 class FastFasterRCNN(FasterRCNN):
-    """torchvision's detector without its check of every step for boxes that have no size.
+    """torchvision's detector without its check for degenerate boxes in every step.
 
-    `coco_utils` has dropped those when it read the data. Where targets have a `seed`, it decides
-    what is drawn for that image, whichever images are in its batch.
+    `coco_utils` has dropped such boxes when reading the data. If targets have a `seed`, the random
+    samples of an image depend only on it, not on the other images of the batch.
     """
 
     def forward(self, images, targets=None):
+        """Return the losses in training mode, otherwise the detections, as torchvision does."""
         for part in (self.rpn, self.roi_heads):
             part.fg_bg_sampler.seeds = [t["seed"] for t in targets or () if "seed" in t]
         sizes = [tuple(image.shape[-2:]) for image in images]

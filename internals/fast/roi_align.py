@@ -1,4 +1,4 @@
-"""RoIAlign over the levels of an FPN as weighted sums of rows, which is fast on a CPU."""
+"""RoIAlign on a CPU as weighted sums of rows of the feature maps."""
 
 import torch
 from torch.nn.functional import embedding_bag
@@ -6,24 +6,25 @@ from torchvision.ops import MultiScaleRoIAlign
 
 
 class CpuRoIAlign(MultiScaleRoIAlign):
-    """torchvision's RoIAlign over the levels of an FPN, in a form that is fast on a CPU.
+    """torchvision's RoIAlign over the levels of an FPN, faster on a CPU.
 
-    torchvision's kernel reads one number at a time, and its gradient does so on one core, which
-    took a tenth of a step (benchmarks/results/step.md). Here a box's features are a weighted sum of
-    rows of the feature map, all channels at once, on all cores. The results differ by rounding.
+    torchvision's CPU kernel is scalar, and its gradient uses one core, which took a tenth of a step
+    (benchmarks/results/step.md). Here the features of a box are weighted sums of rows of the
+    feature map, with all channels at once and on all cores. The results are equal up to rounding.
     Other devices run torchvision's kernel.
     """
 
     def forward(self, x, boxes, image_shapes):
+        """Return the features `[K, C, *output_size]` of K boxes, as torchvision does."""
         features = [x[name] for name in self.featmap_names if name in x]
         if features[0].device.type != "cpu" or torch.jit.is_tracing():
             return super().forward(x, boxes, image_shapes)
-        if self.scales is None:  # torchvision finds them out in its first call
-            alike = {k: boxes[0].new_zeros(()).expand(f.shape) for k, f in x.items()}
-            super().forward(alike, [b[:0] for b in boxes], image_shapes)
+        if self.scales is None:  # torchvision sets them in the first call: call it without boxes
+            placeholders = {k: boxes[0].new_zeros(()).expand(f.shape) for k, f in x.items()}
+            super().forward(placeholders, [b[:0] for b in boxes], image_shapes)
         cells, weights = self._cells([f.shape for f in features], boxes)
         channels = features[0].shape[1]
-        # In bfloat16 sums are kept in float32 until they are written; float16 has no such kernel.
+        # The kernel accumulates bfloat16 in float32, but has no float16.
         dtype = torch.float32 if features[0].dtype == torch.float16 else features[0].dtype
         rows = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features]).to(dtype)
         sums = _WeightedSum.apply(rows, cells.flatten(0, 1), weights.flatten(0, 1).to(dtype))
@@ -31,7 +32,7 @@ class CpuRoIAlign(MultiScaleRoIAlign):
         return pooled.to(features[0].dtype)
 
     def _cells(self, shapes: list[torch.Size], boxes: list[torch.Tensor]):
-        """Rows of the maps, one level behind the other, that each bin reads, and their weights."""
+        """Return the rows of the concatenated feature maps for each bin, and their weights."""
         levels, all_boxes = self.map_levels(boxes), torch.cat(boxes)
         image = torch.repeat_interleave(torch.tensor([len(b) for b in boxes]))
         bins, first = self.output_size[0] * self.output_size[1], 0
@@ -40,17 +41,18 @@ class CpuRoIAlign(MultiScaleRoIAlign):
         for level, ((count, _, height, width), scale) in enumerate(
             zip(shapes, self.scales, strict=True)
         ):
-            here = torch.where(levels == level)[0]
-            near, weights[here] = roi_align_cells(
-                all_boxes[here] * scale, (height, width), self.output_size, self.sampling_ratio
+            on_level = torch.where(levels == level)[0]
+            positions, weights[on_level] = roi_align_cells(
+                all_boxes[on_level] * scale, (height, width), self.output_size, self.sampling_ratio
             )
-            cells[here] = near + (first + image[here] * height * width)[:, None, None]
+            start = first + image[on_level] * height * width
+            cells[on_level] = positions + start[:, None, None]
             first += count * height * width
         return cells, weights
 
 
 class _WeightedSum(torch.autograd.Function):
-    """`[R, C]`: sums over j of weights[r, j] * rows[cells[r, j]]; the gradient is for `rows`."""
+    """Sums over j of weights[r, j] * rows[cells[r, j]], `[R, C]`; with a gradient for `rows`."""
 
     @staticmethod
     def forward(ctx, rows, cells, weights):
@@ -60,7 +62,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # The same sum the other way round: sorted, each row gathers what its readers send back.
+        # The transposed sum: after a sort, each row gathers the gradients of its readers.
         cells, weights = ctx.saved_tensors
         counts = torch.bincount(cells.flatten(), minlength=ctx.rows)
         readers = cells.flatten().argsort(stable=True)
@@ -77,11 +79,19 @@ class _WeightedSum(torch.autograd.Function):
 def roi_align_cells(
     boxes: torch.Tensor, size: tuple[int, int], bins: tuple[int, int], samples: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which cells of a feature map RoIAlign (unaligned) reads for each box, and with what weight.
+    """Compute the cells of a feature map that RoIAlign reads for each box, and their weights.
 
-    `boxes` float32 `[K, 4]` xyxy in cells of a map of `size` (height, width). Returns positions in
-    the flattened map, int64, and weights, float32, both `[K, bins, cells]`: each bin averages
-    samples x samples points (arXiv 1703.06870), each interpolated from 2 x 2 cells.
+    Each bin averages samples x samples points (arXiv 1703.06870, the version without `aligned`),
+    each interpolated from 2 x 2 cells.
+
+    Args:
+        boxes: float32 `[K, 4]`, xyxy in cells.
+        size: Height and width of the feature map.
+        bins: Height and width of the output.
+        samples: Points per bin and axis.
+
+    Returns:
+        Positions in the flattened map, int64, and weights, float32, both `[K, bins, cells]`.
     """
     (y, y_weight), (x, x_weight) = (
         _axis_cells(boxes[:, axis], boxes[:, axis + 2], size[1 - axis], bins[1 - axis], samples)
@@ -100,8 +110,8 @@ def _axis_cells(
     inside = (point >= -1) & (point <= cells)
     point = point.clamp(0, cells - 1)
     first = point.floor().long()
-    part = point - first
+    offset = point - first
     position = torch.stack([first, (first + 1).clamp(max=cells - 1)], dim=2)
-    weight = torch.stack([1 - part, part], dim=2) * inside[:, :, None] / samples
+    weight = torch.stack([1 - offset, offset], dim=2) * inside[:, :, None] / samples
     shape = (len(low), bins, 2 * samples)
     return position.view(shape), weight.view(shape)

@@ -1,4 +1,4 @@
-"""Normalising and resizing on the device, without handing it a number in every step."""
+"""Normalize and resize on the device, without a transfer of constants in every step."""
 
 from functools import lru_cache
 
@@ -8,9 +8,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 
 class FastTransform(GeneralizedRCNNTransform):
-    """torchvision's normalisation and resizing, its numbers kept on the device."""
+    """torchvision's normalization and resizing, with constants cached on the device."""
 
     def normalize(self, image):
+        """Return a float image `[3, H, W]` minus the mean, divided by the standard deviation."""
         mean, std = (
             _constant(tuple(numbers), image.dtype, image.device)[:, None, None]
             for numbers in (self.image_mean, self.image_std)
@@ -18,15 +19,17 @@ class FastTransform(GeneralizedRCNNTransform):
         return (image - mean) / std
 
     def resize(self, image, target=None):
+        """Resize an image and its boxes; a `seed` in the target determines a random size."""
         before = image.shape[-2:]
         if target is not None and "seed" in target:
-            torch.manual_seed(target["seed"])  # a size may be drawn
+            torch.manual_seed(target["seed"])  # for a random size
         image, _ = super().resize(image)
         if target is not None:
             target["boxes"] = _resize_boxes(target["boxes"], before, image.shape[-2:])
         return image, target
 
     def postprocess(self, result, image_shapes, original_image_sizes):
+        """Scale the boxes of detections back to the original image sizes, in place."""
         for row, before, after in zip(result, image_shapes, original_image_sizes, strict=True):
             row["boxes"] = _resize_boxes(row["boxes"], before, after)
         return result
@@ -39,7 +42,7 @@ def _constant(numbers: tuple, dtype: torch.dtype, device: torch.device) -> torch
 
 
 def _resize_boxes(boxes: torch.Tensor, before: tuple, after: tuple) -> torch.Tensor:
-    # The quotient of float32, which is also torchvision's.
+    # Divide in float32 for the same result as torchvision.
     height, width = (np.float32(after) / np.float32(before)).tolist()
     x1, y1, x2, y2 = boxes.unbind(1)
     return torch.stack((x1 * width, y1 * height, x2 * width, y2 * height), dim=1)
