@@ -1,9 +1,8 @@
-"""What survives a crash: checkpoints of plain types, written whole or not at all.
+"""Save, verify, find, load and resume checkpoints; a crash never leaves an incomplete one.
 
-`checkpoint_00001200.pth` holds the state after 1,200 steps. `checkpoint.pth` is a second name of
-the newest and `model_best.pth` of the best one, which no number of later ones prunes. A file of
-torch.save is a zip archive with a CRC-32 of each tensor; `torch.load` does not look at them, `load`
-does.
+`checkpoint_00001200.pth` holds the state after 1,200 steps. `checkpoint.pth` is a hard link to the
+newest checkpoint, `model_best.pth` to the best one, which is never pruned. A file of torch.save is
+a zip archive with a CRC-32 of each tensor; `torch.load` ignores these, `load` verifies them.
 """
 
 import os
@@ -23,8 +22,8 @@ from samplers import TrainingPlan
 FORMAT = 1
 NEWEST, BEST = "checkpoint.pth", "model_best.pth"
 
-# What has to be as it was for a resumed run to end as an undisturbed one: arguments, and facts that
-# `add_resume_facts` adds. What shapes the model is in arguments.MODEL_ARGS.
+# What must not change for a resumed run to give the weights of an uninterrupted one: arguments, and
+# what `add_resume_facts` adds. What defines the model is in arguments.MODEL_ARGS.
 RESUME_INVARIANTS = (
     "seed",
     "global_batch",
@@ -48,7 +47,7 @@ RESUME_INVARIANTS = (
     "train_data",
     "val_data",
 )
-# Those of them that decide which images an epoch has, and in which order.
+# Those that determine which images an epoch has, and in which order.
 SAMPLER_INVARIANTS = {
     "seed",
     "global_batch",
@@ -58,23 +57,26 @@ SAMPLER_INVARIANTS = {
 }
 
 
-# ------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------- saving
 
 
 def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
     """Write `state` (plain types and tensors) as the newest checkpoint of `folder`.
 
-    When this returns, the file has reached the disk, and of the numbered ones only the newest
-    `keep` are left; whenever it is interrupted, those before are untouched.
+    On return the file has reached the disk, and only the newest `keep` numbered checkpoints are
+    left. An interruption at any point leaves the checkpoints before intact.
 
     Args:
-        folder: where to.
-        state: of `TrainState.state_dict`, with `categories` and `args`; `format` is added here.
-        keep: how many numbered checkpoints to keep.
-        best: whether to give it the name of the best one, too.
+        folder: The output folder.
+        state: Of `TrainState.state_dict`, with `categories` and `args`; `format` is added here.
+        keep: The number of numbered checkpoints to keep.
+        best: Whether to link it as the best one, too.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises:
-        RunError: the disk is full, for example.
+        RunError: The checkpoint cannot be written, for example because the disk is full.
     """
     path = folder / f"checkpoint_{state['step']:08}.pth"
     partial = path.with_suffix(".partial")
@@ -83,7 +85,7 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        # Before the checkpoint counts as evaluated: a run that resumes it would not name it again.
+        # Before the rename, as a run that resumes the checkpoint would not link it again.
         if best:
             _hard_link(partial, BEST)
         os.replace(partial, path)
@@ -96,11 +98,11 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
         if not isinstance(error, OSError):
             raise error from None
         raise RunError(
-            f"checkpoint not saved: {path}: {error.strerror}. The ones before are intact: make "
-            "room, then go on with --resume auto"
+            f"{path}: checkpoint not saved: {error.strerror}. The ones before are intact: "
+            "correct this, then continue with --resume auto"
         ) from error
-    # One with more steps is left from before --resume-anyway restarted an epoch: it would be taken
-    # for the newest.
+    # One with more steps is left from before --resume-anyway restarted an epoch: without deletion
+    # it would count as the newest.
     paths = list_numbered(folder)
     kept = paths[paths.index(path) :][:keep]
     leftover = [*folder.glob("checkpoint*.partial"), *folder.glob(f"{BEST}.partial")]
@@ -110,7 +112,7 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
 
 
 def _hard_link(path: Path, name: str) -> None:
-    """Give the file at `path` a second name in its folder, in place of what has that name."""
+    """Link `path` as `name` in its folder, replacing an existing file."""
     partial = path.with_name(name + ".partial")
     partial.unlink(missing_ok=True)
     try:
@@ -121,7 +123,7 @@ def _hard_link(path: Path, name: str) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Bring a change of names to the disk; Windows has no such call."""
+    """Flush the names in a folder to the disk; Windows has no such call."""
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -130,17 +132,17 @@ def _flush_folder(folder: Path) -> None:
             os.close(number)
 
 
-# ------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------ loading
 
 
 def list_numbered(folder: Path) -> list[Path]:
-    """The numbered checkpoints of a folder, the one with the most steps first."""
+    """Return the numbered checkpoints of a folder, the one with the most steps first."""
     found = [(re.fullmatch(r"checkpoint_(\d+)\.pth", p.name), p) for p in folder.glob("*.pth")]
     return [path for _, path in sorted([(int(m[1]), p) for m, p in found if m], reverse=True)]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Every checkpoint that a run may go on from, the best to try first."""
+    """Return every checkpoint that a run may resume from, in the order in which to try them."""
     paths, newest = list_numbered(folder), folder / NEWEST
     if newest.is_file() and not any(newest.samefile(path) for path in paths):
         paths.append(newest)
@@ -148,44 +150,53 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> tuple[Path, dict, list[str]] | None:
-    """The newest checkpoint of `folder` that is whole: its path, its state, and what is said of
-    newer ones that are not; None where there is none at all.
+    """Load the newest intact checkpoint of a folder.
 
-    Newer ones that are not whole get ".damaged" added to their names. Raises CheckpointError if
-    there are checkpoints but not one is whole, which is never the same as having none.
+    Damaged ones that are newer get ".damaged" appended to their names.
+
+    Returns:
+        Its path, its content, and a message for each damaged one; None if the folder has no
+        checkpoints at all.
+
+    Raises:
+        CheckpointError: There are checkpoints, but none is intact.
     """
-    passed_over = []
+    damaged = []
     for path in list_checkpoints(folder):
         try:
             state = load(path)
         except CheckpointError as error:
-            passed_over.append((path, str(error)))
+            damaged.append((path, str(error)))
             continue
-        for damaged, _ in passed_over:
-            damaged.rename(damaged.with_name(damaged.name + ".damaged"))
-        return path, state, [message for _, message in passed_over]
-    if passed_over:
-        tried = "\n".join(f"  {message}" for _, message in passed_over)
+        for bad_path, _ in damaged:
+            bad_path.rename(bad_path.with_name(bad_path.name + ".damaged"))
+        return path, state, [message for _, message in damaged]
+    if damaged:
+        tried = "\n".join(f"  {message}" for _, message in damaged)
         raise CheckpointError(
-            f"none of the checkpoints in {folder} can be read; tried\n{tried}\nGo on from a copy "
-            "of one with --resume FILE, or start a new training in another --output-dir"
+            f"none of the checkpoints in {folder} can be read:\n{tried}\nResume from a copy of one "
+            "with --resume FILE, or start a new training in another --output-dir"
         )
     return None
 
 
 def load(path: Path) -> dict:
-    """Read a checkpoint written by `save`, to the CPU; raises CheckpointError."""
+    """Load a checkpoint of `save` to the CPU.
+
+    Raises:
+        CheckpointError: The file cannot be read, is damaged, or is not a checkpoint.
+    """
     state = load_weights_file(path)
     missing = {"format", "model", "optimizer", "epoch", "step", "categories", "args"} - state.keys()
     if missing:
         raise CheckpointError(
-            f"{path} is not a checkpoint of this recipe (it lacks {', '.join(sorted(missing))}): "
-            "to start from its weights use --weights instead of --resume"
+            f"{path} is not a checkpoint of this recipe (it has no {', '.join(sorted(missing))}): "
+            "to fine-tune its weights use --weights instead of --resume"
         )
     if state["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {state['format']}, this version reads format {FORMAT}: "
-            "continue with the version that wrote it"
+            f"{path} has format {state['format']}, but this version reads format {FORMAT}: use "
+            "the version that wrote it"
         )
     return state
 
@@ -196,35 +207,35 @@ def load(path: Path) -> dict:
 def resolve_resume(
     output_dir: Path, resume: str | None, test_only: bool
 ) -> tuple[str | None, dict | None]:
-    """Decide which checkpoint a run goes on from; refuse to overwrite another run's.
+    """Load the checkpoint to resume, and make sure that no other run is overwritten.
 
     Args:
-        output_dir: where the run writes.
-        resume: --resume: None, "auto" or a path.
-        test_only: whether the run only evaluates.
+        output_dir: The output folder of the run.
+        resume: The value of --resume: None, "auto" or a path.
+        test_only: Whether the run only evaluates.
 
     Returns:
         The path and the content of the checkpoint, or None and None for a new training.
 
     Raises:
-        UserError: `output_dir` holds a run that this one would overwrite, or there is nothing to
-            evaluate.
-        CheckpointError: no checkpoint can be read.
+        UserError: `output_dir` has checkpoints of a run that this one would overwrite, or there is
+            nothing to evaluate.
+        CheckpointError: No checkpoint can be read.
     """
     existing = list_checkpoints(output_dir)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, by itself
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
     if resume == "auto" or (restarted and existing and not test_only):
         return _resume_newest(output_dir, test_only)
     own = resume and Path(resume).resolve().parent == output_dir.resolve()
     if existing and test_only and not own:
         raise UserError(
-            f"{existing[0]} is there from another training, whose detections and report this "
+            f"{existing[0]} belongs to another training, whose detections and report this "
             "evaluation would overwrite: choose another --output-dir"
         )
     if existing and not test_only and not resume:
         raise UserError(
-            f"{existing[0]} is there from another training, which this one would overwrite: go on "
-            "with --resume auto, or choose another --output-dir"
+            f"{existing[0]} belongs to another training, which this one would overwrite: continue "
+            "it with --resume auto, or choose another --output-dir"
         )
     if not resume:
         return None, None
@@ -235,8 +246,8 @@ def resolve_resume(
     later = [p for p in list_numbered(output_dir) if int(p.stem.split("_")[1]) > saved["step"]]
     if later and not test_only:
         raise UserError(
-            f"{resume} has {saved['step']} steps, but {later[0]} has more, which going on "
-            "from here would prune: use --resume auto, or choose another --output-dir"
+            f"{resume} has {saved['step']} steps, and resuming from it would prune {later[0]}, "
+            "which has more: use --resume auto, or choose another --output-dir"
         )
     return resume, saved
 
@@ -246,18 +257,18 @@ def _resume_newest(output_dir: Path, test_only: bool) -> tuple[str | None, dict 
     if found is None and test_only:
         raise UserError(f"--resume auto: no checkpoint in {output_dir} to evaluate")
     if found is None:
-        utils.log(f"--resume auto: no checkpoint in {output_dir} yet, a new training")
+        utils.log_field("resume", f"no checkpoint in {output_dir} yet, new training")
         return None, None
     path, saved, skipped = found
     for message in skipped:
-        utils.log(f"passed over: {message}")
+        utils.log_field("resume", f"skipped a damaged checkpoint: {message}")
     return str(path), saved
 
 
 def add_resume_facts(
     args: dict, plan: TrainingPlan, amp_dtype: torch.dtype | None, indexes: dict[str, CocoIndex]
 ) -> dict:
-    """The arguments (plain types), and what else is compared when a run is resumed."""
+    """Return the arguments (plain types) and what else is compared when a run is resumed."""
     return {
         **args,
         "steps_per_epoch": len(plan),
@@ -269,41 +280,42 @@ def add_resume_facts(
 
 
 def restore(state: TrainState, saved: dict, run_args: dict, path: str, resume_anyway: bool) -> None:
-    """Go on from a checkpoint: bring `state` to where `saved` left off.
+    """Restore optimizer, scaler, epoch, step and best AP from a checkpoint.
 
     Args:
-        state: of a training before its first step, whose model has the weights already.
-        saved: the content of the checkpoint.
-        run_args: from `add_resume_facts`, for this run.
-        path: of the checkpoint, for messages.
-        resume_anyway: whether to go on although something else than before is asked for.
+        state: At the first step of a training; its model has the weights already.
+        saved: The content of the checkpoint.
+        run_args: Of `add_resume_facts`, for this run.
+        path: The path of the checkpoint, for messages.
+        resume_anyway: Whether to resume although a resume invariant has changed.
 
     Raises:
-        UserError: a resume invariant has changed.
+        UserError: A resume invariant has changed.
     """
     before = saved["args"]
     changed = [k for k in RESUME_INVARIANTS if k in before and before[k] != run_args[k]]
     described = ", ".join(_describe_change(k, before[k], run_args[k]) for k in changed)
     if changed and not resume_anyway:
         raise UserError(
-            f"{path} was trained with {described}. Use what it was trained with, say "
-            "--resume-anyway to go on regardless, or choose another --output-dir for a new training"
+            f"{path} was trained with {described}: use the same settings, add --resume-anyway to "
+            "resume nevertheless, or choose another --output-dir for a new training"
         )
     if changed:
-        utils.log(f"--resume-anyway: trained with {described}")
+        utils.log_field("resume", f"--resume-anyway: so far trained with {described}")
     state.load_state_dict(saved)
     if SAMPLER_INVARIANTS & set(changed):
-        utils.log(f"epoch {state.epoch} restarts, because its plan is another one")
+        utils.log_field("resume", f"epoch {state.epoch} restarts, as its batches have changed")
         state.step = state.epoch * run_args["steps_per_epoch"]
     elif before["world_size"] != utils.world_size():
-        utils.log(
-            f"{utils.world_size()} processes instead of {before['world_size']}: every planned "
-            "image is seen once, as before, but the weights are not bitwise the same"
+        utils.log_field(
+            "resume",
+            f"{utils.world_size()} processes instead of {before['world_size']}: same batches, but "
+            "the weights will differ by rounding",
         )
 
 
 def _describe_change(name: str, before: object, now: object) -> str:
-    """A changed invariant in words: "--lr 0.1 (now 0.2)", "other training data"."""
+    """Describe a changed invariant, such as "--lr 0.1 (now 0.2)" or "other training data"."""
     if name in ("train_data", "val_data"):
         return "other training data" if name == "train_data" else "other validation data"
     if name in ("global_batch", "precision"):

@@ -1,13 +1,14 @@
-"""Score detections by COCO's twelve numbers for boxes; write and read COCO results files.
+"""Compute COCO's twelve metrics for boxes; write and read COCO results files.
 
-What the numbers mean: https://cocodataset.org/#detection-eval. They are computed by hotcoco, which
-gives pycocotools' numbers to the last bit in a fraction of the time, or by pycocotools itself.
+The metrics (https://cocodataset.org/#detection-eval, all from 0 to 1) are computed by hotcoco,
+which gives the same bits as pycocotools in a fraction of the time, or by pycocotools.
 """
 
 import contextlib
 import io
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import hotcoco
@@ -37,18 +38,26 @@ MEANING = {
     "ARl": "AR, large boxes",
 }
 METRICS = tuple(MEANING)
+# The lines of `table`.
+ROWS = {
+    ("AP", "AP50", "AP75"): "IoU 0.50:0.95, 0.50, 0.75",
+    ("APs", "APm", "APl"): "small, medium, large",
+    ("AR1", "AR10", "AR100"): "1, 10, 100 detections",
+    ("ARs", "ARm", "ARl"): "small, medium, large",
+}
+MAX_CATEGORIES = 10  # in `table`; metrics.jsonl and the report have them all
 
 
 def detection_rows(
     outputs: list[dict], image_ids: list[int], category_ids: np.ndarray
 ) -> np.ndarray:
-    """Convert a batch of a torchvision detector's outputs to rows in the data set's own ids.
+    """Convert the outputs of a torchvision detector for a batch to rows with the data set's ids.
 
     Args:
         outputs: `boxes` (x1, y1, x2, y2), `scores` and `labels` of each image.
         image_ids: The id of each image.
-        category_ids: The category id of each label, as of `Categories.ids_of_labels`. Detections
-            of labels that the data set does not have are left out.
+        category_ids: The category id of each label, of `Categories.ids_of_labels`. Detections of
+            unused labels are dropped.
 
     Returns:
         float64 `[N, 7]`: image_id, x, y, width, height, score, category_id.
@@ -56,14 +65,14 @@ def detection_rows(
     boxes = torch.cat([output["boxes"] for output in outputs])
     scores = torch.cat([output["scores"] for output in outputs])
     labels = torch.cat([output["labels"] for output in outputs])
-    # In float32, as everybody's results are, and then one copy from the device.
+    # In float32, as in other evaluations, and with a single copy from the device.
     columns = [box_convert(boxes, "xyxy", "xywh"), scores[:, None], labels[:, None].float()]
-    found = torch.cat(columns, dim=1).double().cpu().numpy()
+    detections = torch.cat(columns, dim=1).double().cpu().numpy()
     images = np.repeat(
         np.array(image_ids, dtype=np.float64), [len(output["labels"]) for output in outputs]
     )
-    categories = category_ids[found[:, 5].astype(np.int64)]
-    rows = np.column_stack([images, found[:, :5], categories])
+    categories = category_ids[detections[:, 5].astype(np.int64)]
+    rows = np.column_stack([images, detections[:, :5], categories])
     return rows[categories != NO_CATEGORY]
 
 
@@ -71,16 +80,16 @@ def detection_rows(
 
 
 def evaluate_detections(index: CocoIndex, detections: np.ndarray, evaluator: str) -> dict:
-    """Compute COCO's numbers.
+    """Compute COCO's metrics.
 
     Args:
         index: The ground truth.
-        detections: Rows of `detection_rows`, none or any number.
+        detections: float64 `[N, 7]`, rows of `detection_rows`; N may be 0.
         evaluator: One of `EVALUATORS`.
 
     Returns:
-        The twelve numbers by name (see `METRICS`), and `per_category`: AP by category name. A
-        number that nothing was there to measure, such as APl where no box is large, is None.
+        The twelve metrics by name (see `METRICS`), and `per_category`: AP by category name. A
+        metric without ground truth, such as APl if no box is large, is None.
 
     Raises:
         RunError: The evaluator is "both", and the two differ.
@@ -91,10 +100,12 @@ def evaluate_detections(index: CocoIndex, detections: np.ndarray, evaluator: str
 def evaluate_with_curves(
     index: CocoIndex, detections: np.ndarray, evaluator: str
 ) -> tuple[dict, np.ndarray]:
-    """Compute what `evaluate_detections` returns, and the precisions whose mean is AP.
+    """Compute the metrics of `evaluate_detections`, and the precisions whose mean is AP.
 
-    These are float64 `[10, 101, K]`: at IoU 0.50, 0.55, ..., 0.95, at recall 0, 0.01, ..., 1, and
-    for each category in the order of `index.categories`; NaN for categories without ground truth.
+    Returns:
+        The metrics, and the precisions, float64 `[10, 101, K]`: at IoU 0.50, 0.55, ..., 0.95, at
+        recall 0, 0.01, ..., 1, and for each category of `index.categories`; NaN for categories
+        without ground truth.
     """
     if evaluator == "both":
         metrics, curves = evaluate_with_curves(index, detections, "hotcoco")
@@ -170,10 +181,10 @@ def _detection_columns(index: CocoIndex, detections: np.ndarray) -> dict[str, np
 
 
 def _renumber(index: CocoIndex, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Number images and categories from 1, and drop the rows of those that are not in the index.
+    """Renumber images and categories from 1, and drop the rows of unknown ones.
 
-    hotcoco refuses negative ids. The order stays that of the ids: the images' decides between equal
-    scores, and the categories' is that of the index.
+    hotcoco rejects negative ids. The numbers have the order of the ids: that of images decides
+    between equal scores, and that of categories is the order of the index.
     """
     for name, ids in (("image_id", index.image_ids), ("category_id", index.categories.ids)):
         ids = np.sort(ids)
@@ -186,7 +197,7 @@ def _renumber(index: CocoIndex, columns: dict[str, np.ndarray]) -> dict[str, np.
 
 
 def _check_equal(ours: dict, reference: dict) -> None:
-    """Raise RunError unless the numbers of hotcoco and pycocotools are the same to the last bit."""
+    """Raise RunError unless the metrics of hotcoco and pycocotools have the same bits."""
     values, expected = (
         {name: metrics[name] for name in METRICS}
         | {f"AP of {name!r}": value for name, value in metrics["per_category"].items()}
@@ -199,8 +210,8 @@ def _check_equal(ours: dict, reference: dict) -> None:
     ]
     if different:
         raise RunError(
-            f"hotcoco and pycocotools give different numbers: {'; '.join(different)}. Use "
-            "--evaluator pycocotools, and report this to the authors of hotcoco"
+            f"hotcoco and pycocotools differ: {'; '.join(different)}. Use --evaluator pycocotools, "
+            "and report this to the authors of hotcoco"
         )
 
 
@@ -208,7 +219,7 @@ def _check_equal(ours: dict, reference: dict) -> None:
 
 
 def coco_results(detections: np.ndarray) -> list[dict]:
-    """Convert rows of `detection_rows` to COCO's results format."""
+    """Convert rows of `detection_rows` to COCO's results format (plain types)."""
     return [
         {"image_id": int(i), "category_id": int(c), "bbox": box, "score": s}
         for i, *box, s, c in detections.tolist()
@@ -216,7 +227,7 @@ def coco_results(detections: np.ndarray) -> list[dict]:
 
 
 def write_results(detections: np.ndarray, file: Path) -> None:
-    """Write COCO results JSON: what COCO's server and every evaluator of the field reads."""
+    """Write COCO results JSON, which COCO's server and other evaluators read."""
     file.write_text(json.dumps(coco_results(detections)), encoding="utf-8")
 
 
@@ -234,7 +245,7 @@ def read_results(file: Path) -> np.ndarray:
     except (ValueError, RecursionError) as error:  # also of UTF-8
         raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(results, list):
-        raise UserError(f"{file} holds no list: is it COCO results?")
+        raise UserError(f"{file} is not a list: is it a COCO results file?")
     rows = []
     for number, result in enumerate(results):
         try:
@@ -244,7 +255,7 @@ def read_results(file: Path) -> np.ndarray:
             valid = False
         if not valid:
             raise UserError(
-                f"{file}: row {number} is no COCO result with image_id, category_id, bbox and "
+                f"{file}: row {number} is not a COCO result with image_id, category_id, bbox and "
                 f"score: {json.dumps(result)[:200]}"
             )
         rows.append(row)
@@ -252,16 +263,23 @@ def read_results(file: Path) -> np.ndarray:
 
 
 def table(metrics: dict) -> str:
-    """Format the twelve numbers and the AP of each category as lines for the console."""
+    """Format the twelve metrics and the AP of categories as lines of at most 80 columns."""
+    lines = []
+    for names, meaning in ROWS.items():
+        cells = [f"{name:<6}{_format(metrics[name])}" for name in names]
+        lines.append(f"  {'  '.join(cells)}  {meaning}")
     per_category = metrics["per_category"]
-    width = max(map(len, per_category))
-    return "\n".join(
-        [
-            *(f"  {name:<6} {MEANING[name]:<38} {_format(metrics[name])}" for name in METRICS),
-            "  AP of each category:",
-            *(f"    {name:<{width}}  {_format(ap)}" for name, ap in per_category.items()),
-        ]
+    chosen = sorted(per_category, key=lambda name: per_category[name] or 0)[:MAX_CATEGORIES]
+    heading = "AP by category:"
+    if len(per_category) > MAX_CATEGORIES:
+        heading = f"AP of the {MAX_CATEGORIES} lowest of {len(per_category)} categories:"
+    else:
+        chosen = list(per_category)
+    texts = [f"{name} {_format(per_category[name]).strip()}" for name in chosen]
+    lines += textwrap.wrap(
+        f"{heading} {', '.join(texts)}", 80, initial_indent="  ", subsequent_indent="    "
     )
+    return "\n".join(lines)
 
 
 def _format(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""COCO-format data: an annotation file as arrays, category ids as labels, images with targets.
+"""COCO-format data: find it, index its annotations, and load images with their targets.
 
 Format: https://cocodataset.org/#format-data. Required are `images[].id, file_name, width, height`,
 `annotations[].image_id, category_id, bbox` (x, y, width, height in pixels) and `categories[].id`.
@@ -21,10 +21,10 @@ from internals.errors import DataError
 from internals.images import read_image
 from internals.packed_images import PackedImages
 
-# The ids of COCO's 80 categories leave gaps between 1 and 90; torchvision's COCO weights have one
-# output for each number from 0 (background) to 90.
+# COCO's 80 category ids are not contiguous; torchvision's COCO weights have an output for each
+# number from 0 (background) to 90.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
-# Stands for "no category" where -1 cannot, as it may be the id of one.
+# Not -1, which may be the id of a category.
 NO_CATEGORY = np.iinfo(np.int64).min
 
 
@@ -39,13 +39,13 @@ class Split(NamedTuple):
 
 
 def find_split(data_path: Path, split: str, annotations: Path | None, images: Path | None) -> Split:
-    """Find the files of a split in one of the layouts of the field.
+    """Find the files of a split in one of the common layouts.
 
     Args:
-        data_path: The folder to look in.
+        data_path: The folder to search.
         split: "train" or "val".
-        annotations: The annotation file, if the user named it; `images` must then be given, too.
-        images: The folder of the images, likewise.
+        annotations: The annotation file, if given by the user; requires `images`.
+        images: The folder of the images, if given by the user; requires `annotations`.
 
     Raises:
         DataError: Nothing was found; the message lists the paths that were tried.
@@ -90,11 +90,15 @@ def _presence(found: bool) -> str:
 
 @dataclass(frozen=True)
 class Categories:
-    """The category ids and names of a data set, and the label of each in the model.
+    """The categories of a data set, and their labels in the model.
 
-    `ids` ascend; `labels[i]` belongs to `ids[i]`; label 0 is the background. A data set with
-    exactly COCO's 80 ids keeps them as labels, as torchvision's COCO weights do; any other gets
-    labels 1..K.
+    The labels of a data set with exactly COCO's 80 ids are these ids, as in torchvision's COCO
+    weights; those of others are 1..K. Label 0 is the background.
+
+    Attributes:
+        ids: Category ids, ascending.
+        names: The name of each id.
+        labels: The label of each id.
     """
 
     ids: tuple[int, ...]
@@ -110,7 +114,7 @@ class Categories:
 
     @classmethod
     def from_list(cls, rows: list[dict]) -> "Categories":
-        """Build from what `to_list` gave, for example out of a checkpoint."""
+        """Build from the rows of `to_list`, for example from a checkpoint."""
         return cls(*(tuple(row[key] for row in rows) for key in ("id", "name", "label")))
 
     def to_list(self) -> list[dict]:
@@ -120,37 +124,39 @@ class Categories:
 
     @property
     def id_to_name(self) -> dict[int, str]:
+        """The name of each category by its id."""
         return dict(zip(self.ids, self.names, strict=True))
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the model's classifier: the background and everything up to the last label."""
+        """The number of outputs of the classifier: the largest label and the background."""
         return max(self.labels) + 1
 
     @property
     def is_coco(self) -> bool:
+        """Whether the ids are COCO's 80."""
         return self.ids == COCO_CATEGORY_IDS
 
     def labels_of(self, category_ids: np.ndarray) -> np.ndarray:
-        """Look up the int64 labels of category ids, all of which must be known."""
+        """Return the labels of category ids, all of which must be known; int64, of their shape."""
         position = np.searchsorted(self.ids, category_ids)
         return np.asarray(self.labels, dtype=np.int64)[position]
 
     def ids_of_labels(self) -> np.ndarray:
-        """The category id of each label, int64 `[num_classes]`; NO_CATEGORY for unused labels."""
+        """Return the category id of each label, int64 `[num_classes]`; NO_CATEGORY if unused."""
         table = np.full(self.num_classes, NO_CATEGORY, dtype=np.int64)
         table[list(self.labels)] = self.ids
         return table
 
     def check_contains(self, other: "Categories", file: Path) -> None:
-        """Raise DataError unless every category of `other`, read from `file`, is known here."""
+        """Raise DataError unless every category of `other`, read from `file`, is one of these."""
         known = self.id_to_name
         for i, name in other.id_to_name.items():
             if known.get(i) != name:
                 here = f"category {i} is {known[i]!r}" if i in known else "there is no such id"
                 raise DataError(
-                    f"{file}: category {i} ({name!r}) does not fit what the model is trained on, "
-                    f"where {here}: use annotation files with the same categories"
+                    f"{file}: category {i} ({name!r}) does not fit the model's categories, where "
+                    f"{here}: use annotation files with the same categories"
                 )
 
 
@@ -160,14 +166,21 @@ class Categories:
 class CocoIndex:
     """An annotation file as NumPy arrays; the boxes of image i are rows `box_range(i)`.
 
-    Per image, in the order of the file: `image_ids` int64 `[I]`, `file_names` (UTF-8 bytes),
-    `sizes` int32 `[I, 2]` as width, height. Per annotation, ordered by image: `annotation_ids`
-    int64 `[M]` (-1 where the file has none), `boxes` float64 `[M, 4]` as x, y, width, height just
-    as in the file, `category_ids` int64, `iscrowd` bool, `areas` float64. `usable` bool `[M]`
-    marks what can train: no crowds, no boxes without a size.
+    Raises DataError for a file that cannot be read. Other errors in the data are found by
+    `internals.data_checks`.
 
-    Raises DataError for a file that cannot be read. `issues` are the rows that had to be left out;
-    everything else that is wrong with the data is found by `internals.data_checks`.
+    Attributes:
+        image_ids: int64 `[I]`, in the order of the file.
+        file_names: UTF-8 bytes `[I]`.
+        sizes: int32 `[I, 2]`, width and height.
+        annotation_ids: int64 `[M]`, ordered by image; -1 where the file has none.
+        boxes: float64 `[M, 4]`, x, y, width and height as in the file.
+        category_ids: int64 `[M]`.
+        iscrowd: bool `[M]`.
+        areas: float64 `[M]`.
+        usable: bool `[M]`; crowds and boxes without a size are not used for training.
+        offsets: int64 `[I + 1]`, the first row of each image.
+        issues: The rows of the file that had to be skipped.
     """
 
     def __init__(self, split: Split):
@@ -175,9 +188,7 @@ class CocoIndex:
         columns, self.issues = read_annotations(self.annotation_file)
         self.categories = self._make_categories(columns)
         if not len(columns.image_ids):
-            raise DataError(
-                f"{self.annotation_file} lists no images that can be used{self._issues_so_far()}"
-            )
+            raise DataError(f"{self.annotation_file} lists no usable images{self._issues_so_far()}")
         self.image_ids, self.file_names = columns.image_ids, columns.file_names
         self.sizes = columns.sizes
         self._set_annotations(columns)
@@ -186,13 +197,13 @@ class CocoIndex:
         rows = columns.categories
         if not rows:
             raise DataError(
-                f"{self.annotation_file} has no categories that can be used: name at least one in "
-                f"its list 'categories'{self._issues_so_far()}"
+                f"{self.annotation_file} has no usable categories: add one to its list "
+                f"'categories'{self._issues_so_far()}"
             )
         names = {row.id: row.name or f"category {row.id}" for row in rows}
         if len(names) < len(rows):
             raise DataError(
-                f"{self.annotation_file} has two categories with the same id: give each its own"
+                f"{self.annotation_file} has two categories with the same id: make them unique"
             )
         return Categories.from_names(names)
 
@@ -200,9 +211,9 @@ class CocoIndex:
         return ": " + "; ".join(map(str, self.issues)) if self.issues else ""
 
     def _set_annotations(self, columns: AnnotationColumns) -> None:
-        """Order the annotations by image; leave out, and report, those of unknown images."""
+        """Order the annotations by image; skip those of unknown images, with an issue."""
         positions = self.positions_of(columns.annotation_image_ids)
-        # Stable: the annotations of an image keep the order that they have in the file.
+        # Stable, so that the annotations of an image keep their order.
         order = np.argsort(positions, kind="stable")
         unknown = np.count_nonzero(positions < 0)
         if unknown:
@@ -219,58 +230,59 @@ class CocoIndex:
         return len(self.image_ids)
 
     def file_name(self, image: int) -> str:
+        """Return the file name of the image at a position of the index."""
         return self.file_names[image].decode()
 
     def read_image(self, image: int) -> torch.Tensor:
         """Read the image at a position of the index as RGB, uint8 `[3, H, W]`.
 
         Raises:
-            DataError: The file cannot be read, or has not the size that the index says.
+            DataError: The file cannot be read, or has another size than in the index.
         """
         width, height = self.sizes[image].tolist()
         return read_image(self.image_dir / self.file_name(image), width, height)
 
     def box_range(self, image: int) -> slice:
-        """The rows of the annotations of an image."""
+        """Return the rows of the annotations of an image."""
         return slice(self.offsets[image], self.offsets[image + 1])
 
     def image_of_rows(self) -> np.ndarray:
-        """The position of the image that each annotation belongs to, int64 `[M]`."""
+        """Return the position of the image of each annotation, int64 `[M]`."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     def images_with_boxes(self) -> np.ndarray:
-        """The positions of the images that have a box to train on, ascending."""
+        """Return the positions of the images with a usable box, ascending."""
         return np.flatnonzero(np.bincount(self.image_of_rows()[self.usable], minlength=len(self)))
 
     def positions_of(self, image_ids: np.ndarray) -> np.ndarray:
-        """Where in the index the images with these ids are, int64; -1 for unknown ids."""
+        """Return the positions of the images with these ids, int64; -1 for unknown ids."""
         order = np.argsort(self.image_ids, kind="stable")
-        places = np.searchsorted(self.image_ids, image_ids, sorter=order)
-        found = order[places.clip(max=len(self) - 1)]
-        return np.where(self.image_ids[found] == image_ids, found, -1)
+        ranks = np.searchsorted(self.image_ids, image_ids, sorter=order)
+        positions = order[ranks.clip(max=len(self) - 1)]
+        return np.where(self.image_ids[positions] == image_ids, positions, -1)
 
     def without(self, images: Sequence[int]) -> "CocoIndex":
-        """The index without the images at these positions, as if the file had never listed them."""
+        """Return a copy without the images at these positions and their annotations."""
         kept = np.setdiff1d(np.arange(len(self)), images)
         rows = np.isin(self.image_of_rows(), kept)
-        less = CocoIndex.__new__(CocoIndex)
-        less.__dict__.update(self.__dict__)
+        copy = CocoIndex.__new__(CocoIndex)
+        copy.__dict__.update(self.__dict__)
         for name in ("image_ids", "file_names", "sizes"):
-            setattr(less, name, getattr(self, name)[kept])
+            setattr(copy, name, getattr(self, name)[kept])
         for name in ("annotation_ids", "boxes", "category_ids", "iscrowd", "areas", "usable"):
-            setattr(less, name, getattr(self, name)[rows])
-        less.offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[kept])])
-        return less
+            setattr(copy, name, getattr(self, name)[rows])
+        copy.offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[kept])])
+        return copy
 
     def first_with_boxes(self, count: int) -> "CocoIndex":
-        """The index of the first `count` images that have a box to train on."""
-        chosen = self.images_with_boxes()[:count]
-        return self.without(np.setdiff1d(np.arange(len(self)), chosen))
+        """Return a copy with the first `count` images that have a usable box."""
+        kept = self.images_with_boxes()[:count]
+        return self.without(np.setdiff1d(np.arange(len(self)), kept))
 
     def fingerprint(self) -> str:
-        """Hash everything that training and evaluation depend on, the pixels aside.
+        """Hash everything that training and evaluation depend on, except for the pixels.
 
-        Checkpoints hold it: another value for the same file would stop every run from resuming.
+        Checkpoints contain it: a change of this function would make every run fail to resume.
         """
         digest = hashlib.sha256(repr(self.categories).encode())
         for name in ("image_ids", "file_names", "sizes", "offsets", "boxes", "category_ids"):
@@ -286,7 +298,7 @@ def _unknown_images(columns: AnnotationColumns, rows: np.ndarray) -> DataIssue:
         "annotations of images that the file does not list",
         [f"{i} of image {image_id}" for i, image_id in zip(ids, image_ids, strict=True)],
         len(rows),
-        "Correct images with other errors first; then correct these, or take them out",
+        "Correct images with other errors first, then correct or remove these",
     )
 
 
@@ -294,13 +306,13 @@ def _unknown_images(columns: AnnotationColumns, rows: np.ndarray) -> DataIssue:
 
 
 class CocoDetection(Dataset):
-    """The images of an index with their targets, as torchvision's detectors take them.
+    """The images of an index with their targets, in the form of torchvision's detectors.
 
-    `dataset[key]` gives `(image, target)`: `image` uint8 `[3, H, W]`; `target` a dict of `boxes`
+    `dataset[key]` returns `(image, target)`: `image` uint8 `[3, H, W]`; `target` a dict of `boxes`
     float32 `[N, 4]` as x1, y1, x2, y2 in pixels of the image, `labels` int64 `[N]`, `image_id` int,
-    `area` float32 `[N]`, `iscrowd` int64 `[N]`. Only usable boxes are in it, clipped to the image;
-    `N` may be 0. `key` is a position in `images` (by default all), or `(position, seed)`, which
-    also applies `augmentation` as a function of the seed.
+    `area` float32 `[N]`, `iscrowd` int64 `[N]`. It has the usable boxes, clipped to the image; `N`
+    may be 0. `key` is a position in `images` (by default all), or `(position, seed)` to apply
+    `augmentation` with this seed.
     """
 
     def __init__(
@@ -324,9 +336,9 @@ class CocoDetection(Dataset):
             image = self.index.read_image(i)
         except DataError as error:
             raise DataError(
-                f"{error}. Correct it, or take image {self.index.image_ids[i]} out of "
-                f"{self.index.annotation_file}, or go on without it by --max-bad-images 1. To find "
-                "all such images: --check-data"
+                f"{error}. Correct it, or remove image {self.index.image_ids[i]} from "
+                f"{self.index.annotation_file}, or skip it with --max-bad-images 1; --check-data "
+                "finds all such images"
             ) from None
         target = self.target(i)
         if seed is not None and self.augmentation is not None:
@@ -334,13 +346,13 @@ class CocoDetection(Dataset):
         return image, target
 
     def target(self, i: int) -> dict:
-        """The target of image i of the index, before augmentation."""
+        """Return the target of image i of the index, before augmentation."""
         rows = self.index.box_range(i)
-        # In NumPy, as these few boxes take PyTorch's operators three times as long.
+        # In NumPy: PyTorch's operators take three times as long for a few boxes.
         xywh = self.index.boxes[rows]
         boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         boxes = boxes.clip(0, np.tile(self.index.sizes[i], 2)).astype(np.float32)
-        # Only now, as float32 may leave a thin box without a size.
+        # After the conversion, as a thin box may have no size in float32.
         keep = self.index.usable[rows] & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
         return {
             "boxes": torch.from_numpy(boxes[keep]),
@@ -354,8 +366,8 @@ class CocoDetection(Dataset):
 def collate(batch: list[tuple[torch.Tensor, dict]]) -> tuple[PackedImages, list[dict]]:
     """Collate samples of `CocoDetection` to a batch `(images, targets)`.
 
-    The images are packed, and the targets hold NumPy arrays instead of tensors: each tensor that
-    leaves a loading process costs a file descriptor and a good part of a millisecond.
+    Images are packed into one tensor, and targets have NumPy arrays: a tensor that a worker sends
+    costs a file descriptor and most of a millisecond.
     """
     images, targets = zip(*batch, strict=True)
     arrays = [

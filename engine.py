@@ -1,4 +1,4 @@
-"""The loop: train for one epoch, evaluate, and the learning rate as a function of the step."""
+"""Train for one epoch, evaluate, and compute the learning rate of a step."""
 
 import math
 import time
@@ -28,10 +28,16 @@ def learning_rate_factor(
     milestones: list[int] | None,
     gamma: float | None,
 ) -> float:
-    """What the base rate is multiplied by in step `step`, counted from 0 over the whole training.
+    """Return the factor of the base learning rate in a step.
 
-    Linear from 1/1000 to 1 over `warmup_steps`, times `gamma` for each of the `milestones`
-    (epochs) that has begun, or a cosine down to 0 over `epochs` where milestones is None.
+    Args:
+        step: Counted from 0 over the whole training.
+        steps_per_epoch: The length of an epoch.
+        epochs: The length of the training, for the cosine.
+        warmup_steps: The steps in which the factor rises linearly from 1/1000 to 1.
+        milestones: The epochs from which on the factor is multiplied by `gamma`; None for a cosine
+            from 1 to 0 over `epochs`.
+        gamma: See `milestones`.
     """
     warmup = min(1.0, 0.001 + 0.999 * step / warmup_steps) if warmup_steps else 1.0
     if milestones is None:
@@ -48,9 +54,16 @@ def to_device(
     device: torch.device,
     seeds: list[int] | None = None,
 ) -> tuple[list[torch.Tensor], list[dict]]:
-    """A batch of `coco_utils.collate` on the device, as torchvision's detectors take it.
+    """Copy a batch of `coco_utils.collate` to the device, in the form of torchvision's detectors.
 
-    `seeds` has one for each image, of what the model draws for it in training.
+    Args:
+        images: Of a batch.
+        targets: With `boxes` and `labels` as NumPy arrays; other keys are not copied.
+        device: Where to.
+        seeds: For each image the seed of what the model draws for it in training.
+
+    Returns:
+        Images, float32 `[3, H, W]` in [0, 1], and targets with `boxes`, `labels`, `seed`.
     """
     keys = ("boxes", "labels")
     on_device = [
@@ -64,7 +77,7 @@ def to_device(
 
 
 def split_micro_batches(images: list, targets: list, count: int) -> Iterator[tuple]:
-    """The images of a step in `count` equal parts, each with whether it is the last."""
+    """Yield `count` equal micro-batches, each with whether it is the last one."""
     size = len(images) // count
     for start in range(0, len(images), size):
         stop = start + size
@@ -83,15 +96,16 @@ def train_one_epoch(
     """Train from `state.step`, counted over the whole training, to `last_step`.
 
     Args:
-        state: is brought forward.
-        loader: begins with the batch of `state.step`; its `batch_sampler` has the epoch's length.
-        args: of them `seed, accumulate_steps, clip_grad_norm, print_freq`.
-        last_step: where to end, inside or at the end of the epoch.
-        log_step: called every `print_freq` steps with `(state, progress, losses, rate, images)`.
-        on_step_end: called with the step and a check of all losses so far, to save and to stop.
+        state: Model, optimizer and step; updated.
+        loader: Starts with the batch of `state.step`; its `batch_sampler` has the epoch's length.
+        args: Of these `seed`, `accumulate_steps`, `clip_grad_norm` and `print_freq`.
+        last_step: The step to stop after, within the epoch or at its end.
+        log_step: Called every `print_freq` steps with `(state, progress, losses, rate, images)`.
+        on_step_end: Called with the step and a function that checks the losses so far; may save a
+            checkpoint, or raise StopRequested.
 
     Raises:
-        RunError: a loss is not finite, or memory runs out.
+        RunError: A loss is not finite, or memory is exhausted.
     """
     model, optimizer, scaler = state.ddp_model or state.model, state.optimizer, state.scaler
     model.train()
@@ -108,8 +122,8 @@ def train_one_epoch(
             rate = state.set_learning_rate()
 
             optimizer.zero_grad()
-            for part in split_micro_batches(images, targets, args.accumulate_steps):
-                micro_images, micro_targets, is_last = part
+            micro_batches = split_micro_batches(images, targets, args.accumulate_steps)
+            for micro_images, micro_targets, is_last in micro_batches:
                 with utils.ddp_sync(model, enabled=is_last):
                     with autocast(state.device, state.amp_dtype):
                         losses = model(micro_images, micro_targets)
@@ -123,7 +137,7 @@ def train_one_epoch(
             if state.ema:
                 state.ema.update_parameters(state.model)
             state.step += 1
-            # On a GPU, reading a number makes the host wait, so it is done in these steps alone.
+            # The host waits for a GPU only here, when the losses are read.
             if state.step % args.print_freq == 0 or state.step == last_step:
                 averages = {**meter.read(), "skipped_steps": skipped.read(state.step)}
                 log_step(state, progress, averages, rate, len(images))
@@ -142,52 +156,45 @@ def evaluate(
     args,
     *,
     amp_dtype: torch.dtype | None,
-    metrics: utils.MetricsFile,
-    tensorboard=None,
-    epoch: int | None = None,
-    step: int | None = None,
+    on_result: Callable[[dict, np.ndarray], None],
 ) -> float | None:
-    """Score `model` on the data of `loader`, log it, and write `detections.json`.
+    """Evaluate `model`, log the metrics, and write `detections.json`.
 
     Args:
-        model: the detector itself, not its DDP wrapper.
-        loader: of a `coco_utils.CocoDetection`, in batches of `coco_utils.collate`.
-        categories: those that the model was trained on.
-        args: of them `output_dir, evaluator, val_loss`.
-        amp_dtype: the type of autocast, None for float32.
-        metrics: gets an "eval" line.
-        tensorboard: a `reporting.tensorboard.TensorBoardWriter` for the first images, or None.
-        epoch: the last one that the model was trained in, for the log.
-        step: the number of steps that it was trained for, for the log.
+        model: The detector itself, not its DDP wrapper.
+        loader: Of a `coco_utils.CocoDetection`, with batches of `coco_utils.collate`.
+        categories: Those that the model was trained on.
+        args: Of these `output_dir`, `evaluator` and `val_loss`.
+        amp_dtype: The data type of autocast; None for float32.
+        on_result: Called on rank 0 with the metrics of `coco_eval.evaluate_detections` (with
+            `val_loss`, if computed) and the detections.
 
     Returns:
-        AP, on every process; None where there is no ground truth.
+        AP, on every process; None without ground truth.
 
     Raises:
-        StopRequested: a process was asked to stop.
-        RunError: memory runs out, or two evaluators differ.
+        StopRequested: A process received a signal to stop.
+        RunError: Memory is exhausted, or the two evaluators of "both" differ.
     """
     detections, seconds = detect(model, loader, categories, amp_dtype)
     val_loss = validation_loss(model, loader, amp_dtype=amp_dtype) if args.val_loss else None
 
     def score() -> float | None:
-        index, begin = loader.dataset.index, time.perf_counter()
+        index, start = loader.dataset.index, time.perf_counter()
         coco_eval.write_results(detections, args.output_dir / "detections.json")
-        scores = coco_eval.evaluate_detections(index, detections, args.evaluator)
-        losses = {"val_loss": val_loss} if val_loss else {}
-        metrics.write("eval", epoch=epoch, step=step, **scores, **losses)
+        metrics = coco_eval.evaluate_detections(index, detections, args.evaluator)
         utils.log(
-            f"evaluation: {len(index):,} images in {seconds:.1f} s, "
-            f"{len(index) / seconds:.2f} images/s; {len(detections):,} detections, scored by "
-            f"{args.evaluator} in {time.perf_counter() - begin:.1f} s"
+            f"evaluation  {len(index):,} images in {seconds:.1f} s, "
+            f"{len(index) / seconds:.2f} images/s\n  {len(detections):,} detections, scored by "
+            f"{args.evaluator} in {time.perf_counter() - start:.1f} s"
         )
+        utils.log(coco_eval.table(metrics))
         if val_loss:
             terms = [f"{name.removeprefix('loss_')} {x:.4f}" for name, x in val_loss.items()]
-            utils.log(f"validation {terms[0]}  ({', '.join(terms[1:])})")
-        utils.log(coco_eval.table(scores))
-        if tensorboard:
-            tensorboard.write_images(index, detections, step or 0)
-        return scores["AP"]
+            utils.log(f"  validation {terms[0]} = {' + '.join(terms[1:])}")
+            metrics["val_loss"] = val_loss
+        on_result(metrics, detections)
+        return metrics["AP"]
 
     return utils.run_on_rank_0(score)
 
@@ -199,14 +206,14 @@ def detect(
     """Run `model` on the images of `loader`, of which each process has a share.
 
     Returns:
-        Rows of `coco_eval.detection_rows` in the order of image ids, on rank 0 (None elsewhere),
-        and the seconds that it took.
+        Rows of `coco_eval.detection_rows` in the order of image ids on rank 0, None on the others;
+        and the duration in seconds.
     """
     model.eval()
     utils.broadcast_buffers(model)
     device = next(model.parameters()).device
     category_ids = categories.ids_of_labels()
-    rows = [np.empty((0, 7))]  # so that a process without images has something to concatenate
+    rows = [np.empty((0, 7))]  # a process may have no images
     progress = utils.Progress(loader, len(loader), 0, "evaluation")
     with explain_oom(progress, "--eval-batch-size"):
         for images, targets in progress:
@@ -226,10 +233,10 @@ def detect(
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, loader, *, amp_dtype: torch.dtype | None) -> dict[str, float]:
-    """The loss and its terms on the images of `loader`, averaged over them, on every process.
+    """Compute the loss and its terms, averaged over the images of `loader`, on every process.
 
-    Computed as in training, but that norms use and keep the statistics that they have. What the
-    model draws depends on the image alone. Training is not touched by it.
+    As in training, but norms use their running statistics and do not update them, and what the
+    model draws for an image depends on its id alone. The state of the training does not change.
     """
     model.train()
     for module in model.modules():
@@ -253,6 +260,6 @@ def validation_loss(model: nn.Module, loader, *, amp_dtype: torch.dtype | None) 
     preemption.raise_if_stop_requested()
     shares = utils.gather_objects(({k: float(v) for k, v in sums.items()}, images_seen))
     total = sum(count for _, count in shares)
-    names = next(sums for sums, count in shares if count)  # some process may have no images
+    names = next(sums for sums, count in shares if count)  # a process may have no images
     terms = {name: sum(share.get(name, 0) for share, _ in shares) / total for name in names}
     return {"loss": sum(terms.values()), **terms}

@@ -1,4 +1,4 @@
-"""Which images form which batch, in which order, and which process gets which batch."""
+"""Form the batches of training and evaluation, and distribute them over processes."""
 
 from collections.abc import Iterator
 
@@ -27,29 +27,32 @@ def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray, factor: int) ->
 
 
 def select_train_images(index, keep_empty: bool, batch_size: int, world_size: int) -> np.ndarray:
-    """The positions of the images of a `coco_utils.CocoIndex` to train on, int64 `[N]`.
+    """Select the images to train on.
 
     Args:
-        index: the training split.
-        keep_empty: whether images without a usable box train, too.
-        batch_size: images in a step of one process.
-        world_size: the number of processes.
+        index: A `coco_utils.CocoIndex`, of the train split.
+        keep_empty: Whether to include images without a usable box.
+        batch_size: Images per step and process.
+        world_size: The number of processes.
+
+    Returns:
+        Positions in the index, int64 `[N]`.
 
     Raises:
-        DataError: no box can be trained on.
-        UserError: the images do not fill one step of all processes.
+        DataError: The split has no usable box.
+        UserError: The images do not fill one global batch.
     """
     images = np.arange(len(index)) if keep_empty else index.images_with_boxes()
     if not len(images):
         raise DataError(
-            f"{index.annotation_file} has no box that can be trained on (crowds and boxes without "
-            "a size cannot): export it again, with its annotations"
+            f"{index.annotation_file} has no usable box (crowds and boxes without a size are not): "
+            "export it again, with annotations"
         )
     if len(images) < batch_size * world_size:
         raise UserError(
-            f"the training set has {len(images)} usable images, fewer than one global batch of "
-            f"{batch_size * world_size} ({batch_size} images on each of {world_size} processes): "
-            "lower --batch-size or the number of processes"
+            f"{index.annotation_file} has {len(images)} usable images, fewer than one global batch "
+            f"of {batch_size * world_size} ({batch_size} images on each of {world_size} processes):"
+            " lower --batch-size or the number of processes"
         )
     return images
 
@@ -57,36 +60,38 @@ def select_train_images(index, keep_empty: bool, batch_size: int, world_size: in
 class TrainingPlan:
     """The batches of an epoch as a function of (seed, epoch): a `batch_sampler` for a DataLoader.
 
-    A global batch is `world_size * batch_size` images of one aspect-ratio group, of which rank r
-    takes the r-th share. What remains of each group goes into mixed batches at the end of the
-    epoch. The images that do not fill a last global batch are left out: other ones each epoch, in
-    rotation, so that over the epochs every image is seen equally often. Nothing depends on the
-    number of loader workers, and only the division into shares depends on the number of processes.
+    A global batch is `world_size * batch_size` images of one aspect-ratio group; rank r takes the
+    r-th share. The remainders of the groups form mixed batches at the end of the epoch. Images that
+    do not fill a last global batch are skipped, different ones each epoch in rotation, so that all
+    images are used equally often. Nothing depends on the number of workers, and only the shares
+    depend on the number of processes.
 
-    Iterating yields lists of `(image, seed)`: the position of an image, and the seed of its
-    augmentation, which is f(seed, epoch, image). `start(epoch, step)` sets where the next
-    iteration begins.
+    Iterating yields lists of `(image, seed)`: the position of an image and the seed of its
+    augmentation, f(seed, epoch, image). `start(epoch, step)` sets the start of the next iteration.
     """
 
     def __init__(
         self, groups: np.ndarray, batch_size: int, world_size: int = 1, rank: int = 0, seed: int = 0
     ):
-        self.groups, self.batch_size, self.rank, self.seed = groups, batch_size, rank, seed
+        self.groups = groups
+        self.batch_size = batch_size
+        self.rank = rank
+        self.seed = seed
         self.global_batch = batch_size * world_size
         self.epoch = self.first_step = 0
 
     def start(self, epoch: int, step: int = 0) -> None:
-        """Set the epoch and the step, both from 0, at which the next iteration begins."""
+        """Set the epoch and the step, both from 0, at which the next iteration starts."""
         self.epoch, self.first_step = epoch, step
 
     def __len__(self) -> int:
-        """The number of steps of a whole epoch."""
+        """Return the number of steps of a whole epoch."""
         return len(self.groups) // self.global_batch
 
     def batches(self, epoch: int) -> np.ndarray:
         """Plan a whole epoch: positions of images, int64 `[steps, global_batch]`."""
         rng = np.random.default_rng((self.seed, epoch))
-        images = rng.permutation(np.delete(np.arange(len(self.groups)), self._left_out(epoch)))
+        images = rng.permutation(np.delete(np.arange(len(self.groups)), self._skipped(epoch)))
         groups, full, rest = self.groups[images], [], []
         for group in np.unique(self.groups):
             members = images[groups == group]
@@ -97,8 +102,8 @@ class TrainingPlan:
         mixed = rng.permutation(np.concatenate(rest)).reshape(-1, self.global_batch)
         return np.concatenate([rng.permutation(full), mixed])
 
-    def _left_out(self, epoch: int) -> np.ndarray:
-        """The images that an epoch leaves out: the next few of one fixed permutation."""
+    def _skipped(self, epoch: int) -> np.ndarray:
+        """Return the images that an epoch skips: the next few of one fixed permutation."""
         count = len(self.groups) % self.global_batch
         permutation = np.random.default_rng(self.seed).permutation(len(self.groups))
         return permutation[(epoch * count + np.arange(count)) % len(self.groups)]
@@ -118,19 +123,19 @@ def image_seed(seed: int, epoch: int, image: int) -> int:
 def evaluation_batches(
     sizes: np.ndarray, batch_size: int, world_size: int = 1, rank: int = 0
 ) -> list[list[int]]:
-    """Divide the images to evaluate into batches, without padding any share: no image comes twice.
+    """Divide the images to evaluate into batches; no image is repeated to even out the shares.
 
-    A batch holds images of one size only. The model pads those of different sizes, which would
-    change what it sees near their borders; so the batch size changes the speed alone.
+    The images of a batch have the same size: padding would change the detections near borders. So
+    the batch size affects only speed and memory.
 
     Args:
         sizes: `[I, 2]`, width and height of each image.
-        batch_size: The most images of a batch.
+        batch_size: The maximum number of images per batch.
         world_size: The number of processes.
         rank: The process whose share is returned.
 
     Returns:
-        Lists of positions of images, one for each batch.
+        The positions of the images of each batch.
     """
     _, group = np.unique(sizes, axis=0, return_inverse=True)
     batches = []

@@ -48,17 +48,18 @@ from internals.train_state import TrainState
 
 
 def main(argv: list[str] | None = None) -> None:
-    begin = time.perf_counter()
+    """Train and evaluate; `argv` is the command line."""
+    start = time.perf_counter()
     args = parse_arguments(argv)
     if args.check_data:
-        preemption.restore_signal_handlers()  # there is nothing to save
+        preemption.restore_signal_handlers()  # nothing to save
         return check_data(args)
     device = choose_device(args.device)
     prepare_output_dir(args.output_dir)
     indexes = load_indexes(args)
     utils.init_distributed(device, args.dist_url or "env://", args.timeout_minutes)
     saved = load_resume_checkpoint(args)
-    resolve_defaults(args, saved and saved["args"], device)
+    resolve_defaults(args, saved["args"] if saved else None, device)
     validate_args(args, device)
     amp_dtype, precision = choose_precision(args, device)
 
@@ -73,21 +74,26 @@ def main(argv: list[str] | None = None) -> None:
     # Optimizer
     state = None if args.test_only else build_state(args, model, train_loader, amp_dtype)
     if args.find_batch_size:
-        return batch_size_search.find(state, train_loader, args, engine.to_device)
+        return batch_size_search.find_largest_batch(state, train_loader, args, engine.to_device)
 
     # Outputs
     tensorboard = open_tensorboard(args, saved)
     metrics = utils.MetricsFile(args.output_dir, tensorboard and tensorboard.write_metrics)
-    about = run_log.run_metadata(device, precision, train_loader, val_loader, categories)
+    about = run_log.run_metadata(model, device, precision, train_loader, val_loader, categories)
     metrics.write("start", args=to_plain_dict(args), **about, val_images_left_out=left_out)
-    outputs = {"amp_dtype": amp_dtype, "metrics": metrics, "tensorboard": tensorboard}
-    evaluate = partial(
-        engine.evaluate, loader=val_loader, categories=categories, args=args, **outputs
-    )
+
+    def evaluate(model: nn.Module, epoch: int | None, step: int | None) -> float | None:
+        def write_result(scores: dict, detections: np.ndarray) -> None:
+            metrics.write("eval", epoch=epoch, step=step, **scores)
+            if tensorboard:
+                tensorboard.write_images(indexes["val"], detections, step or 0)
+
+        return engine.evaluate(
+            model, val_loader, categories, args, amp_dtype=amp_dtype, on_result=write_result
+        )
+
     if args.test_only:
-        step = saved and saved["step"]
-        epoch = saved and max(0, step - 1) // saved["args"]["steps_per_epoch"]
-        evaluate(model, epoch=epoch, step=step)
+        evaluate(model, *trained_epoch_and_step(saved))
         return write_report(args)
 
     # Resume
@@ -104,20 +110,21 @@ def main(argv: list[str] | None = None) -> None:
         utils.run_on_rank_0(write)
 
     timer = preemption.CheckpointTimer(args.checkpoint_every, args.checkpoint_minutes, save)
-    train(args, state, train_loader, timer, evaluate, partial(run_log.log_step, metrics))
-    run_log.log_end(metrics, args.output_dir, state.best_AP, begin, timer.seconds_saving)
+    train(args, state, train_loader, timer, evaluate, run_log.StepLog(metrics))
+    run_log.log_end(metrics, args.output_dir, state.best_AP, start, timer.seconds_saving)
     return write_report(args)
 
 
 def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step) -> None:
-    """All epochs from where `state` is, each followed by an evaluation and a checkpoint."""
+    """Train all epochs from `state.epoch` on, each followed by an evaluation and a checkpoint."""
     plan = loader.batch_sampler
     steps_per_epoch = len(plan)
     end = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     while state.epoch < args.epochs and not state.should_stop_early(args.early_stop_patience):
+        start, first_step = time.perf_counter(), state.step - state.epoch * steps_per_epoch
         last_step = min((state.epoch + 1) * steps_per_epoch, end)
         if state.step < last_step:  # else resumed between an epoch and its evaluation
-            plan.start(state.epoch, state.step - state.epoch * steps_per_epoch)
+            plan.start(state.epoch, first_step)
             engine.train_one_epoch(
                 state,
                 loader,
@@ -126,11 +133,14 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
                 log_step=log_step,
                 on_step_end=timer.after_step,
             )
-            timer.save()  # so that a run that is interrupted while evaluating repeats no step
-        AP = evaluate(state.eval_model, epoch=state.epoch, step=state.step)
+            timer.save()  # a run interrupted in the evaluation then repeats no step
+        AP = evaluate(state.eval_model, state.epoch, state.step)
         best = state.update_best(AP)
+        run_log.log_best(state, AP, best)
         state.epoch = state.step // steps_per_epoch
         timer.save(best=best)
+        if first_step == 0 and state.step < end:
+            run_log.log_time_left(args.epochs - state.epoch, time.perf_counter() - start)
         if state.step >= end:
             break
 
@@ -139,14 +149,18 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
 
 
 def load_index(args: argparse.Namespace, split: str) -> coco_utils.CocoIndex:
+    """Read the annotation file of a split, "train" or "val"."""
     paths = (getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images"))
     return coco_utils.CocoIndex(coco_utils.find_split(args.data_path, split, *paths))
 
 
 def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
-    """The annotation files by split, "val" and "train", after the quick check.
+    """Read and check the annotation files, by split; no image is opened.
 
-    With --overfit both are the first few training images.
+    With --overfit both splits are the first few training images.
+
+    Raises:
+        UserError: The data cannot be used for training.
     """
     if args.overfit:
         index = load_index(args, "train").first_with_boxes(args.overfit)
@@ -157,21 +171,21 @@ def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
     for split, index in indexes.items():
         data_checks.check_annotations(index, split, ignore_missing=args.max_bad_images > 0)
     if not args.test_only:
-        select_images(args, indexes["train"])  # here only for its errors, before processes meet
+        select_images(args, indexes["train"])  # for its errors, before the processes connect
     return indexes
 
 
 def select_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.ndarray:
-    """The positions of the images to train on; raises UserError if there are too few."""
+    """Return the positions of the images to train on; raise UserError if there are too few."""
     batch_size = args.batch_size * args.accumulate_steps
     return samplers.select_train_images(index, args.keep_empty, batch_size, utils.world_size())
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Report on the data, every image opened.
+    """Open every image and report on the data (--check-data).
 
     Raises:
-        UserError: it cannot be trained on.
+        UserError: The data cannot be used for training.
     """
     if utils.rank() != 0:
         return
@@ -187,15 +201,15 @@ def check_data(args: argparse.Namespace) -> None:
 def resolve_categories(
     args: argparse.Namespace, indexes: dict, saved: dict | None
 ) -> coco_utils.Categories:
-    """The categories that the model is for: those of the checkpoint, else of the data."""
+    """Return the categories of the model: those of the checkpoint, or else of the data."""
     index, val = indexes["val" if args.test_only else "train"], indexes["val"]
     known = index.categories
     if saved:
         known = coco_utils.Categories.from_list(saved["categories"])
     if not args.test_only and known != index.categories:
         raise UserError(
-            f"{index.annotation_file} has other categories than {args.resume} was trained on: "
-            "to start from its weights use --weights instead of --resume"
+            f"{index.annotation_file} has other categories than {args.resume}: to fine-tune its "
+            "weights use --weights instead of --resume"
         )
     known.check_contains(val.categories, val.annotation_file)
     return known
@@ -207,9 +221,9 @@ def build_loaders(
     categories: coco_utils.Categories,
     device: torch.device,
 ) -> tuple[DataLoader | None, DataLoader]:
-    """The loaders for training (None for --test-only) and evaluation; each process has its share.
+    """Build the loaders of this process for training (None for --test-only) and evaluation.
 
-    The `batch_sampler` of the first is the plan of the epochs.
+    The `batch_sampler` of the training loader is a `samplers.TrainingPlan`.
     """
     make_loader = partial(
         DataLoader,
@@ -218,7 +232,7 @@ def build_loaders(
         persistent_workers=args.workers > 0,
         worker_init_fn=preemption.ignore_signals_in_worker,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # of its own, so that it draws nothing from the global one
+        generator=torch.Generator(),  # else the loader would draw from the global one
     )
     world_size, rank = utils.world_size(), utils.rank()
     val = indexes["val"]
@@ -242,11 +256,13 @@ def build_loaders(
 def build_model(
     args: argparse.Namespace, categories: coco_utils.Categories, saved: dict | None
 ) -> nn.Module:
-    """The detector with the weights it starts from: a checkpoint's, --weights, or a backbone's."""
+    """Build the detector and load its weights: of a checkpoint, --weights, or a backbone."""
     pretrained = models.pretrained_kind(args.weights, args.weights_backbone)
     backbone_state = None
+    if pretrained is None and not saved:
+        utils.log_field("weights", f"random (seed {args.seed})")
     if pretrained == "backbone" and not saved:
-        utils.log(f"weights: backbone {args.weights_backbone}, the rest random (seed {args.seed})")
+        utils.log_field("weights", f"backbone {args.weights_backbone}, the rest random")
         with utils.first_on_each_machine():
             backbone_state = models.backbone_weights(args.model, args.weights_backbone)
     torch.manual_seed(args.seed)
@@ -272,7 +288,9 @@ def build_model(
             )
     if args.sync_bn and not args.test_only:
         if not models.has_trainable_norms(model):
-            raise UserError("--sync-bn has nothing to share: the norms of this model are frozen")
+            raise UserError(
+                "--sync-bn has no effect: the norms of this model are frozen; remove it"
+            )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
@@ -283,9 +301,9 @@ def build_model(
 def build_state(
     args: argparse.Namespace, model: nn.Module, loader: DataLoader, amp_dtype: torch.dtype | None
 ) -> TrainState:
-    """A training before its first step."""
+    """Build optimizer, schedule and moving average: the state of a training at its first step."""
     steps_per_epoch, epoch = len(loader.batch_sampler), args.start_epoch or 0
-    if args.warmup_steps is None:  # which has to know the length of an epoch
+    if args.warmup_steps is None:  # needs the length of an epoch
         args.warmup_steps = min(1000, steps_per_epoch)
     factor = partial(
         engine.learning_rate_factor,
@@ -304,12 +322,13 @@ def build_state(
         ema=AveragedModel(model, multi_avg_fn=average, use_buffers=True) if args.ema else None,
         epoch=epoch,
         step=epoch * steps_per_epoch,
-        # Frozen norms never change, so only trainable ones are worth sending in every step.
+        # Frozen norms never change: only trainable ones need their buffers sent in every step.
         ddp_model=utils.wrap_ddp(model, models.has_trainable_norms(model)),
     )
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer of --opt for the trainable parameters."""
     groups = models.parameter_groups(model, args.weight_decay, args.norm_weight_decay)
     if args.opt == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=True)
@@ -319,10 +338,11 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
 def choose_precision(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[torch.dtype | None, str]:
-    """The type of autocast and its description; the log says what the run computes on and with."""
+    """Return the data type of autocast and its description, and log device and precision."""
     amp_dtype, precision = resolve_precision(device, args.amp, args.amp_dtype)
-    no_gpu = "" if torch.cuda.is_available() or args.device else ": no CUDA device was found"
-    utils.log(f"device: {device.type}{no_gpu}, precision: {precision}")
+    no_gpu = "" if torch.cuda.is_available() or args.device else " (no CUDA device found)"
+    processes = f", {utils.world_size()} processes" if utils.world_size() > 1 else ""
+    utils.log_field("device", f"{device.type}{no_gpu}{processes}, {precision}")
     if args.use_deterministic_algorithms:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -333,9 +353,9 @@ def choose_precision(
 
 
 def load_resume_checkpoint(args: argparse.Namespace) -> dict | None:
-    """The content of the checkpoint to resume, if any, whose path becomes `args.resume`.
+    """Return the content of the checkpoint to resume, if any, and set `args.resume` to its path.
 
-    Rank 0 alone reads it, so that machines without its file, and those that see it late, agree.
+    Only rank 0 reads it: other machines may not have the file, or see it later.
     """
     if args.find_batch_size:
         return None
@@ -344,7 +364,15 @@ def load_resume_checkpoint(args: argparse.Namespace) -> dict | None:
     return saved
 
 
+def trained_epoch_and_step(saved: dict | None) -> tuple[int | None, int | None]:
+    """Return the last epoch and the number of steps that a checkpoint was trained for."""
+    if not saved:
+        return None, None
+    return max(0, saved["step"] - 1) // saved["args"]["steps_per_epoch"], saved["step"]
+
+
 def open_tensorboard(args: argparse.Namespace, saved: dict | None):
+    """Return a TensorBoardWriter on rank 0 if --tensorboard is given, else None."""
     if not args.tensorboard or utils.rank() != 0:
         return None
     from reporting.tensorboard import TensorBoardWriter
@@ -353,21 +381,21 @@ def open_tensorboard(args: argparse.Namespace, saved: dict | None):
 
 
 def write_report(args: argparse.Namespace) -> None:
-    """Write the report of a run that is over, whose results are safe whatever happens to it."""
+    """Write the report of a finished run; a failure is only logged, as all results are saved."""
     if args.no_report or utils.rank() != 0:
         return
     try:
         import report
 
         utils.log(f"report: {report.write(args.output_dir)}")
-    except Exception as error:  # whatever it is, the training is done and saved
+    except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         utils.log(f"no report was written: {kind}{error}")
 
 
 @record
 def run_and_exit() -> None:
-    """Run `main`, in every process under torchrun: with signals, exit codes and cleaning up."""
+    """Run `main` with signal handlers, exit codes and cleanup, in every process of torchrun."""
     failures.exit_if_already_finished()
     preemption.install_signal_handlers()
     preemption.use_forked_workers()

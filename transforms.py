@@ -1,8 +1,8 @@
 """Augmentation presets for a training image and its boxes.
 
-Every preset is built from `torchvision.transforms.v2` and works on uint8 images, so that what is
-copied to the device stays small. Resizing to `--min-size`, normalising and padding are not here:
-torchvision's own `GeneralizedRCNNTransform`, the first part of the model, does them on the device.
+Presets are built from `torchvision.transforms.v2` and work on uint8 images, which keeps the copy to
+the device small. The model itself resizes to `--min-size`, normalizes and pads on the device
+(torchvision's `GeneralizedRCNNTransform`).
 """
 
 import torch
@@ -11,16 +11,15 @@ from torchvision.transforms import v2
 
 PRESETS = ("hflip", "multiscale", "lsj", "ssd", "ssdlite", "none")
 
-# The fill of borders: ImageNet's mean colour times 255, which the model's normalisation turns into
-# (almost) zero.
+# The fill of borders: ImageNet's mean color times 255, which normalization turns into about 0.
 FILL = {tv_tensors.Image: (123, 117, 104), "others": 0}
 
 
 def training_sizes(preset: str, min_size: int) -> tuple[int, ...]:
-    """The shortest sides in pixels, one of which the model draws for each training image.
+    """Return the shorter sides in pixels of which the model draws one per training image.
 
-    The last one is used in evaluation. `multiscale` has the eleven sizes of 480 to 800
-    that Detectron2 and torchvision use, in proportion to `min_size`; the others have one.
+    Evaluation uses the last one. `multiscale` has the eleven sizes from 480 to 800 of Detectron2
+    and torchvision, in proportion to `min_size`; other presets have one.
     """
     if preset != "multiscale":
         return (min_size,)
@@ -32,8 +31,8 @@ def training_preset(name: str, min_size: int) -> v2.Transform:
 
     Args:
         name: One of `PRESETS`.
-        min_size: The side of the square that `lsj` (large-scale jitter, arXiv 2012.07177, scales
-            0.1 to 2) crops and pads to; the others do not use it.
+        min_size: The side in pixels of the square that `lsj` (large-scale jitter, arXiv 2012.07177,
+            scales 0.1 to 2) crops and pads to; not used by other presets.
     """
     flip = v2.RandomHorizontalFlip(0.5)
     if name in ("hflip", "multiscale"):
@@ -62,18 +61,18 @@ def augment(
 ) -> tuple[torch.Tensor, dict]:
     """Apply `transform` to an image and the boxes of its target.
 
-    What is drawn depends on `seed` alone, and the global generator is left as it was. Boxes that a
-    crop removes are dropped together with their `labels`, `iscrowd` and `area` (which stays the
-    area stated for the stored image). The result may have no boxes.
+    What is drawn depends on `seed` alone; the global generator is not changed. Boxes that a crop
+    removes are dropped with their `labels`, `iscrowd` and `area`; the `area` of the others is not
+    changed.
 
     Args:
-        transform: An augmentation, as of `training_preset`.
+        transform: For example of `training_preset`.
         image: uint8 `[3, H, W]`.
-        target: As of `coco_utils.CocoDetection`.
+        target: Of `coco_utils.CocoDetection`.
         seed: Of this image in this epoch.
 
     Returns:
-        The new image and target.
+        The new image and target, which may have no boxes.
     """
     boxes = tv_tensors.BoundingBoxes(
         target["boxes"], format="XYXY", canvas_size=tuple(image.shape[-2:])
@@ -81,7 +80,7 @@ def augment(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         image, boxes = transform(tv_tensors.Image(image), boxes)
-    # torchvision's crops leave a box without a size where they remove one.
+    # torchvision's crops give removed boxes a size of 0.
     boxes = v2.functional.clamp_bounding_boxes(boxes).as_subclass(torch.Tensor)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     per_box = {key: target[key][keep] for key in ("labels", "iscrowd", "area")}

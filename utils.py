@@ -1,13 +1,14 @@
-"""Processes (rank, world size, collectives), seeding, and what a run writes down as it goes.
+"""Distributed helpers, seeding, logging, `metrics.jsonl` and progress.
 
-Without torchrun every helper gives the answer of a single process, so callers never ask whether
-the run is distributed.
+Without torchrun every helper returns the single-process answer, so callers never check whether the
+run is distributed.
 """
 
 import inspect
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,17 +30,17 @@ except ImportError:  # Windows
 
 
 def rank() -> int:
-    """This process's number over all machines, from torchrun's environment; 0 without it."""
+    """Return the rank of this process over all machines; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """The number of processes over all machines; 1 without torchrun."""
+    """Return the number of processes over all machines; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
-    """This process's number on its own machine, which is also the number of its CUDA device."""
+    """Return the rank of this process on its machine, which is also its CUDA device's number."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -48,22 +49,22 @@ _store = None
 
 
 def message_store() -> dist.Store | None:
-    """Where processes leave messages for each other, even when collectives fail; None if alone."""
+    """Return the store for messages that also works when collectives fail; None if alone."""
     return _store
 
 
 def init_distributed(
     device: torch.device, init_method: str = "env://", timeout_minutes: float = 10
 ) -> None:
-    """Join the other processes, if there are any: NCCL for CUDA tensors, Gloo for the others."""
+    """Join the process group, if there are several: NCCL for CUDA tensors, Gloo for CPU ones."""
     global _store
     if world_size() == 1:
         return
     timeout = timedelta(minutes=timeout_minutes)
     _store, _, _ = next(dist.rendezvous(init_method, rank(), world_size(), timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun's own store outlives its processes: one that is started again must not find the
-        # addresses of the dead. (On several machines the launcher makes it a new store each time.)
+        # torchrun's store outlives its processes: after a restart it would still hold the addresses
+        # of the dead ones. (On several machines the launcher creates a new store each time.)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         _store = dist.PrefixStore(f"attempt {attempt}", _store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -79,13 +80,14 @@ def cleanup_distributed() -> None:
 
 
 def barrier() -> None:
+    """Wait until every process has reached this point."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextmanager
 def first_on_each_machine() -> Iterator[None]:
-    """Run the body in the first process of each machine, then in its others (for downloads)."""
+    """Run the body in the first process of each machine, then in the others (for downloads)."""
     if local_rank() != 0:
         barrier()
     yield
@@ -94,14 +96,14 @@ def first_on_each_machine() -> Iterator[None]:
 
 
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    """`tensor` reduced in place over all processes by "sum", "min" or "max"."""
+    """Reduce `tensor` in place over all processes by "sum", "min" or "max", and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()))
     return tensor
 
 
 def gather_objects(value: object) -> list:
-    """The `value` of every process in the order of ranks, on every process. For small things."""
+    """Return the `value` of every process in the order of ranks, on every process; pickled."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -110,7 +112,7 @@ def gather_objects(value: object) -> list:
 
 
 def run_on_rank_0(function: Callable[[], object]) -> object:
-    """What `function` returns in rank 0, in every process; what it raises is raised in all."""
+    """Call `function` on rank 0; return its result, or raise its exception, on every process."""
     result = error = None
     if rank() == 0:
         try:
@@ -128,18 +130,21 @@ def run_on_rank_0(function: Callable[[], object]) -> object:
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray | None:
-    """The rows of every process, `[sum of N, C]`, on rank 0; None on the others."""
+    """Concatenate the rows `[N, C]` of every process on rank 0; return None on the others."""
     if not dist.is_initialized():
         return rows
-    parts = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(rows, parts)
-    return np.concatenate(parts) if parts else None
+    shares = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(rows, shares)
+    return np.concatenate(shares) if shares else None
 
 
 def wrap_ddp(model: torch.nn.Module, sync_buffers: bool) -> torch.nn.Module | None:
-    """The model wrapped for DDP, None where there is only one process.
+    """Wrap the model in DistributedDataParallel; return None if there is only one process.
 
-    `sync_buffers` sends rank 0's buffers to the others in every step, which norms need that train.
+    Args:
+        model: A model on the device of this process.
+        sync_buffers: Whether to broadcast rank 0's buffers in every step, which trainable norms
+            need.
     """
     if world_size() == 1:
         return None
@@ -156,12 +161,12 @@ def wrap_ddp(model: torch.nn.Module, sync_buffers: bool) -> torch.nn.Module | No
 
 
 def ddp_sync(model: torch.nn.Module, enabled: bool):
-    """A context in which DDP averages gradients over the processes; if not, they add up in each."""
+    """Return a context in which DDP averages gradients, or, if not `enabled`, only adds them up."""
     return nullcontext() if enabled or world_size() == 1 else model.no_sync()
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
-    """Give every process rank 0's buffers: BatchNorm's running statistics differ by process."""
+    """Copy rank 0's buffers to every process: BatchNorm's running statistics differ by process."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -171,18 +176,21 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
 
 
 def draw_seed(seed: int, step: int, image: int) -> int:
-    """What the model draws for an image in a step is a function of these three and nothing else.
+    """Derive the seed of what the model draws for an image in a step.
 
-    `image` is its position in the global batch, so that neither the number of processes nor
-    the size of what goes through the model at once matters.
+    Args:
+        seed: The seed of the run.
+        step: The step, counted over the whole training.
+        image: The position of the image in the global batch, so that the seed does not depend on
+            the number of processes or micro-batches.
     """
     return int(np.random.SeedSequence((seed, step, image)).generate_state(1, np.uint64)[0])
 
 
 def seed_step(seed: int, step: int, images: int) -> list[int]:
-    """The `draw_seed` of each of this process's images in a step.
+    """Return the `draw_seed` of each image of this process, and seed PyTorch with the first.
 
-    What a model draws by other means comes from the first of them.
+    The global generator serves the models that do not use the seeds of images.
     """
     first = rank() * images
     seeds = [draw_seed(seed, step, first + n) for n in range(images)]
@@ -190,37 +198,43 @@ def seed_step(seed: int, step: int, images: int) -> list[int]:
     return seeds
 
 
-# ------------------------------------------------------------------- what a run says of itself
+# ------------------------------------------------------------------------ logging and progress
 
 
 def log(message: str = "") -> None:
-    """Print a line, on rank 0 only, without tearing a progress bar apart."""
+    """Print a line on rank 0, above the progress bar if there is one."""
     if rank() == 0:
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
 
 
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, "kind" first; written by rank 0, flushed a line.
+def log_field(label: str, text: object) -> None:
+    """Log a line of the setup; the texts are aligned."""
+    log(f"{label:<11}{text}")
 
-    `listener(kind, values)` is told the same, there.
+
+class MetricsFile:
+    """Appends to `metrics.jsonl`, on rank 0: one JSON object per line, with "kind" first.
+
+    `listener(kind, values)` is called for each line, too.
     """
 
     def __init__(self, output_dir: Path, listener: Callable[[str, dict], None] | None = None):
-        self.path, self.listener = output_dir / "metrics.jsonl", listener
+        self.path = output_dir / "metrics.jsonl"
+        self.listener = listener
         if rank() == 0 and self.path.exists():
-            self._mend()
+            self._remove_incomplete_line()
 
-    def _mend(self) -> None:
-        """Cut off a last line that a crash left unfinished."""
+    def _remove_incomplete_line(self) -> None:
         with self.path.open("r+b") as file:
             content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                file.truncate(whole)
-                log(f"{self.path}: the last line was cut by a crash and is left out")
+            end = content.rfind(b"\n") + 1
+            if end < len(content):
+                file.truncate(end)
+                log(f"{self.path}: removed the last line, which a crash had left incomplete")
 
     def write(self, kind: str, **values) -> None:
+        """Append a line and flush it."""
         if rank() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
@@ -229,74 +243,106 @@ class MetricsFile:
 
 
 class Progress:
-    """Iterates over `batches`, with a progress bar on a terminal; keeps the time.
+    """Iterates over batches with a progress bar (on a terminal), and measures time.
 
-    `total` is the number of steps, `done` how many of them lie behind; `batch` is the current one;
-    `seconds` is the time since the beginning, `waited` how much of it went into waiting for data.
+    Attributes:
+        batch: The current batch; None while the next one is being loaded.
+        done: The number of steps up to the current one, with those before a resume.
+        total: The number of steps of the epoch.
+        waited: The seconds spent on waiting for data.
     """
 
+    SLOW_STEP = 30.0  # seconds after which a step is reported to be still running
+    BAR = "{desc}  {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+
     def __init__(self, batches: Iterable, total: int, done: int, label: str):
-        self.batches, self.done, self.total, self.label = batches, done, total, label
+        self.batches = batches
+        self.label = label
+        self.total = total
+        self.done = self.first = done
         self.batch = None
         self.bar = tqdm(
             total=total,
             initial=done,
             desc=label,
-            unit="step",
+            bar_format=self.BAR,
             dynamic_ncols=True,
             leave=False,
             disable=rank() != 0 or not sys.stderr.isatty(),
         )
-        self.begin, self.first, self.waited = time.perf_counter(), done, 0.0
-        self._lap = (self.begin, self.first, self.waited)
+        self.start = time.perf_counter()
+        self.waited = 0.0
+        self._last_lap = (self.start, self.first, self.waited)
+        self._ended = threading.Event()
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.begin
+        """Seconds since the start."""
+        return time.perf_counter() - self.start
 
     @property
     def steps(self) -> int:
-        """Those taken here, without those that were done before."""
+        """The number of steps up to the current one, without those before a resume."""
         return self.done - self.first
 
     def lap(self) -> tuple[int, float, float]:
-        """Steps, seconds, and seconds of waiting since the last lap."""
+        """Return the steps, seconds and seconds of waiting since the last call."""
         now = (time.perf_counter(), self.done, self.waited)
-        seconds, steps, waited = (a - b for a, b in zip(now, self._lap, strict=True))
-        self._lap = now
+        seconds, steps, waited = (a - b for a, b in zip(now, self._last_lap, strict=True))
+        self._last_lap = now
         return steps, seconds, waited
 
     def __iter__(self) -> Iterator:
         iterator = iter(self.batches)
+        if rank() == 0:  # after the workers were forked, which threads would not survive
+            threading.Thread(target=self._report_slow_steps, daemon=True).start()
         try:
             while True:
-                asked, self.batch = time.perf_counter(), None
+                loading_since = time.perf_counter()
+                self.batch = None
                 self.batch = next(iterator, None)
                 if self.batch is None:
                     return
-                self.waited += time.perf_counter() - asked
+                self.waited += time.perf_counter() - loading_since
                 self.done += 1
                 yield self.batch
                 self.bar.update()
         finally:
+            self._ended.set()
             self.bar.close()
 
-    def show(self, text: str, details: str) -> None:
-        """Put `text` on the bar, or print it as a line with position, time left and `details`."""
+    def _report_slow_steps(self) -> None:
+        """Log that a step is still running, from `SLOW_STEP` on each time its age has doubled."""
+        current = None
+        while not self._ended.wait(timeout=self.SLOW_STEP / 10):
+            if current != (self.done, self.batch is None):
+                current = (self.done, self.batch is None)
+                since, limit = time.perf_counter(), self.SLOW_STEP
+            elif time.perf_counter() - since >= limit:
+                limit *= 2
+                age = f"{time.perf_counter() - since:.0f} s"
+                if self.batch is None:
+                    log(f"{self.label}  {self.position()}  has waited {age} for data")
+                else:
+                    log(f"{self.label}  {self.position()}  is still running after {age}")
+
+    def position(self) -> str:
+        """Return the current step and the number of steps, aligned, such as " 7/97"."""
+        return f"{self.done:{len(str(self.total))}}/{self.total}"
+
+    def show(self, text: str) -> None:
+        """Show `text` on the bar; without a bar, log it with position and time left."""
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
             return
-        left = self.seconds / self.steps * (self.total - self.done)
-        width = len(str(self.total))
-        position = f"[{self.done:{width}}/{self.total}]"
-        eta = timedelta(seconds=round(left))
-        log(f"{self.label} {position}  {text}  epoch eta {eta}  ({details})")
+        eta = timedelta(seconds=round(self.seconds / self.steps * (self.total - self.done)))
+        log(f"{self.label}  {self.position()}  {text}  eta {eta}")
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most memory this process has held, in MiB: on the CUDA device, or resident on a CPU.
+    """Return the peak memory of this process in MiB: of the CUDA device, or resident on a CPU.
 
-    None where the system does not tell (Windows without CUDA).
+    None if it cannot be measured (Windows without CUDA).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
