@@ -8,5 +8,5 @@ from helpers import make_tiny
 
 @pytest.fixture
 def tiny(tmp_path) -> Path:
-    """Eight training and three validation images of two shapes with one or two boxes each."""
+    """Return the root of a data set of eight training and three validation images."""
     return make_tiny(tmp_path / "tiny")

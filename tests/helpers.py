@@ -1,4 +1,4 @@
-"""What the tests share: small data, and ways to run the recipe as a user does."""
+"""Helpers of the tests: small data sets, and ways to run the recipe as a user does."""
 
 import contextlib
 import hashlib
@@ -15,31 +15,39 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from coco_utils import Split
 
 ROOT = Path(__file__).resolve().parent.parent
-# With this in PYTHONPATH a training fails as FAULT in its environment says.
+# With this folder in PYTHONPATH, a training fails as its environment variable FAULT specifies.
 FAULT_INJECTION = str(Path(__file__).resolve().parent / "fault_injection")
 SCRIPTS = ROOT / "start_scripts"
-ONE = SCRIPTS / "train_fasterrcnn_resnet50_torch.sh"
-ALL = SCRIPTS / "train_fasterrcnn_resnet50_dist_torch.sh"
+SINGLE_LAUNCHER = SCRIPTS / "train_fasterrcnn_resnet50_torch.sh"
+DISTRIBUTED_LAUNCHER = SCRIPTS / "train_fasterrcnn_resnet50_dist_torch.sh"
 
-# One thread, so that sums have one order whatever the machine; also in processes to come.
+# One thread, here and in child processes, so that sums have the same order on every machine.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def write_part(
-    root: Path, part: str, sizes: list[tuple[int, int]], boxes: list[list[list]]
+def write_split(
+    root: Path, name: str, sizes: list[tuple[int, int]], boxes: list[list[list]]
 ) -> Path:
-    """COCO 2017's layout: noise images of `sizes` with `boxes` (category_id, x, y, w, h)."""
-    folder = root / f"{part}2017"
+    """Write a split of noise images in the layout of COCO 2017; return its annotation file.
+
+    Args:
+        root: Folder of the data set.
+        name: Name of the split, "train" or "val".
+        sizes: Width and height of each image in pixels.
+        boxes: For each image its boxes, as (category_id, x, y, width, height) in pixels.
+    """
+    folder = root / f"{name}2017"
     folder.mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
-    rng = np.random.default_rng(len(part))
+    rng = np.random.default_rng(len(name))
     images, annotations = [], []
     for n, ((width, height), rows) in enumerate(zip(sizes, boxes, strict=True)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -57,7 +65,7 @@ def write_part(
             for k, (category_id, *box) in enumerate(rows)
         ]
     categories = [{"id": 2, "name": "cat"}, {"id": 5, "name": "dog"}]
-    file = root / "annotations" / f"instances_{part}2017.json"
+    file = root / "annotations" / f"instances_{name}2017.json"
     file.write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
     )
@@ -65,23 +73,23 @@ def write_part(
 
 
 def make_tiny(root: Path) -> Path:
-    """Eight training and three validation images of two shapes with one or two boxes each."""
+    """Write eight training and three validation images of two sizes with one or two boxes each."""
     sizes = [(64, 48), (48, 64)] * 4
     boxes = [[[2, 4, 4, 30, 20]], [[5, 10, 8, 20, 30], [2, 0, 0, 12, 16]]] * 4
-    write_part(root, "train", sizes, boxes)
-    write_part(root, "val", sizes[:3], boxes[:3])
+    write_split(root, "train", sizes, boxes)
+    write_split(root, "val", sizes[:3], boxes[:3])
     return root
 
 
-# A small model, small images and few threads: a training of seconds.
-SMALL = (
+# A small model and small images, so that a training takes seconds.
+SMALL_FLAGS = (
     *("--model", "fasterrcnn_mobilenet_v3_large_320_fpn", "--weights-backbone", "none"),
     *("--min-size", "64", "--print-freq", "1", "-j", "0", "--epochs", "1", "--no-report"),
 )
 
 
 def run(*command, timeout: float = 300, cwd=None, **environment) -> subprocess.CompletedProcess:
-    """Run a command as a user does, without a GPU and with one thread for each process."""
+    """Run a command as a user does, without a GPU and with one thread per process."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     env.pop("RANK", None)
     if "FAULT" in environment:
@@ -97,26 +105,26 @@ def run(*command, timeout: float = 300, cwd=None, **environment) -> subprocess.C
 
 
 def train_in_process(*flags) -> str:
-    """Train, but small, in this process, where errors are raised; return what was printed."""
-    return main_in_process(*SMALL, *flags)
+    """Train with `SMALL_FLAGS` in this process; return the printed output. Errors are raised."""
+    return main_in_process(*SMALL_FLAGS, *flags)
 
 
 def main_in_process(*flags) -> str:
-    """The same with these flags alone."""
+    """Run train.py in this process with these flags only; return the printed output."""
     import train
 
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         train.main(list(map(str, flags)))
-    return printed.getvalue()
+    return output.getvalue()
 
 
 def train(*flags, **kwargs) -> subprocess.CompletedProcess:
-    """Train as a user does, but small."""
-    return run_train(*SMALL, *flags, **kwargs)
+    """Run train.py with `SMALL_FLAGS` in a separate process."""
+    return run_train(*SMALL_FLAGS, *flags, **kwargs)
 
 
 def run_train(*flags, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
-    """Run train.py with these flags alone."""
+    """Run train.py with these flags only in a separate process."""
     argv = [str(ROOT / "train.py"), *map(str, flags)]
     if os.name != "posix":
         return run(sys.executable, *argv, timeout=timeout, **environment)
@@ -133,9 +141,9 @@ def _run_train(argv: list[str]) -> None:
 def run_forked(
     function: Callable, *args, timeout: float = 300, **environment
 ) -> subprocess.CompletedProcess:
-    """Call `function(*args)` in a process of its own.
+    """Call `function(*args)` in a separate process.
 
-    It is forked from one that has imported train.py, as the imports take three seconds.
+    It is forked from a process that has imported train.py, as the imports take three seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "reporting.figures"])
@@ -150,13 +158,15 @@ def run_forked(
     return subprocess.CompletedProcess(args, process.exitcode, out, err)
 
 
-def train_two(*flags, **kwargs) -> list[subprocess.CompletedProcess]:
-    """Train, but small, in two processes, which meet as those of torchrun do; one result each."""
-    return run_train_two(*SMALL, *flags, **kwargs)
+def train_two_processes(*flags, **kwargs) -> list[subprocess.CompletedProcess]:
+    """Train with `SMALL_FLAGS` in two processes; return the result of each."""
+    return run_two_processes(*SMALL_FLAGS, *flags, **kwargs)
 
 
-def run_train_two(*flags, timeout: float = 120, **environment) -> list[subprocess.CompletedProcess]:
-    """The same with these flags alone."""
+def run_two_processes(
+    *flags, timeout: float = 120, **environment
+) -> list[subprocess.CompletedProcess]:
+    """Run train.py in two processes that connect like those of torchrun; return both results."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -177,7 +187,7 @@ def _call(function: Callable, args: tuple, environment: dict, folder: str) -> No
     os.environ.pop("RANK", None)
     os.environ.update(CUDA_VISIBLE_DEVICES="", **environment)
     if "FAULT" in environment:
-        # Not by name: the system may have a sitecustomize of its own.
+        # Loaded by path, as the system may have another sitecustomize.
         file = f"{FAULT_INJECTION}/sitecustomize.py"
         spec = importlib.util.spec_from_file_location("fault_injection", file)
         faults = importlib.util.module_from_spec(spec)
@@ -186,19 +196,19 @@ def _call(function: Callable, args: tuple, environment: dict, folder: str) -> No
     function(*args)
 
 
-def metrics(output_dir: Path, kind: str) -> list[dict]:
-    """The lines of this kind that `metrics.jsonl` has."""
+def read_metrics(output_dir: Path, kind: str) -> list[dict]:
+    """Return the lines of this kind in `metrics.jsonl`."""
     lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
 
 
-def losses(output_dir: Path) -> list[float]:
-    """The loss of every step that `metrics.jsonl` has."""
-    return [line["loss"] for line in metrics(output_dir, "train")]
+def read_losses(output_dir: Path) -> list[float]:
+    """Return the loss of every logged step in `metrics.jsonl`."""
+    return [line["loss"] for line in read_metrics(output_dir, "train")]
 
 
 def start(*command, **environment) -> subprocess.Popen:
-    """The same without waiting for its end; to be read while it runs."""
+    """Start a command without waiting for its end; its output can be read while it runs."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         [str(part) for part in command],
@@ -210,7 +220,7 @@ def start(*command, **environment) -> subprocess.Popen:
 
 
 def wait_for(process: subprocess.Popen, text: str) -> list[str]:
-    """Read what a process says until a line with this text; returns the lines."""
+    """Read the output of a process up to a line with this text; return the lines."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -219,21 +229,32 @@ def wait_for(process: subprocess.Popen, text: str) -> list[str]:
     raise AssertionError(f"no {text!r} in\n{''.join(lines)}")
 
 
-def processes_of(mark: object) -> list[int]:
-    """The processes whose command line has `mark` in it (Linux)."""
-    found = []
+def find_processes(mark: object) -> list[int]:
+    """Return the ids of the processes with `mark` in their command line (Linux only)."""
+    process_ids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if str(mark).encode() in command and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
+            process_ids.append(int(folder.name))
+    return process_ids
 
 
-def split_of(root, part="train") -> Split:
-    return Split(root / f"annotations/instances_{part}2017.json", root / f"{part}2017")
+def split_of(root, name="train") -> Split:
+    return Split(root / f"annotations/instances_{name}2017.json", root / f"{name}2017")
+
+
+def read_labels(root: Path, split: str) -> dict:
+    """Return the size and the annotations of each image of a split, by file name."""
+    content = json.loads(split_of(root, split).annotations.read_text(encoding="utf-8"))
+    images = {row["id"]: row for row in content["images"]}
+    labels = {r["file_name"]: ((r["width"], r["height"]), []) for r in images.values()}
+    for row in content["annotations"]:
+        fields = (row["category_id"], row["bbox"], pytest.approx(row["area"]), row["iscrowd"])
+        labels[images[row["image_id"]]["file_name"]][1].append(fields)
+    return labels
 
 
 def rewrite(split: Split, change) -> None:
@@ -251,5 +272,5 @@ def weights_hash(file: Path) -> str:
 
 
 def launch(script: Path, *flags, **kwargs) -> subprocess.CompletedProcess:
-    """Run a launcher in the environment that the tests run in."""
-    return run("bash", script, *SMALL, *flags, VIRTUAL_ENV=sys.prefix, **kwargs)
+    """Run a launcher with `SMALL_FLAGS` in the virtual environment of the tests."""
+    return run("bash", script, *SMALL_FLAGS, *flags, VIRTUAL_ENV=sys.prefix, **kwargs)

@@ -1,4 +1,4 @@
-"""What the tests of the report share: output folders, as a training of `tiny` leaves them."""
+"""Helpers of the report's tests: output folders like those of a training of `tiny`."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def eval_line(tiny: Path, epoch: int, detections=DETECTIONS, **values) -> dict:
 
 
 def two_epochs(tiny: Path) -> list[dict]:
-    """The lines of a training of two epochs, the second of which is better."""
+    """Return the lines of a training of two epochs with a better second epoch."""
     steps = [train_line(step) for step in range(1, 9)]
     evals = [eval_line(tiny, 0, AP=0.1), eval_line(tiny, 1)]
     end = {"kind": "end", "best_AP": evals[1]["AP"], "seconds": 3725.0}
@@ -64,7 +64,7 @@ def two_epochs(tiny: Path) -> list[dict]:
 
 
 def write_output(folder: Path, lines: list[dict], detections=DETECTIONS) -> Path:
-    """Write an output folder with these lines and, unless None, detections."""
+    """Write an output folder with these lines and, unless None, these detections."""
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if detections is not None:

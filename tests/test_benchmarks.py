@@ -1,4 +1,4 @@
-"""The benchmarks run, and measure what they say; how fast things are is not tested."""
+"""The benchmarks run and write their figures; the figures themselves are not tested."""
 
 import json
 import sys

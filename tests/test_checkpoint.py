@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and what a run goes on from."""
+"""Atomic checkpoints, damaged checkpoints and resuming."""
 
 import argparse
 import os
@@ -47,7 +47,7 @@ def steps_in(folder: Path) -> list[int]:
 # ------------------------------------------------------------------------------------ writing
 
 
-def test_saved_state_is_loaded(tmp_path):
+def test_save_and_load(tmp_path):
     path = checkpoint.save(tmp_path, STATE)
     assert path.name == "checkpoint_00000012.pth"
     for name in (path, tmp_path / "checkpoint.pth"):
@@ -60,17 +60,17 @@ def test_saved_state_is_loaded(tmp_path):
     assert names(tmp_path) == {"checkpoint_00000012.pth", "checkpoint.pth"}
 
 
-def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
     for step in range(1, 9):
         save(tmp_path, step, keep=3, best=step == 2)
     assert steps_in(tmp_path) == [8, 7, 6]
     assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 2
     assert checkpoint.load(tmp_path / checkpoint.NEWEST)["step"] == 8
-    # the names of one file do not take room twice
+    # a hard link, which takes no space
     assert (tmp_path / checkpoint.NEWEST).samefile(checkpoint.list_numbered(tmp_path)[0])
 
 
-def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
+def test_saving_same_step_replaces_checkpoint(tmp_path):
     save(tmp_path, 4)
     checkpoint.save(tmp_path, {**STATE, "step": 4, "best_AP": 0.5}, best=True)
     for name in (checkpoint.NEWEST, checkpoint.BEST, "checkpoint_00000004.pth"):
@@ -78,18 +78,18 @@ def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     assert steps_in(tmp_path) == [4]
 
 
-def test_restarted_epoch_prunes_the_steps_that_were_given_up(tmp_path):
+def test_restarted_epoch_prunes_discarded_steps(tmp_path):
     for step in (7, 8, 9, 5, 6):
         path = save(tmp_path, step)
         assert checkpoint.load_newest(tmp_path)[0] == path
     assert steps_in(tmp_path) == [6, 5]
 
 
-def test_without_hard_links_names_are_copies(tmp_path, monkeypatch):
-    def refuse(*_):
+def test_names_are_copies_without_hard_links(tmp_path, monkeypatch):
+    def fail(*_):
         raise OSError("not supported")
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", fail)
     save(tmp_path, 1, best=True)
     save(tmp_path, 2)
     assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 1
@@ -98,25 +98,25 @@ def test_without_hard_links_names_are_copies(tmp_path, monkeypatch):
 
 @POSIX
 @pytest.mark.parametrize(("point", "step"), [("writing", 2), ("flushed", 2), ("renamed", 3)])
-def test_killed_during_a_save(tmp_path, point, step):
-    for before in (1, 2):
-        save(tmp_path, before)
-    died = run_forked(save, tmp_path, 3, FAULT=f"kill@{point}:0:0")
-    assert died.returncode == -signal.SIGKILL, died.stderr
+def test_kill_during_save(tmp_path, point, step):
+    for saved in (1, 2):
+        save(tmp_path, saved)
+    killed = run_forked(save, tmp_path, 3, FAULT=f"kill@{point}:0:0")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert bool(list(tmp_path.glob("*.partial"))) == (point != "renamed")
     path, state, skipped = checkpoint.load_newest(tmp_path)
     assert state["step"] == step
     assert path == checkpoint.list_numbered(tmp_path)[0]
     assert not skipped
     assert steps_in(tmp_path) == ([3, 2, 1] if point == "renamed" else [2, 1])
-    save(tmp_path, 4)  # and what was left over is gone
+    save(tmp_path, 4)  # also removes the partial file
     assert names(tmp_path) == {
         "checkpoint.pth",
         *(f"checkpoint_0000000{s}.pth" for s in (4, step)),
     }
 
 
-def save_with_little_room(folder: Path) -> None:
+def save_with_file_size_limit(folder: Path) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -127,26 +127,29 @@ def save_with_little_room(folder: Path) -> None:
 
 
 @POSIX
-def test_full_disk_leaves_the_checkpoints_before(tmp_path):
+def test_full_disk_keeps_previous_checkpoints(tmp_path):
     save(tmp_path, 1)
-    done = run_forked(save_with_little_room, tmp_path)
+    done = run_forked(save_with_file_size_limit, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"checkpoint not saved: {tmp_path}/checkpoint_00000002.pth: ")
-    assert "go on with --resume auto" in done.stdout
+    assert done.stdout.startswith(f"{tmp_path}/checkpoint_00000002.pth: checkpoint not saved: ")
+    assert "continue with --resume auto" in done.stdout
     assert checkpoint.load_newest(tmp_path)[1]["step"] == 1
     assert names(tmp_path) == {"checkpoint_00000001.pth", "checkpoint.pth"}
 
 
-def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(RunError, match=r"gone/checkpoint_00000001.pth: No such file or directory"):
-        save(tmp_path / "gone", 1)
+def test_missing_folder_is_reported(tmp_path):
+    with pytest.raises(
+        RunError,
+        match=r"missing/checkpoint_00000001.pth: checkpoint not saved: No such file or directory",
+    ):
+        save(tmp_path / "missing", 1)
 
 
 # ------------------------------------------------------------------------------------ reading
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.999])
-def test_truncated_checkpoint_is_passed_over(tmp_path, share):
+def test_truncated_checkpoint_is_skipped(tmp_path, share):
     for step in (1, 2):
         save(tmp_path, step)
     newest = checkpoint.list_numbered(tmp_path)[0]
@@ -156,12 +159,12 @@ def test_truncated_checkpoint_is_passed_over(tmp_path, share):
     assert state["step"] == 1
     assert path.name == "checkpoint_00000001.pth"
     assert message.startswith(f"{newest} ")
-    # it is out of the way, but not gone
+    # renamed, not deleted
     assert newest.with_name(newest.name + ".damaged").exists()
     assert checkpoint.list_numbered(tmp_path) == [path]
 
 
-def test_flipped_byte_of_a_tensor_is_noticed_by_its_checksum(tmp_path):
+def test_flipped_tensor_byte_fails_checksum(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     newest = checkpoint.list_numbered(tmp_path)[0]
@@ -176,22 +179,24 @@ def test_flipped_byte_of_a_tensor_is_noticed_by_its_checksum(tmp_path):
     assert f"the checksum of {tensors[0].filename} does not match" in message
 
 
-def test_no_flipped_byte_changes_what_is_loaded(tmp_path):
+def test_flipped_byte_never_changes_loaded_state(tmp_path):
     path = save(tmp_path, 1)
-    content, refused = path.read_bytes(), 0
-    for at in range(0, len(content), 13):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
+    content = path.read_bytes()
+    rejected = 0
+    for offset in range(0, len(content), 13):
+        flipped = bytes([content[offset] ^ 0x10])
+        path.write_bytes(content[:offset] + flipped + content[offset + 1 :])
         try:
             state = checkpoint.load(path)
         except CheckpointError:
-            refused += 1
-        else:  # it was padding
+            rejected += 1
+        else:  # the byte was padding
             assert torch.equal(state["model"]["w"], STATE["model"]["w"])
             assert state["args"] == STATE["args"]
-    assert refused > 20
+    assert rejected > 20
 
 
-def test_damaged_checkpoints_alone_are_an_error_not_a_new_training(tmp_path):
+def test_only_damaged_checkpoints_is_an_error(tmp_path):
     for step in (1, 2):
         save(tmp_path, step).write_bytes(b"PK nothing")
     with pytest.raises(CheckpointError, match="none of the checkpoints") as caught:
@@ -202,7 +207,7 @@ def test_damaged_checkpoints_alone_are_an_error_not_a_new_training(tmp_path):
     assert checkpoint.load_newest(tmp_path / "empty") is None
 
 
-def test_copy_of_the_newest_alone_is_found(tmp_path):
+def test_checkpoint_pth_alone_is_found(tmp_path):
     content = (save(tmp_path, 7).parent / checkpoint.NEWEST).read_bytes()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/checkpoint.pth").write_bytes(content)
@@ -211,7 +216,7 @@ def test_copy_of_the_newest_alone_is_found(tmp_path):
 
 
 class RunsCode:
-    """Pickled so that loading it would create a file."""
+    """An object whose unpickling would create a file."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -232,7 +237,7 @@ class RunsCode:
         ("runs code", "cannot be read"),
     ],
 )
-def test_other_files_are_refused_by_name(tmp_path, content, message):
+def test_other_files_are_rejected(tmp_path, content, message):
     file, created = tmp_path / "x.pth", tmp_path / "created"
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -251,54 +256,59 @@ def test_other_files_are_refused_by_name(tmp_path, content, message):
 
 
 def resolve(folder: Path, resume: object = None, test_only: bool = False) -> int | None:
-    """The steps of the checkpoint that a run goes on from."""
-    path, saved = checkpoint.resolve_resume(folder, resume and str(resume), test_only)
+    """Return the step from which a run resumes, None for a new training."""
+    flag = None if resume is None else str(resume)
+    path, saved = checkpoint.resolve_resume(folder, flag, test_only)
     assert (path is None) == (saved is None)
-    return saved and saved["step"]
+    return None if saved is None else saved["step"]
 
 
-def test_new_training_does_not_overwrite_another(tmp_path):
+def test_new_training_does_not_overwrite_checkpoints(tmp_path):
     assert resolve(tmp_path) is None
     save(tmp_path, 3)
-    with pytest.raises(UserError, match=r"checkpoint_00000003.pth is there .*--resume auto"):
+    with pytest.raises(
+        UserError, match=r"checkpoint_00000003.pth belongs to another .*--resume auto"
+    ):
         resolve(tmp_path)
 
 
-def test_resume_auto_takes_the_newest_whole_checkpoint(tmp_path, capsys):
+def test_resume_auto_loads_newest_intact_checkpoint(tmp_path, capsys):
     assert resolve(tmp_path, "auto") is None
-    assert f"no checkpoint in {tmp_path} yet, a new training" in capsys.readouterr().out
+    assert f"no checkpoint in {tmp_path} yet, new training" in capsys.readouterr().out
     for step in (1, 2):
         path = save(tmp_path, step)
     assert resolve(tmp_path, "auto") == 2
     path.write_bytes(b"")
     assert resolve(tmp_path, "auto") == 1
-    assert capsys.readouterr().out.startswith(f"passed over: {path} cannot be read")
+    assert f"skipped a damaged checkpoint: {path} cannot be read" in capsys.readouterr().out
     for path in tmp_path.glob("checkpoint*.pth"):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
         resolve(tmp_path, "auto")
 
 
-def test_resume_of_a_file(tmp_path):
+def test_resume_from_file(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     assert resolve(tmp_path, tmp_path / "checkpoint.pth") == 2
     assert resolve(tmp_path / "other", tmp_path / "checkpoint_00000001.pth") == 1
     older = tmp_path / "checkpoint_00000001.pth"
-    with pytest.raises(UserError, match=r"has 1 steps, but .*checkpoint_00000002.pth has more"):
+    with pytest.raises(
+        UserError, match=r"has 1 steps, and .* would prune .*checkpoint_00000002.pth"
+    ):
         resolve(tmp_path, older)
-    with pytest.raises(CheckpointError, match=r"--resume .*gone.pth: no such file"):
-        resolve(tmp_path, tmp_path / "gone.pth")
+    with pytest.raises(CheckpointError, match=r"--resume .*missing.pth: no such file"):
+        resolve(tmp_path, tmp_path / "missing.pth")
 
 
-def test_process_restarted_by_torchrun_resumes_without_a_flag(tmp_path, monkeypatch):
+def test_torchrun_restart_resumes_without_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert resolve(tmp_path) is None
     save(tmp_path, 3)
     assert resolve(tmp_path) == 3
 
 
-def test_evaluation_does_not_overwrite_another_training(tmp_path):
+def test_evaluation_does_not_overwrite_other_training(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         save(tmp_path / name, 3)
@@ -306,7 +316,7 @@ def test_evaluation_does_not_overwrite_another_training(tmp_path):
     assert resolve(tmp_path / "a", "auto", test_only=True) == 3
     assert resolve(tmp_path / "c", tmp_path / "b/checkpoint.pth", test_only=True) == 3
     for resume in (tmp_path / "b/checkpoint.pth", None):
-        with pytest.raises(UserError, match=r"a/checkpoint_00000003.pth is there"):
+        with pytest.raises(UserError, match=r"a/checkpoint_00000003.pth belongs to another"):
             resolve(tmp_path / "a", resume, test_only=True)
     with pytest.raises(UserError, match=r"no checkpoint in .*c to evaluate"):
         resolve(tmp_path / "c", "auto", test_only=True)
@@ -319,7 +329,7 @@ ARGS = {
 
 
 def restore(before: dict, now: dict, resume_anyway: bool = False) -> engine.TrainState:
-    """Resume a run of two epochs and five steps, of the arguments `before`."""
+    """Resume a run with the arguments `before` after two epochs and five steps."""
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = engine.TrainState(model, optimizer, lambda step: 0.1)
@@ -329,46 +339,46 @@ def restore(before: dict, now: dict, resume_anyway: bool = False) -> engine.Trai
     return state
 
 
-def test_restored_state_goes_on_where_it_was(capsys):
+def test_restore_progress(capsys):
     state = restore(ARGS, ARGS)
     assert (state.epoch, state.step, state.best_AP) == (2, 25, 0.5)
-    # what a checkpoint of an older version lacks is not compared
+    # arguments that an older checkpoint lacks are not compared
     older = {key: value for key, value in ARGS.items() if key != "ema"}
     assert restore(older, {**ARGS, "ema": 0.9}).step == 25
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", checkpoint.RESUME_INVARIANTS)
-def test_changed_invariant_is_refused_by_name(name, capsys):
-    words = {"train_data": "other training data", "val_data": "other validation data"}
-    words |= {key: f"{key.replace('_', ' ')} None (now 7)" for key in ("precision",)}
-    words |= {"global_batch": "global batch 4 (now 7)"}
+def test_changed_invariant_is_rejected(name, capsys):
+    descriptions = {"train_data": "other training data", "val_data": "other validation data"}
+    descriptions |= {key: f"{key.replace('_', ' ')} None (now 7)" for key in ("precision",)}
+    descriptions |= {"global_batch": "global batch 4 (now 7)"}
     before = ARGS[name]
-    described = words.get(name, f"--{name.replace('_', '-')} {before} (now 7)")
+    described = descriptions.get(name, f"--{name.replace('_', '-')} {before} (now 7)")
     with pytest.raises(UserError) as caught:
         restore(ARGS, {**ARGS, name: 7})
-    assert f"x.pth was trained with {described}. Use what" in str(caught.value)
+    assert f"x.pth was trained with {described}: use the same" in str(caught.value)
     assert "--resume-anyway" in str(caught.value)
     state = restore(ARGS, {**ARGS, name: 7, "steps_per_epoch": 20}, resume_anyway=True)
-    said = capsys.readouterr().out
-    assert f"--resume-anyway: trained with {described}" in said
+    output = capsys.readouterr().out
+    assert f"--resume-anyway: so far trained with {described}" in output
     restarts = name in ("seed", "global_batch", "keep_empty", "aspect_ratio_group_factor")
     restarts = restarts or name == "train_data"
-    assert ("epoch 2 restarts" in said) == restarts
+    assert ("epoch 2 restarts" in output) == restarts
     assert (state.epoch, state.step) == (2, 40 if restarts else 25)
 
 
-def test_all_changes_are_named_at_once():
-    with pytest.raises(UserError, match=r"--seed 0 \(now 1\), --lr 0.1 \(now 0.2\)\. Use"):
+def test_all_changed_invariants_are_reported():
+    with pytest.raises(UserError, match=r"--seed 0 \(now 1\), --lr 0.1 \(now 0.2\): use"):
         restore(ARGS, {**ARGS, "lr": 0.2, "seed": 1})
 
 
-def test_other_number_of_processes_is_said(capsys):
+def test_changed_world_size_is_logged(capsys):
     assert restore({**ARGS, "world_size": 2}, ARGS).step == 25
-    assert "1 processes instead of 2: every planned image is seen once" in capsys.readouterr().out
+    assert "1 processes instead of 2: same batches" in capsys.readouterr().out
 
 
-def test_resume_facts_are_compared():
+def test_add_resume_facts():
     class Index:
         def fingerprint(self) -> str:
             return "abc"
@@ -383,8 +393,8 @@ def test_resume_facts_are_compared():
     assert checkpoint.add_resume_facts(args, plan, None, {})["precision"] == "float32"
 
 
-def test_checkpoints_are_listed_in_the_order_to_try(tmp_path):
-    for step in (99_999_999, 100_000_001):  # more digits than there is room for
+def test_checkpoints_are_listed_newest_first(tmp_path):
+    for step in (99_999_999, 100_000_001):  # more digits than the padded file name
         save(tmp_path, step)
     assert steps_in(tmp_path) == [100_000_001, 99_999_999]
     (tmp_path / "checkpoint_last.pth").touch()
@@ -394,16 +404,16 @@ def test_checkpoints_are_listed_in_the_order_to_try(tmp_path):
     assert checkpoint.list_checkpoints(tmp_path)[-1] == tmp_path / checkpoint.NEWEST
 
 
-def test_best_is_named_before_the_checkpoint_counts_as_evaluated(tmp_path, monkeypatch):
-    """A kill between the two would otherwise lose it: the resumed run evaluates no second time."""
+def test_best_is_saved_before_numbered_checkpoint(tmp_path, monkeypatch):
+    """Otherwise a kill in between loses the best: a resumed run does not evaluate again."""
     replace = os.replace
 
-    def killed_at_the_checkpoint(source, target):
+    def fail_at_numbered_checkpoint(source, target):
         if Path(target).name == "checkpoint_00000003.pth":
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", killed_at_the_checkpoint)
+    monkeypatch.setattr(os, "replace", fail_at_numbered_checkpoint)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, {**STATE, "step": 3}, best=True)
     assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 3

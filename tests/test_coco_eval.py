@@ -16,8 +16,8 @@ from internals.errors import RunError, UserError
 BOTH = ("hotcoco", "pycocotools")
 
 
-def direct(annotations, results: list[dict]) -> np.ndarray:
-    """The twelve metrics as pycocotools gives them for the two files themselves."""
+def pycocotools_metrics(annotations, results: list[dict]) -> np.ndarray:
+    """Return the twelve metrics of pycocotools for an annotation file and results."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(annotations)
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
@@ -28,7 +28,7 @@ def direct(annotations, results: list[dict]) -> np.ndarray:
 
 
 def random_truth(tiny, rng) -> CocoIndex:
-    """The small data with a crowd, an image without boxes, and an id far beyond float32."""
+    """Return `tiny` with a crowd, an image without boxes, and an id beyond float32."""
     split = split_of(tiny)
 
     def change(data):
@@ -46,7 +46,7 @@ def random_truth(tiny, rng) -> CocoIndex:
 
 
 def random_detections(index: CocoIndex, rng, each: int = 150) -> np.ndarray:
-    """Boxes near the true ones and others, more than 100 an image, with ties among the scores."""
+    """Return boxes near the ground truth and others, over 100 per image, with tied scores."""
     rows = []
     for i, image_id in enumerate(index.image_ids.tolist()):
         true = index.boxes[index.box_range(i)]
@@ -61,24 +61,24 @@ def random_detections(index: CocoIndex, rng, each: int = 150) -> np.ndarray:
 
 @pytest.mark.parametrize("evaluator", BOTH)
 @pytest.mark.parametrize("seed", range(3))
-def test_metrics_equal_pycocotools_on_the_files(tiny, seed, evaluator, tmp_path):
+def test_metrics_equal_pycocotools(tiny, seed, evaluator, tmp_path):
     rng = np.random.default_rng(seed)
     index = random_truth(tiny, rng)
     detections = random_detections(index, rng)
     coco_eval.write_results(detections, tmp_path / "detections.json")
     results = json.loads((tmp_path / "detections.json").read_text())
-    expected = direct(index.annotation_file, results)
+    expected = pycocotools_metrics(index.annotation_file, results)
     metrics = coco_eval.evaluate_detections(index, detections, evaluator)
     assert expected[0] > 0
     for name, value in zip(coco_eval.METRICS, expected, strict=True):
         assert metrics[name] == (None if value < 0 else value)
-    known = [ap for ap in metrics["per_category"].values() if ap is not None]
+    averages = [ap for ap in metrics["per_category"].values() if ap is not None]
     assert metrics["per_category"]["unseen"] is None
-    assert np.mean(known) == pytest.approx(metrics["AP"])
+    assert np.mean(averages) == pytest.approx(metrics["AP"])
 
 
 @pytest.mark.parametrize("evaluator", BOTH)
-def test_no_detections_give_zero_and_absent_sizes_give_none(tiny, evaluator):
+def test_metrics_without_detections(tiny, evaluator):
     metrics = coco_eval.evaluate_detections(CocoIndex(split_of(tiny)), np.empty((0, 7)), evaluator)
     assert metrics["AP"] == 0
     assert metrics["APl"] is None
@@ -89,9 +89,9 @@ def test_no_detections_give_zero_and_absent_sizes_give_none(tiny, evaluator):
 
 
 def random_index(file, rng) -> CocoIndex:
-    """Images in any order, with and without boxes; crowds, boxes without a size, odd category ids.
+    """Return a random index: unordered images, crowds, boxes without a size, odd category ids.
 
-    Sometimes there is no ground truth at all.
+    Some images have no boxes; one index in ten has no ground truth at all.
     """
     ids = rng.choice([-7, -1, 0, 1, 2, 5, 90, 2**40], int(rng.integers(1, 8)), replace=False)
     image_ids = rng.choice(1000, int(rng.integers(1, 25)), replace=False) - 100
@@ -104,7 +104,7 @@ def random_index(file, rng) -> CocoIndex:
             row = {"id": len(annotations) + 1, "image_id": image["id"], "bbox": [x, y, w, h]}
             row["iscrowd"] = int(rng.random() < 0.15)
             row["area"] = w * h * rng.uniform(0.4, 1)
-            # The last category has no ground truth, if there are several.
+            # Of several categories the last has no ground truth.
             row["category_id"] = int(rng.choice(ids[:-1] if len(ids) > 1 else ids))
             annotations.append(row)
     categories = [{"id": i, "name": f"c{i}"} for i in ids.tolist()]
@@ -114,11 +114,11 @@ def random_index(file, rng) -> CocoIndex:
 
 
 def random_results(index: CocoIndex, rng) -> np.ndarray:
-    """Rows with ties among the scores, in any order; often more than 100 of an image."""
+    """Return unordered detections with tied scores, often more than 100 per image."""
     rows, decimals = [], int(rng.integers(1, 4))
     for i, image_id in enumerate(index.image_ids.tolist()):
         true = index.boxes[index.box_range(i)]
-        one_category = rng.random() < 0.2  # and then up to 150 detections of it
+        one_category = rng.random() < 0.2  # up to 150 detections of it
         for _ in range(int(rng.choice([0, 1, 30, 150]))):
             near = len(true) and rng.random() < 0.7
             box = true[rng.integers(len(true))] if near else rng.uniform(1, 200, 4)
@@ -132,7 +132,7 @@ def random_results(index: CocoIndex, rng) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_hotcoco_equals_pycocotools_to_the_last_bit(tmp_path, seed):
+def test_hotcoco_equals_pycocotools(tmp_path, seed):
     rng = np.random.default_rng(seed)
     index = random_index(tmp_path / "random.json", rng)
     detections = random_results(index, rng) if seed % 10 else np.empty((0, 7))
@@ -141,13 +141,13 @@ def test_hotcoco_equals_pycocotools_to_the_last_bit(tmp_path, seed):
     assert metrics == expected
     assert np.array_equal(curves, expected_curves, equal_nan=True)
     if len(detections):
-        stats = direct(index.annotation_file, coco_eval.coco_results(detections))
+        stats = pycocotools_metrics(index.annotation_file, coco_eval.coco_results(detections))
         assert [metrics[name] for name in coco_eval.METRICS] == [
             None if value < 0 else value for value in stats
         ]
 
 
-def test_detections_of_unknown_categories_and_images_do_not_count(tiny):
+def test_unknown_categories_and_images_are_ignored(tiny):
     index = CocoIndex(split_of(tiny))
     detections = random_detections(index, np.random.default_rng(0), each=20)
     detections = detections[detections[:, 6] != 9]
@@ -155,8 +155,8 @@ def test_detections_of_unknown_categories_and_images_do_not_count(tiny):
     others[::2, 6], others[1::2, 0], others[:, 5] = 77, 5, 1
     for evaluator in BOTH:
         expected = coco_eval.evaluate_detections(index, detections, evaluator)
-        more = coco_eval.evaluate_detections(index, np.concatenate([others, detections]), evaluator)
-        assert more == expected
+        everything = np.concatenate([others, detections])
+        assert coco_eval.evaluate_detections(index, everything, evaluator) == expected
         assert expected["AP"] > 0
 
 
@@ -166,16 +166,18 @@ def test_both_evaluators_must_agree(tiny, monkeypatch):
     both = coco_eval.evaluate_detections(index, detections, "both")
     assert both == coco_eval.evaluate_detections(index, detections, "hotcoco")
 
-    def without_the_first(*columns):
+    def score_with_error(*columns):
         columns[-1]["score"][:5] = 0
         return coco_eval._with_pycocotools(*columns)
 
-    monkeypatch.setattr(coco_eval, "_with_hotcoco", without_the_first)
-    with pytest.raises(RunError, match=r"different numbers: AP: 0\.\d+ and 0\.\d+.*AP of 'cat': 0"):
+    monkeypatch.setattr(coco_eval, "_with_hotcoco", score_with_error)
+    with pytest.raises(
+        RunError, match=r"pycocotools differ: AP: 0\.\d+ and 0\.\d+.*AP of 'cat': 0"
+    ):
         coco_eval.evaluate_detections(index, detections, "both")
 
 
-def test_detection_rows_have_the_ids_of_the_data_set():
+def test_detection_rows_have_dataset_ids():
     output = {
         "boxes": torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.0, 0.0, 1.0, 1.0]]),
         "scores": torch.tensor([0.5, 0.25]),
@@ -190,7 +192,7 @@ def test_detection_rows_have_the_ids_of_the_data_set():
 
 
 @pytest.mark.parametrize("evaluator", BOTH)
-def test_mean_of_the_curves_is_ap(tiny, evaluator):
+def test_mean_of_curves_is_ap(tiny, evaluator):
     rng = np.random.default_rng(0)
     index = random_truth(tiny, rng)
     metrics, curves = coco_eval.evaluate_with_curves(
@@ -204,7 +206,7 @@ def test_mean_of_the_curves_is_ap(tiny, evaluator):
     assert (np.diff(curves[:, :, :2], axis=1) <= 0).all()
 
 
-def test_results_are_read_as_they_were_written(tiny, tmp_path):
+def test_results_round_trip(tiny, tmp_path):
     rng = np.random.default_rng(0)
     detections = random_detections(random_truth(tiny, rng), rng)
     coco_eval.write_results(detections, tmp_path / "detections.json")
@@ -213,31 +215,31 @@ def test_results_are_read_as_they_were_written(tiny, tmp_path):
     assert coco_eval.read_results(tmp_path / "detections.json").shape == (0, 7)
 
 
-GOOD = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
+VALID_ROW = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('[{"image_id": 1', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("{}", "holds no list"),
-        ([GOOD, {**GOOD, "bbox": [1, 2, 3]}], "row 1 is no COCO result"),
-        ([GOOD, GOOD, {**GOOD, "score": None}], "row 2 is no COCO result"),
-        ([{**GOOD, "score": float("nan")}], "not valid JSON|row 0 is no"),
-        ([{**GOOD, "image_id": "seven"}], "row 0 is no"),
-        ([{**GOOD, "image_id": 10**400}], "row 0 is no|not valid"),
-        ([GOOD, "x"], "row 1 is no"),
-        ([GOOD, {"image_id": 1}], 'row 1 is no .*: {"image_id": 1}'),
+        ("{}", "is not a list"),
+        ([VALID_ROW, {**VALID_ROW, "bbox": [1, 2, 3]}], "row 1 is not a COCO result"),
+        ([VALID_ROW, VALID_ROW, {**VALID_ROW, "score": None}], "row 2 is not a COCO result"),
+        ([{**VALID_ROW, "score": float("nan")}], "not valid JSON|row 0 is no"),
+        ([{**VALID_ROW, "image_id": "seven"}], "row 0 is no"),
+        ([{**VALID_ROW, "image_id": 10**400}], "row 0 is no|not valid"),
+        ([VALID_ROW, "x"], "row 1 is no"),
+        ([VALID_ROW, {"image_id": 1}], 'row 1 is not .*: {"image_id": 1}'),
     ],
 )
-def test_invalid_results_are_refused_with_their_row(tmp_path, content, said):
+def test_invalid_results_are_rejected(tmp_path, content, message):
     file = tmp_path / "detections.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(UserError, match=rf"detections\.json.*({said})"):
+    with pytest.raises(UserError, match=rf"detections\.json.*({message})"):
         coco_eval.read_results(file)
 
 
-def test_missing_results_file_is_named(tmp_path):
+def test_missing_results_file_is_reported(tmp_path):
     with pytest.raises(UserError, match="cannot be read: No such file"):
         coco_eval.read_results(tmp_path / "detections.json")

@@ -21,19 +21,19 @@ def dataset_of(root, split="train") -> CocoDetection:
 # --------------------------------------------------------------------------------- finding files
 
 
-def test_find_split_knows_both_layouts_and_explicit_paths(tiny, tmp_path):
+def test_find_split_layouts_and_explicit_paths(tiny, tmp_path):
     assert coco_utils.find_split(tiny, "val", None, None) == split_of(tiny, "val")
     for folder in ("train", "valid"):
         (tmp_path / "export" / folder).mkdir(parents=True)
         (tmp_path / "export" / folder / "_annotations.coco.json").touch()
     folder = tmp_path / "export" / "valid"
-    found = coco_utils.find_split(tmp_path / "export", "val", None, None)
-    assert found == Split(folder / "_annotations.coco.json", folder)
+    split = coco_utils.find_split(tmp_path / "export", "val", None, None)
+    assert split == Split(folder / "_annotations.coco.json", folder)
     explicit = split_of(tiny, "train")
     assert coco_utils.find_split(tmp_path / "nowhere", "val", *explicit) == explicit
 
 
-def test_find_split_lists_the_paths_it_tried(tmp_path):
+def test_find_split_error_lists_paths(tmp_path):
     with pytest.raises(DataError) as caught:
         coco_utils.find_split(tmp_path, "val", None, None)
     message = str(caught.value)
@@ -47,10 +47,10 @@ def test_find_split_lists_the_paths_it_tried(tmp_path):
 
 
 def test_labels_are_contiguous_except_for_coco():
-    own = Categories.from_names({4: "WBC", 1: "Platelets", 3: "RBC"})
-    assert own.ids == (1, 3, 4)
-    assert own.labels == (1, 2, 3)
-    assert own.num_classes == 4
+    custom = Categories.from_names({4: "WBC", 1: "Platelets", 3: "RBC"})
+    assert custom.ids == (1, 3, 4)
+    assert custom.labels == (1, 2, 3)
+    assert custom.num_classes == 4
     coco = Categories.from_names({i: str(i) for i in coco_utils.COCO_CATEGORY_IDS})
     assert len(coco.ids) == 80
     assert coco.labels == coco.ids
@@ -60,7 +60,7 @@ def test_labels_are_contiguous_except_for_coco():
 
 
 @pytest.mark.parametrize("ids", [(0, 7, 1000), (-1, 2), (5,), coco_utils.COCO_CATEGORY_IDS])
-def test_category_ids_to_labels_and_back(ids):
+def test_category_ids_and_labels_round_trip(ids):
     categories = Categories.from_names({i: f"n{i}" for i in ids})
     labels = categories.labels_of(np.array(ids))
     assert (labels > 0).all()
@@ -70,7 +70,7 @@ def test_category_ids_to_labels_and_back(ids):
     assert Categories.from_list(json.loads(json.dumps(categories.to_list()))) == categories
 
 
-def test_check_contains_names_the_category_that_differs(tmp_path):
+def test_check_contains_names_the_category(tmp_path):
     ours = Categories.from_names({1: "a", 2: "b"})
     ours.check_contains(Categories.from_names({2: "b"}), tmp_path)
     with pytest.raises(DataError, match=r"category 2 \('x'\).*category 2 is 'b'"):
@@ -80,7 +80,7 @@ def test_check_contains_names_the_category_that_differs(tmp_path):
 # --------------------------------------------------------------------------------------- index
 
 
-def test_index_holds_the_content_of_the_file(tiny):
+def test_index_content(tiny):
     index = CocoIndex(split_of(tiny))
     assert len(index) == 8
     assert index.image_ids.tolist() == list(range(100, 108))
@@ -91,7 +91,7 @@ def test_index_holds_the_content_of_the_file(tiny):
     assert index.areas[index.box_range(1)].tolist() == [600, 192]
 
 
-def test_crowds_and_boxes_without_size_are_not_in_targets(tiny):
+def test_targets_exclude_crowds_and_empty_boxes(tiny):
     split = split_of(tiny)
 
     def change(data):
@@ -119,7 +119,7 @@ def test_annotations_are_ordered_by_image(tiny):
     rewrite(split, lambda data: data.update(annotations=rows))
     index = CocoIndex(split)
     kept = sorted((r for r in rows if r["image_id"] >= 100), key=lambda r: r["image_id"])
-    lost = [r for r in rows if r["image_id"] < 100]
+    unlisted = [r for r in rows if r["image_id"] < 100]
     assert index.annotation_ids.tolist() == [r["id"] for r in kept]
     assert index.category_ids.tolist() == [r["category_id"] for r in kept]
     assert index.boxes.tolist() == [r["bbox"] for r in kept]
@@ -127,8 +127,8 @@ def test_annotations_are_ordered_by_image(tiny):
     assert index.iscrowd.tolist() == [r["iscrowd"] > 0 for r in kept]
     assert index.image_ids[index.image_of_rows()].tolist() == [r["image_id"] for r in kept]
     (issue,) = index.issues
-    assert issue.count == len(lost) > 20
-    assert issue.examples == [f"{r['id']} of image {r['image_id']}" for r in lost[:20]]
+    assert issue.count == len(unlisted) > 20
+    assert issue.examples == [f"{r['id']} of image {r['image_id']}" for r in unlisted[:20]]
 
 
 def test_positions_of_negative_and_large_ids(tiny):
@@ -141,12 +141,12 @@ def test_positions_of_negative_and_large_ids(tiny):
     rewrite(split, change)
     index = CocoIndex(split)
     assert np.array_equal(index.boxes, before.boxes)
-    for some in (before, index):
-        looked_up = some.positions_of(np.array([103, 5, 2**52, -(2**51), 107, some.image_ids[0]]))
-        assert looked_up.tolist() == [3, -1, -1, -1, 7, 0]
+    for each in (before, index):
+        positions = each.positions_of(np.array([103, 5, 2**52, -(2**51), 107, each.image_ids[0]]))
+        assert positions.tolist() == [3, -1, -1, -1, 7, 0]
 
 
-def test_index_keeps_compact_arrays_only(tiny):
+def test_index_arrays_are_compact(tiny):
     arrays = [v for v in vars(CocoIndex(split_of(tiny))).values() if isinstance(v, np.ndarray)]
     assert len(arrays) == 10
     for array in arrays:
@@ -154,9 +154,9 @@ def test_index_keeps_compact_arrays_only(tiny):
         assert array.base is None or array.base.nbytes <= 1.25 * array.nbytes + 8
 
 
-def test_without_equals_a_file_that_never_listed_the_images(tiny):
+def test_without_equals_index_of_reduced_file(tiny):
     split = split_of(tiny)
-    less = CocoIndex(split).without([1, 6])
+    reduced = CocoIndex(split).without([1, 6])
 
     def change(data):
         data["images"] = [row for row in data["images"] if row["id"] not in (101, 106)]
@@ -167,26 +167,26 @@ def test_without_equals_a_file_that_never_listed_the_images(tiny):
     rewrite(split, change)
     expected = CocoIndex(split)
     for name, value in vars(expected).items():
-        assert np.array_equal(getattr(less, name), value), name
-    assert len(less.without([])) == len(less) == 6
+        assert np.array_equal(getattr(reduced, name), value), name
+    assert len(reduced.without([])) == len(reduced) == 6
 
 
-def test_fingerprint_is_that_of_existing_checkpoints(tiny):
+def test_fingerprint_is_stable(tiny):
     assert CocoIndex(split_of(tiny)).fingerprint() == "f0c34824eda642cf6a73d3f11747be24"
 
 
 # ---------------------------------------------------------------------------- images and targets
 
 
-def test_read_image_of_an_index_checks_the_size(tiny):
+def test_read_image_checks_size(tiny):
     rewrite(split_of(tiny), lambda data: data["images"][1].update(width=47))
     index = CocoIndex(split_of(tiny))
     assert index.read_image(0).shape == (3, 48, 64)
-    with pytest.raises(DataError, match=r"1\.png is 48 x 64 pixels, .* says 47 x 64"):
+    with pytest.raises(DataError, match=r"1\.png is 48 x 64 pixels, but annotated as 47 x 64"):
         index.read_image(1)
 
 
-def test_target_is_in_torchvisions_format(tiny):
+def test_target_has_torchvision_format(tiny):
     image, target = dataset_of(tiny)[1]
     assert image.dtype == torch.uint8
     assert image.shape == (3, 64, 48)
@@ -203,28 +203,28 @@ def test_target_is_in_torchvisions_format(tiny):
     }
 
 
-def test_boxes_are_clipped_to_the_image(tiny):
+def test_boxes_are_clipped_to_image(tiny):
     rewrite(split_of(tiny), lambda d: d["annotations"][0].update(bbox=[-5, 10, 200, 500]))
     assert dataset_of(tiny)[0][1]["boxes"].tolist() == [[0, 10, 64, 48]]
 
 
-def test_box_without_size_in_float32_is_not_in_the_target(tiny):
+def test_target_excludes_boxes_empty_in_float32(tiny):
     rewrite(split_of(tiny), lambda d: d["annotations"][1].update(bbox=[30, 8, 1e-9, 9]))
     dataset = dataset_of(tiny)
     assert dataset.index.usable.all()
     assert dataset[1][1]["boxes"].tolist() == [[0, 0, 12, 16]]
 
 
-def test_error_in_a_loading_process_comes_without_traceback(tiny):
+def test_worker_error_has_no_traceback(tiny):
     (tiny / "train2017/0.png").write_bytes(b"no image")
     loader = torch.utils.data.DataLoader(dataset_of(tiny), num_workers=1)
     try:
         list(loader)
-        said = ""
+        message = ""
     except DataError as error:
-        said = str(error)
-    preemption.kill_workers()  # under xdist a loading process takes long to end by itself
+        message = str(error)
+    preemption.kill_workers()  # under xdist a worker takes long to exit
     gc.collect()
-    assert said.startswith(str(tiny / "train2017/0.png"))
-    assert "Traceback" not in said
-    assert "--max-bad-images" in said
+    assert message.startswith(str(tiny / "train2017/0.png"))
+    assert "Traceback" not in message
+    assert "--max-bad-images" in message

@@ -1,4 +1,4 @@
-"""The loop, evaluation and the learning rate, in this process."""
+"""Learning rate, training loop and evaluation, in this process."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ RATE = partial(
 )
 
 
-def test_learning_rate_warms_up_and_drops_at_milestones():
+def test_learning_rate_warmup_and_milestones():
     assert RATE(0) == pytest.approx(0.001)
     assert RATE(4) == pytest.approx(0.001 + 0.999 * 0.8)
     assert RATE(5) == RATE(159) == 1
@@ -41,7 +41,7 @@ def test_learning_rate_warms_up_and_drops_at_milestones():
     assert RATE(220) == RATE(10_000) == pytest.approx(0.01)
 
 
-def test_cosine_ends_at_zero():
+def test_cosine_schedule():
     cosine = partial(RATE, milestones=None, warmup_steps=0)
     assert cosine(0) == 1
     assert cosine(130) == pytest.approx(0.5)
@@ -49,7 +49,7 @@ def test_cosine_ends_at_zero():
     assert cosine(65) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
 
 
-def test_epoch_of_one_batch_reaches_the_base_rate():
+def test_one_batch_epoch_reaches_base_rate():
     one = partial(RATE, steps_per_epoch=1, warmup_steps=1)
     assert [one(step) for step in (0, 1, 15)] == [0.001, 1, 1]
 
@@ -58,10 +58,13 @@ def test_epoch_of_one_batch_reaches_the_base_rate():
 
 
 class TinyDetector(nn.Module):
-    """Two numbers for weights; has losses and detections as torchvision's detectors have them.
+    """A detector with two weights and the interface of torchvision's detectors.
 
-    The losses of an image are quadratic in the weights. `outputs` is what it detects, image by
-    image; `seeds` is what it was given to draw with.
+    The losses of an image are quadratic in the weights.
+
+    Attributes:
+        outputs: The detections to return, image by image.
+        seeds: The seeds of the images that it was trained on.
     """
 
     def __init__(self):
@@ -74,7 +77,7 @@ class TinyDetector(nn.Module):
         if not self.training:
             return [self.outputs.pop(0) for _ in images]
         for image in images:
-            self.norm(image[None])  # for its statistics alone
+            self.norm(image[None])  # updates the statistics only
         self.seeds += [target["seed"] for target in targets]
         brightness = torch.stack([image.mean() for image in images])
         boxes = torch.tensor([float(len(target["boxes"])) for target in targets])
@@ -85,7 +88,7 @@ class TinyDetector(nn.Module):
 
 
 class Loader(list):
-    """Batches in a list, of an epoch of `steps_per_epoch` steps."""
+    """A list of batches with the `batch_sampler` of an epoch of `steps_per_epoch` steps."""
 
     def __init__(self, batches: list, steps_per_epoch: int):
         super().__init__(batches)
@@ -93,7 +96,7 @@ class Loader(list):
 
 
 def batches(count: int, size: int = 2) -> list:
-    """Batches of random images; those of image n are `image_id` n and n % 3 boxes."""
+    """Return batches of random images; image n has `image_id` n and n % 3 boxes."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for n in range(count * size):
@@ -122,7 +125,7 @@ def train(
     on_step_end: Callable = ignore,
     **changes,
 ) -> list[float]:
-    """Train for an epoch of the batches in `data`; return the weights."""
+    """Train for one epoch on the batches in `data`; return the weights."""
     args = {"seed": 3, "accumulate_steps": 1, "clip_grad_norm": None, "print_freq": 1, **changes}
     engine.train_one_epoch(
         state,
@@ -136,7 +139,7 @@ def train(
 
 
 def plain_loop(data: list, clip: float = math.inf) -> list[list[float]]:
-    """The weights after each step, by the simplest loop."""
+    """Return the weights after each step of a minimal training loop."""
     model = TinyDetector().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0, momentum=0.9)
     weights = []
@@ -150,9 +153,10 @@ def plain_loop(data: list, clip: float = math.inf) -> list[list[float]]:
     return weights
 
 
-def test_training_equals_a_plain_loop():
-    """Gradients do not add up over the steps, and each step has a learning rate of its own."""
-    data, rates = batches(4), []
+def test_training_equals_plain_loop():
+    """Gradients are reset and the learning rate is set at each step."""
+    data = batches(4)
+    rates = []
     state = tiny_state()
     weights = train(state, data, log_step=lambda s, p, losses, rate, images: rates.append(rate))
     assert weights == pytest.approx(plain_loop(data)[-1])
@@ -169,13 +173,13 @@ def test_gradients_are_clipped():
     assert train(tiny_state(), data, clip_grad_norm=1e9) == pytest.approx(plain_loop(data)[-1])
 
 
-def test_accumulated_gradients_equal_a_larger_batch():
+def test_accumulated_gradients_equal_larger_batch():
     expected = plain_loop(batches(3, size=4))[-1]
     assert train(tiny_state(), batches(3, size=4), accumulate_steps=2) == pytest.approx(expected)
     assert train(tiny_state(), batches(3, size=4), accumulate_steps=4) == pytest.approx(expected)
 
 
-def test_order_of_a_step():
+def test_step_order():
     state, order = tiny_state(), []
     state.model.register_forward_hook(lambda *_: order.append("forward"))
     state.optimizer.register_step_post_hook(lambda *_: order.append("update"))
@@ -193,7 +197,7 @@ def test_order_of_a_step():
     assert state.step == 3
 
 
-def test_losses_are_logged_as_averages_since_the_last_log():
+def test_losses_are_averaged_between_logs():
     each, logged, sizes = [], [], []
 
     def log(state, progress, averages, rate, images):
@@ -203,14 +207,14 @@ def test_losses_are_logged_as_averages_since_the_last_log():
     train(tiny_state(), batches(5), log_step=lambda s, p, losses, *_: each.append(losses))
     train(tiny_state(), batches(5), log_step=log, print_freq=2)
     assert sizes == [(2, 5, 2), (4, 5, 2), (5, 5, 2)]
-    for found, steps in zip(logged, (each[:2], each[2:4], each[4:]), strict=True):
+    for averages, steps in zip(logged, (each[:2], each[2:4], each[4:]), strict=True):
         for name in ("loss", "loss_box_reg", "loss_classification", "skipped_steps"):
-            assert found[name] == pytest.approx(sum(step[name] for step in steps) / len(steps))
-        parts = found["loss_box_reg"] + found["loss_classification"]
-        assert found["loss"] == pytest.approx(parts)
+            assert averages[name] == pytest.approx(sum(step[name] for step in steps) / len(steps))
+        total = averages["loss_box_reg"] + averages["loss_classification"]
+        assert averages["loss"] == pytest.approx(total)
 
 
-def test_ema_averages_the_weights_after_each_step():
+def test_ema_averages_weights():
     data, average = batches(3), None
     for weights in map(np.array, plain_loop(data)):
         average = weights if average is None else 0.75 * average + 0.25 * weights
@@ -224,9 +228,10 @@ def test_ema_averages_the_weights_after_each_step():
     assert state.state_dict()["raw_model"]["weight"].tolist() == raw
 
 
-def test_stop_and_resume_within_an_epoch_is_bit_exact():
-    data, whole, first, second = batches(6), tiny_state(), tiny_state(), tiny_state()
-    train(whole, data)
+def test_resume_within_epoch_is_bit_exact():
+    data = batches(6)
+    reference, first, second = tiny_state(), tiny_state(), tiny_state()
+    train(reference, data)
 
     def stop(step, check):
         check()
@@ -239,11 +244,11 @@ def test_stop_and_resume_within_an_epoch_is_bit_exact():
     second.load_state_dict(first.state_dict())
     assert second.step == 2
     train(second, data[2:], last_step=6)
-    assert torch.equal(second.model.weight, whole.model.weight)
-    assert second.model.seeds == whole.model.seeds[4:]
+    assert torch.equal(second.model.weight, reference.model.weight)
+    assert second.model.seeds == reference.model.seeds[4:]
 
 
-def test_random_numbers_depend_on_seed_step_and_position_alone():
+def test_image_seeds_depend_on_step_and_position():
     state = tiny_state()
     train(state, batches(2, size=4), accumulate_steps=2)
     expected = [utils.draw_seed(3, step, image) for step in range(2) for image in range(4)]
@@ -251,7 +256,7 @@ def test_random_numbers_depend_on_seed_step_and_position_alone():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_loss_that_is_not_finite_ends_training_before_the_update(bad):
+def test_non_finite_loss_ends_training_before_update(bad):
     state = tiny_state()
 
     def spoil(model, args, losses):
@@ -282,7 +287,7 @@ def test_out_of_memory_is_explained(error):
         train(state, batches(4))
 
 
-def test_other_errors_of_the_model_stay_as_they_are():
+def test_other_model_errors_are_unchanged():
     state = tiny_state()
     state.model.register_forward_pre_hook(lambda *_: [].pop())
     with pytest.raises(IndexError, match="pop from empty list"):
@@ -315,7 +320,7 @@ def test_training_state_is_restored():
     assert torch.equal(*momentum)
 
 
-def test_scaler_is_for_float16_and_is_restored():
+def test_float16_scaler_is_restored():
     assert not tiny_state(amp_dtype=torch.bfloat16).scaler.is_enabled()
     state, other = (tiny_state(amp_dtype=torch.float16) for _ in range(2))
     train(state, batches(1))
@@ -324,7 +329,7 @@ def test_scaler_is_for_float16_and_is_restored():
     assert other.scaler.get_scale() == 128
 
 
-def test_batch_arrives_on_the_device_as_it_was_loaded():
+def test_to_device_keeps_values():
     images = [
         torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8),
         torch.randint(0, 256, (4, 6, 3), dtype=torch.uint8).permute(2, 0, 1),
@@ -335,10 +340,10 @@ def test_batch_arrives_on_the_device_as_it_was_loaded():
     batch = coco_utils.collate(list(zip(images, targets, strict=True)))
     assert not any(isinstance(v, torch.Tensor) for t in batch[1] for v in t.values())
     assert [target["image_id"] for target in batch[1]] == [2, 0]
-    floats, arrived = engine.to_device(*batch, CPU)
-    for image, value in zip(images, floats, strict=True):
+    moved_images, moved_targets = engine.to_device(*batch, CPU)
+    for image, value in zip(images, moved_images, strict=True):
         assert torch.equal(image.float() / 255, value)
-    for target, value in zip(targets, arrived, strict=True):
+    for target, value in zip(targets, moved_targets, strict=True):
         assert value.keys() == {"boxes", "labels"}
         assert all(torch.equal(target[key], value[key]) for key in value)
 
@@ -347,7 +352,7 @@ def test_batch_arrives_on_the_device_as_it_was_loaded():
 
 
 class ValidationLoader(Loader):
-    """The images of `tiny` by twos; `truth` is their ground truth as a detector gives it."""
+    """The validation images of `tiny`; `truth` is their ground truth as detections."""
 
     def __init__(self, root):
         index = coco_utils.CocoIndex(split_of(root, "val"))
@@ -366,15 +371,14 @@ class ValidationLoader(Loader):
 
 def evaluate(model: nn.Module, loader: ValidationLoader, output_dir, **kwargs) -> float | None:
     flags = {"output_dir": output_dir, "evaluator": "hotcoco", "val_loss": False, **kwargs}
+    metrics = utils.MetricsFile(output_dir)
     return engine.evaluate(
         model,
         loader,
         loader.dataset.index.categories,
         argparse.Namespace(**flags),
         amp_dtype=None,
-        metrics=utils.MetricsFile(output_dir),
-        epoch=1,
-        step=8,
+        on_result=lambda scores, detections: metrics.write("eval", epoch=1, step=8, **scores),
     )
 
 
@@ -383,7 +387,7 @@ def eval_line(output_dir) -> dict:
     return line
 
 
-def test_evaluation_of_the_ground_truth(tiny, tmp_path, capsys):
+def test_evaluation_of_ground_truth(tiny, tmp_path, capsys):
     loader, model = ValidationLoader(tiny), TinyDetector()
     model.outputs = list(loader.truth)
     assert evaluate(model, loader, tmp_path) == pytest.approx(1)
@@ -398,20 +402,20 @@ def test_evaluation_of_the_ground_truth(tiny, tmp_path, capsys):
     assert rows[0]["bbox"] == pytest.approx(first.pop("bbox"))
     assert {key: pytest.approx(rows[0][key]) for key in first} == first
     assert [row["image_id"] for row in rows] == [100, 101, 101, 102]
-    said = capsys.readouterr().out
-    assert "evaluation: 3 images" in said
-    assert "4 detections, scored by hotcoco" in said
-    assert "AP at IoU 0.50:0.95" in said
+    output = capsys.readouterr().out
+    assert "evaluation  3 images" in output
+    assert "4 detections, scored by hotcoco" in output
+    assert "  AP    1.000  AP50  1.000  AP75  1.000" in output
 
 
-def test_evaluation_of_wrong_and_of_missing_detections(tiny, tmp_path):
+def test_evaluation_of_wrong_and_missing_detections(tiny, tmp_path):
     loader, model = ValidationLoader(tiny), TinyDetector()
-    nothing = {"boxes": torch.empty(0, 4), "labels": torch.empty(0), "scores": torch.empty(0)}
-    model.outputs = [loader.truth[0], nothing, nothing]
+    no_detections = {"boxes": torch.empty(0, 4), "labels": torch.empty(0), "scores": torch.empty(0)}
+    model.outputs = [loader.truth[0], no_detections, no_detections]
     AP = evaluate(model, loader, tmp_path)
     assert AP == eval_line(tmp_path)["AP"] < 0.5
     (tmp_path / "none").mkdir()
-    model.outputs = [nothing] * 3
+    model.outputs = [no_detections] * 3
     assert evaluate(model, loader, tmp_path / "none") == 0
     assert json.loads((tmp_path / "none/detections.json").read_text()) == []
 
@@ -436,10 +440,10 @@ def test_out_of_memory_in_evaluation_is_explained(tiny, tmp_path):
         evaluate(model, ValidationLoader(tiny), tmp_path)
 
 
-def test_validation_loss_weighs_images_alike_and_changes_nothing(tiny, tmp_path, capsys):
+def test_validation_loss_weights_images_equally(tiny, tmp_path, capsys):
     loader, model = ValidationLoader(tiny), TinyDetector()  # batches of two and of one image
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = engine.validation_loss(model, loader, amp_dtype=None)
+    averages = engine.validation_loss(model, loader, amp_dtype=None)
     terms = []
     model.train()
     for image, target in (loader.dataset[i] for i in range(3)):
@@ -447,19 +451,19 @@ def test_validation_loss_weighs_images_alike_and_changes_nothing(tiny, tmp_path,
         terms.append([loss.item() for loss in losses.values()])
     model.load_state_dict(before)
     expected = np.mean(terms, axis=0)
-    assert list(found) == ["loss", "loss_box_reg", "loss_classification"]
-    assert list(found.values()) == pytest.approx([expected.sum(), *expected])
+    assert list(averages) == ["loss", "loss_box_reg", "loss_classification"]
+    assert list(averages.values()) == pytest.approx([expected.sum(), *expected])
     engine.validation_loss(model, loader, amp_dtype=None)
     for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key])  # the statistics of norms among them
+        assert torch.equal(value, before[key])  # including the statistics of norms
     assert model.weight.grad is None
     model.outputs = list(loader.truth)
     evaluate(model, loader, tmp_path, val_loss=True)
-    assert eval_line(tmp_path)["val_loss"] == pytest.approx(found)
+    assert eval_line(tmp_path)["val_loss"] == pytest.approx(averages)
     assert "validation loss" in capsys.readouterr().out
 
 
-def test_what_is_drawn_for_a_validation_image_depends_on_the_image_alone(tiny):
+def test_validation_seeds_depend_on_image_only(tiny):
     loader, model = ValidationLoader(tiny), TinyDetector()
     engine.validation_loss(model, loader, amp_dtype=None)
     seeds = model.seeds

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import ROOT, run, write_part
+from helpers import ROOT, run, write_split
 from PIL import Image
 
 import checkpoint
@@ -26,7 +26,7 @@ NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
 
 def spread_model() -> torch.nn.Module:
-    """An untrained detector whose scores differ as those of a trained one do.
+    """Return an untrained detector whose scores are as spread as those of a trained one.
 
     The scores of its proposals are as low as in images that are mostly background.
     """
@@ -36,7 +36,7 @@ def spread_model() -> torch.nn.Module:
     )
     target = {"boxes": torch.tensor([[10.0, 10, 90, 90]]), "labels": torch.tensor([1])}
     with torch.no_grad():
-        for n in range(6):  # the statistics of its norms
+        for n in range(6):  # for the statistics of the norms
             images = [export.synthetic_image(n), export.synthetic_image(n + 1)]
             model(images, [target] * 2)
         model.rpn.head.cls_logits.weight *= 30
@@ -47,9 +47,9 @@ def spread_model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A checkpoint, and in the folder `data` beside it the data that it was trained on."""
+    """Write a checkpoint, and beside it the folder `data` with its validation images."""
     root = tmp_path_factory.mktemp("saved")
-    write_part(root / "data", "val", [(64, 48), (48, 64), (90, 90)], [[[2, 4, 4, 30, 20]]] * 3)
+    write_split(root / "data", "val", [(64, 48), (48, 64), (90, 90)], [[[2, 4, 4, 30, 20]]] * 3)
     args = {
         "model": NAME, "weights": None, "weights_backbone": "none", "min_size": 96,
         "max_size": 160, "fixed_size": None, "rpn_score_thresh": 0.0,
@@ -65,7 +65,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exporting(saved) -> tuple[Path, str, str]:
-    """An exported file, alone in its folder, and the output and errors of exporting it."""
+    """Export to ONNX into a new folder; return the file, the output and the errors."""
     file = saved.parent / "a b/model.onnx"
     with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
         export.main([str(saved), "--output", str(file)])
@@ -79,7 +79,7 @@ def exported(exporting) -> Path:
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs the script as from a command line, in this process: its exit code, output, errors."""
+    """Return a function that runs the script and returns its exit code, output and errors."""
 
     def command(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
@@ -87,8 +87,8 @@ def command(monkeypatch, capsys):
         code = 0
         try:
             run_command(export.main)
-        except SystemExit as end:
-            code = end.code
+        except SystemExit as error:
+            code = error.code
         return (code, *capsys.readouterr())
 
     return command
@@ -99,7 +99,7 @@ def command(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(60, 80), (110, 70), (48, 300), (200, 200)])
-def test_onnx_agrees_with_pytorch_for_any_image_size(saved, exported, size):
+def test_onnx_matches_pytorch(saved, exported, size):
     session = onnxruntime.InferenceSession(exported)
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(size[0]))
     image[:, 10:40, 10:40] = 0.9
@@ -111,23 +111,27 @@ def test_onnx_agrees_with_pytorch_for_any_image_size(saved, exported, size):
 
 
 @pytest.mark.slow
-def test_onnx_describes_its_inputs_and_outputs(exported):
+def test_onnx_inputs_outputs_and_metadata(exported):
     session = onnxruntime.InferenceSession(exported)
     (image,) = session.get_inputs()
     assert (image.name, image.shape) == ("image", [3, "height", "width"])
     assert [o.name for o in session.get_outputs()] == ["boxes", "labels", "scores"]
-    known = session.get_modelmeta().custom_metadata_map
-    assert json.loads(known["categories"]) == [
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["categories"]) == [
         {"id": 2, "name": "cat", "label": 1},
         {"id": 5, "name": "dög", "label": 2},
     ]
-    assert known["model"] == NAME
-    assert (known["num_classes"], known["min_size"], known["max_size"]) == ("3", "96", "160")
-    assert "red, green and blue" in known["input"]
-    assert "fixed_size" not in known
+    assert metadata["model"] == NAME
+    assert (metadata["num_classes"], metadata["min_size"], metadata["max_size"]) == (
+        "3",
+        "96",
+        "160",
+    )
+    assert "red, green and blue" in metadata["input"]
+    assert "fixed_size" not in metadata
 
 
-def test_outputs_have_one_order_for_all_models():
+def test_output_order():
     class Model(torch.nn.Module):
         def forward(self, images):
             return [{"boxes": 1, "scores": 2, "labels": 3}]  # as RetinaNet, FCOS and SSD do
@@ -136,7 +140,7 @@ def test_outputs_have_one_order_for_all_models():
 
 
 @pytest.mark.slow
-def test_check_uses_the_validation_images(saved, exporting):
+def test_check_uses_validation_images(saved, exporting):
     file, output, errors = exporting
     assert errors == ""  # no warnings of the exporter either
     assert f"validation images of {saved.parent / 'data/val2017'}" in output
@@ -144,14 +148,14 @@ def test_check_uses_the_validation_images(saved, exporting):
     assert [p.name for p in file.parent.iterdir()] == ["model.onnx"]
 
 
-def test_check_uses_synthetic_images_if_the_validation_images_are_gone(tmp_path):
+def test_check_falls_back_to_synthetic_images(tmp_path):
     args = {"data_path": str(tmp_path), "val_annotations": None, "val_images": None}
     images, source = export.load_check_images(None, args)
-    assert "synthetic images, as the validation images are gone" in source
+    assert "synthetic images, as the validation images are missing" in source
     assert len({image.shape for image in images}) > 1
 
 
-def test_check_samples_a_folder_and_tries_two_sizes(tmp_path, capsys):
+def test_check_samples_folder_at_two_sizes(tmp_path, capsys):
     for n in range(30):
         Image.new("RGB", (20, 10), (n, 0, 0)).save(tmp_path / f"{n:02}.png")
     (tmp_path / "00.png").write_bytes(b"")
@@ -166,7 +170,7 @@ def test_check_samples_a_folder_and_tries_two_sizes(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_model_that_fails_the_check_is_not_written(saved, tmp_path, command, monkeypatch):
+def test_model_that_fails_check_is_not_written(saved, tmp_path, command, monkeypatch):
     def export_spoilt(model, file, export_graph=export.export_graph):
         model = copy.deepcopy(model)
         model.model.roi_heads.box_predictor.bbox_pred.weight.data *= 3
@@ -185,7 +189,7 @@ def test_a_model_that_fails_the_check_is_not_written(saved, tmp_path, command, m
 
 
 @pytest.mark.slow
-def test_half_halves_the_file_and_agrees_with_rounded_weights(saved, exported, tmp_path, command):
+def test_half_precision_export(saved, exported, tmp_path, command):
     code, output, errors = command(saved, "--output", tmp_path / "x.onnx", "--half")
     assert code == 0, errors
     assert "agrees with PyTorch with the same rounded weights on 3 images" in output
@@ -248,7 +252,7 @@ def test_detections_match_in_any_order():
         (detections((1, 0.5, 0), (2, 0.4, 40), (2, 0.0504, 80)), 0),  # just above the threshold
     ],
 )
-def test_differences_beyond_the_tolerances_are_unmatched(actual, unmatched):
+def test_differences_beyond_tolerance_are_unmatched(actual, unmatched):
     assert match(detections((1, 0.5, 0), (2, 0.4, 40)), actual).unmatched == unmatched
 
 
@@ -262,24 +266,24 @@ def test_no_detections_are_reported():
 # ------------------------------------------------------------------------------- safetensors
 
 
-def test_safetensors_load_into_torchvisions_class(saved, tmp_path, command):
+def test_safetensors_load_into_torchvision(saved, tmp_path, command):
     from safetensors import safe_open
     from safetensors.torch import load_file
 
     file = tmp_path / "weights.safetensors"
     code, output, errors = command(saved, "--output", file)
     assert code == 0, errors
-    assert "loaded into torchvision's own class bit for bit" in output
+    assert "identical after loading into torchvision's model" in output
     with safe_open(file, "pt") as opened:
-        known = opened.metadata()
-    assert [row["name"] for row in json.loads(known["categories"])] == ["cat", "dög"]
+        metadata = opened.metadata()
+    assert [row["name"] for row in json.loads(metadata["categories"])] == ["cat", "dög"]
     model = torchvision.models.get_model(
-        known["model"],
+        metadata["model"],
         weights=None,
         weights_backbone=None,
-        num_classes=int(known["num_classes"]),
-        min_size=int(known["min_size"]),
-        max_size=int(known["max_size"]),
+        num_classes=int(metadata["num_classes"]),
+        min_size=int(metadata["min_size"]),
+        max_size=int(metadata["max_size"]),
         rpn_score_thresh=0.0,
     ).eval()
     model.load_state_dict(load_file(file), strict=True)
@@ -311,33 +315,30 @@ def test_weights_that_differ_after_loading_are_not_written(saved, tmp_path, comm
 # ------------------------------------------------------------------------------ command line
 
 
+REQUIRED_PACKAGES = {"x.onnx": "onnx onnxruntime", "x.safetensors": "safetensors"}
+
+
 @pytest.mark.parametrize(
-    ("missing", "name", "packages"),
-    [
-        ("onnx", "x.onnx", "onnx onnxruntime"),
-        ("onnxruntime", "x.onnx", "onnx onnxruntime"),
-        ("safetensors", "x.safetensors", "safetensors"),
-    ],
+    ("missing", "name"),
+    [("onnx", "x.onnx"), ("onnxruntime", "x.onnx"), ("safetensors", "x.safetensors")],
 )
-def test_a_missing_package_is_named_with_the_command_that_installs_it(
-    saved, tmp_path, command, monkeypatch, missing, name, packages
-):
+def test_missing_package_is_reported(saved, tmp_path, command, monkeypatch, missing, name):
     monkeypatch.setitem(sys.modules, missing, None)
     code, _, errors = command(saved, "--output", tmp_path / name)
     assert code == 2
     assert missing in errors.partition(": pip")[0]
-    assert errors.endswith(f": pip install {packages}\n")
+    assert errors.endswith(f": pip install {REQUIRED_PACKAGES[name]}\n")
     assert errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_use_ends_with_one_message(saved, tmp_path, command):
+def test_invalid_arguments_are_rejected(saved, tmp_path, command):
     (tmp_path / "file").touch()
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
     for arguments, message in (
         ((saved,), "required: --output"),
-        ((saved, "--output", "x.pt"), "--output x.pt: end the name with .onnx or .safetensors"),
+        ((saved, "--output", "x.pt"), "--output x.pt: the suffix must be .onnx or .safetensors"),
         ((saved, "--output", "x.safetensors", "--half"), "--half and --check-images are for"),
         (("no.pth", "--output", tmp_path / "x.onnx"), "no.pth: no such file"),
         ((tmp_path / "broken.pth", "--output", tmp_path / "x.onnx"), "broken.pth cannot be read"),
@@ -345,7 +346,7 @@ def test_wrong_use_ends_with_one_message(saved, tmp_path, command):
         ((saved, "--output", tmp_path / "file/x.onnx"), "x.onnx cannot be written: "),
         (
             (saved, "--output", tmp_path / "x.onnx", "--check-images", tmp_path),
-            "there is no image that can be read",
+            "no readable image in this folder",
         ),
     ):
         code, _, errors = command(*arguments)
@@ -357,31 +358,33 @@ def test_wrong_use_ends_with_one_message(saved, tmp_path, command):
 
 
 @pytest.mark.slow
-def test_the_script_runs_from_any_folder(tmp_path):
+def test_script_runs_from_any_folder(tmp_path):
     done = run(sys.executable, ROOT / "export.py", "x.pth", "--output", "x.onnx", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "export.py: error: x.pth: no such file\n"
 
 
-def test_help_names_flags_formats_and_exit_codes(command):
+def test_help_lists_flags_formats_and_exit_codes(command):
     code, output, _ = command("--help")
     assert code == 0
     for words in ("CHECKPOINT", "--half", "safetensors", "Exit codes"):
         assert words in output
 
 
-# -------------------------------------------------------------------------------- the README
+# ------------------------------------------------------------------------- the documentation
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme_runs(exported, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+def test_documented_example_runs(exported, tmp_path):
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/output-formats.md").read_text(), flags=re.S
+    )
     (example,) = [block for block in blocks if "import onnxruntime" in block]
     file = tmp_path / re.search(r'Image\.open\("(.*?)"\)', example)[1]
     (tmp_path / "model.onnx").symlink_to(exported)
     pixels = (255 * export.synthetic_image(1)).byte().permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(pixels).save(file, quality=95)
-    # This model is not trained, so its scores are low.
+    # The model is untrained, so its scores are low.
     done = run(sys.executable, "-c", example.replace("0.5", "0.0"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

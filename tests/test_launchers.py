@@ -1,4 +1,4 @@
-"""The shell scripts, and what two processes do together."""
+"""The shell scripts, and trainings in two processes."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    ALL,
+    DISTRIBUTED_LAUNCHER,
     ROOT,
     SCRIPTS,
     launch,
-    losses,
-    metrics,
+    read_losses,
+    read_metrics,
     run,
     train_in_process,
-    train_two,
+    train_two_processes,
 )
 
 from internals import preemption
@@ -28,8 +28,8 @@ from internals import preemption
 LAUNCHERS = sorted(SCRIPTS.glob("train_*.sh"))
 
 
-def environment_of(tmp_path: Path) -> tuple[Path, dict]:
-    """A copy of the scripts whose Python only prints what it was called with."""
+def copy_scripts(tmp_path: Path) -> tuple[Path, dict]:
+    """Copy the scripts; return the folder and an environment whose Python prints its arguments."""
     folder = tmp_path / "a project" / "start_scripts"
     folder.mkdir(parents=True)
     for script in SCRIPTS.glob("*.*"):
@@ -43,12 +43,12 @@ def environment_of(tmp_path: Path) -> tuple[Path, dict]:
 
 @pytest.mark.parametrize("script", [p.name for p in LAUNCHERS if "slurm" not in p.name])
 def test_launchers_pass_flags_literally(tmp_path, script):
-    folder, environment = environment_of(tmp_path)
+    folder, environment = copy_scripts(tmp_path)
     flags = ["--data-path", "my images", "$(touch x)", "a'b\"c", "*"]
-    for where in (tmp_path, folder):
+    for cwd in (tmp_path, folder):
         done = subprocess.run(
             ["bash", folder / script, *flags],
-            cwd=where,
+            cwd=cwd,
             env={**os.environ, **environment, "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a"},
             capture_output=True,
             text=True,
@@ -57,9 +57,9 @@ def test_launchers_pass_flags_literally(tmp_path, script):
         lines = done.stdout.splitlines()
         target = "train.py" if script.endswith(("50_torch.sh", "50_amp_torch.sh")) else "launch.py"
         assert lines[0].endswith(f"{target}]")
-        own = ["[--amp]"] * ("amp" in script) + ["[--resume]", "[auto]"] * ("multinode" in script)
-        assert lines[1:] == own + [f"[{flag}]" for flag in flags]
-        assert not (where / "x").exists()
+        added = ["[--amp]"] * ("amp" in script) + ["[--resume]", "[auto]"] * ("multinode" in script)
+        assert lines[1:] == added + [f"[{flag}]" for flag in flags]
+        assert not (cwd / "x").exists()
 
 
 def test_scripts_are_valid_bash():
@@ -74,7 +74,7 @@ def test_scripts_are_valid_bash():
 
 
 @pytest.mark.slow
-def test_installing_again_changes_nothing():
+def test_reinstalling_changes_nothing():
     done = run("bash", SCRIPTS / "init_torch.sh", VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"ready: torch {torch.__version__}")
@@ -82,8 +82,8 @@ def test_installing_again_changes_nothing():
 
 
 @pytest.mark.slow
-def test_pytorch_that_is_there_is_used_and_not_replaced(tmp_path):
-    """As in a vendor's container: the Python that .venv is made with has one."""
+def test_existing_pytorch_is_reused(tmp_path):
+    """As in a vendor's container, whose Python already has PyTorch."""
     root = tmp_path / "my project"
     (root / "start_scripts").mkdir(parents=True)
     for name in ("start_scripts/common.sh", "start_scripts/init_torch.sh", "requirements.txt"):
@@ -103,13 +103,13 @@ def test_pytorch_that_is_there_is_used_and_not_replaced(tmp_path):
 
 
 @pytest.mark.slow
-def test_test_script_runs_the_projects_tests_wherever_it_is_called(tmp_path):
+def test_test_script_runs_from_any_folder(tmp_path):
     (tmp_path / "test_stray.py").write_text("raise SystemExit('not ours')")
     flags = ("--fast", "--collect-only", "--numprocesses", "0", "-k", "launchers")
     done = run("bash", SCRIPTS / "test.sh", *flags, cwd=tmp_path, VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/test_launchers.py::test_scripts_are_valid_bash" in done.stdout
-    assert "test_installing_again" not in done.stdout  # which is slow
+    assert "test_reinstalling" not in done.stdout  # it is slow
     assert "tests/test_samplers.py" not in done.stdout
     assert "stray" not in done.stdout + done.stderr
 
@@ -118,34 +118,36 @@ def test_test_script_runs_the_projects_tests_wherever_it_is_called(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_score_as_one_does(tiny, tmp_path):
+def test_two_processes_evaluate_like_one(tiny, tmp_path):
     out = tmp_path / "two"
-    done = launch(ALL, "--data-path", tiny, "--output-dir", out, "-b", "1", timeout=400)
+    done = launch(
+        DISTRIBUTED_LAUNCHER, "--data-path", tiny, "--output-dir", out, "-b", "1", timeout=400
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no CUDA device was found: 2 processes share the CPU") == 1
-    assert done.stdout.count("AP at IoU 0.50:0.95") == 1
+    assert done.stdout.count("IoU 0.50:0.95") == 1
     assert "Warning" not in done.stdout + done.stderr
-    assert len(losses(out)) == 4
+    assert len(read_losses(out)) == 4
     saved = torch.load(out / "checkpoint.pth", weights_only=True)
     assert saved["args"]["global_batch"] == 2
-    # three images on two processes: each is scored once, and alike by one process alone
+    # three images on two processes: each is scored once, as by a single process
     train_in_process(
         *("--data-path", tiny, "--test-only", "--resume", out / "checkpoint.pth"),
         *("--output-dir", tmp_path / "one"),
     )
-    assert metrics(tmp_path / "one", "eval")[0]["AP"] == metrics(out, "eval")[0]["AP"]
-    found = [json.loads((d / "detections.json").read_text()) for d in (out, tmp_path / "one")]
-    assert found[0] == found[1]
+    assert read_metrics(tmp_path / "one", "eval")[0]["AP"] == read_metrics(out, "eval")[0]["AP"]
+    detections = (out / "detections.json").read_text()
+    assert json.loads((tmp_path / "one/detections.json").read_text()) == json.loads(detections)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["batch", "image"])
-def test_errors_of_the_user_end_the_launcher_with_2_and_one_message(tiny, tmp_path, case):
-    """Before the processes have met, and after."""
+def test_user_error_ends_launcher_with_2(tiny, tmp_path, case):
+    """An error before and an error after the processes are connected."""
     (tiny / "train2017/3.png").write_bytes(b"no image")
     batch_size = "5" if case == "batch" else "1"
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", "-b", batch_size)
-    done = launch(ALL, *flags, timeout=120)
+    done = launch(DISTRIBUTED_LAUNCHER, *flags, timeout=120)
     assert done.returncode == 2, done.stderr
     expected = "fewer than one global batch of 10" if case == "batch" else "3.png cannot be read"
     assert expected in done.stderr
@@ -155,28 +157,28 @@ def test_errors_of_the_user_end_the_launcher_with_2_and_one_message(tiny, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["resume", "weights"])
-def test_error_of_rank_0_ends_both_processes_with_its_exit_code(tiny, tmp_path, case):
-    flags = ("--resume", "gone.pth") if case == "resume" else ("--weights-backbone", "IMAGE9")
+def test_error_of_rank_0_ends_both_processes(tiny, tmp_path, case):
+    flags = ("--resume", "missing.pth") if case == "resume" else ("--weights-backbone", "IMAGE9")
     environment = {preemption.LAUNCH_FOLDER_VARIABLE: str(tmp_path)}
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", *flags)
-    results = train_two(*flags, **environment)
+    results = train_two_processes(*flags, **environment)
     assert all(done.returncode != 0 for done in results)
-    assert (tmp_path / "exit").read_text() == "2"  # which the launcher ends with
-    said = "".join(done.stderr for done in results)
-    assert said.count("train.py: error:") == 1
-    assert "Traceback" not in said
+    assert (tmp_path / "exit").read_text() == "2"  # the exit code of the launcher
+    errors = "".join(done.stderr for done in results)
+    assert errors.count("train.py: error:") == 1
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow
-def test_two_processes_leave_out_the_same_bad_images(tiny, tmp_path):
-    """One process would find the first, the other the second: each opens half of the images."""
+def test_two_processes_skip_same_bad_images(tiny, tmp_path):
+    """Each process opens half of the images, so each detects one of the two."""
     for name in ("2", "5"):
         (tiny / f"train2017/{name}.png").write_bytes(b"no image")
     flags = ("--data-path", tiny, "--output-dir", tmp_path, "-b", "1", "--max-bad-images", "2")
-    first, second = train_two(*flags)
+    first, second = train_two_processes(*flags)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert first.stdout.count("left out:") == 2
-    assert len(losses(tmp_path)) == 3  # six images by twos
+    assert first.stdout.count("skipped:") == 2
+    assert len(read_losses(tmp_path)) == 3  # six images in batches of two
 
 
 # --------------------------------------------------------------------------------------- Slurm
@@ -210,7 +212,7 @@ exit "${CODE:-0}"
 
 
 @pytest.mark.parametrize(("case", "code"), [("done", 0), ("failed", 3), ("stopped", 75)])
-def test_slurm_job_starts_every_node_and_queues_again_when_stopped(tmp_path, case, code):
+def test_slurm_job_starts_nodes_and_requeues(tmp_path, case, code):
     folder = tmp_path / "start scripts"
     folder.mkdir()
     script = shutil.copy(SCRIPTS / "train_fasterrcnn_resnet50_amp_slurm.sh", folder)
@@ -224,7 +226,7 @@ def test_slurm_job_starts_every_node_and_queues_again_when_stopped(tmp_path, cas
     for name in ("SLURM_JOB_ID", "START_SCRIPTS"):
         env.pop(name, None)
     env |= {"CODE": str(code), "SBATCH_FLAGS": "--nodes=2"} if case != "stopped" else {}
-    if case == "stopped":  # Slurm warns the batch script, which sbatch has become here
+    if case == "stopped":  # the batch script gets the signal; sbatch has replaced itself by it
         process = subprocess.Popen(["bash", script, first, "$(touch x)"], env=env, cwd=tmp_path)
         end = time.monotonic() + 10
         while time.monotonic() < end and not (log.exists() and "node [" in log.read_text()):
@@ -234,10 +236,10 @@ def test_slurm_job_starts_every_node_and_queues_again_when_stopped(tmp_path, cas
     else:
         env["SBATCH_FLAGS"] = ""
         assert subprocess.run(["bash", script, first, "$(touch x)"], env=env).returncode == code
-    said = log.read_text()
-    assert f"sbatch [{script}] [{first}] [$(touch x)]" in said
-    assert "scontrol [show] [hostnames] [node[7-8]]" in said
-    assert f"node [1 of 2 at node7:24242] {first} $(touch x)" in said
-    assert ("scontrol [requeue] [4242]" in said) == (case == "stopped")
-    assert ("srun got USR1" in said) == (case == "stopped")
+    calls = log.read_text()
+    assert f"sbatch [{script}] [{first}] [$(touch x)]" in calls
+    assert "scontrol [show] [hostnames] [node[7-8]]" in calls
+    assert f"node [1 of 2 at node7:24242] {first} $(touch x)" in calls
+    assert ("scontrol [requeue] [4242]" in calls) == (case == "stopped")
+    assert ("srun got USR1" in calls) == (case == "stopped")
     assert not (tmp_path / "x").exists()

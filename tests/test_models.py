@@ -1,4 +1,4 @@
-"""Detectors against torchvision's own: the same structure, weights, losses and detections."""
+"""Detectors compared with torchvision's: structure, weights, losses and detections."""
 
 import pytest
 import torch
@@ -24,25 +24,25 @@ def slow(*values) -> list:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-def structure(build, *args, **kwargs) -> torch.nn.Module:
-    """A model without memory for its numbers, which takes no time to build."""
+def build_on_meta(build, *args, **kwargs) -> torch.nn.Module:
+    """Build a model on the meta device, which takes no memory and no time."""
     with torch.device("meta"):
         return build(*args, **kwargs)
 
 
-def state_of(name: str, num_classes: int, number: float) -> dict[str, torch.Tensor]:
-    """A state_dict with this one number in every tensor, which takes no memory."""
-    model = structure(models.build_model, name, num_classes, pretrained="detector")
+def constant_state(name: str, num_classes: int, number: float) -> dict[str, torch.Tensor]:
+    """Return a state_dict with one number in every tensor, which takes no memory."""
+    model = build_on_meta(models.build_model, name, num_classes, pretrained="detector")
     return {
         key: torch.tensor(number, dtype=value.dtype).expand(value.shape)
         for key, value in model.state_dict().items()
     }
 
 
-def filled(name: str, num_classes: int, number: float) -> torch.nn.Module:
-    """A model with this state_dict."""
-    model = structure(models.build_model, name, num_classes, pretrained="detector")
-    model.to_empty(device="cpu").load_state_dict(state_of(name, num_classes, number))
+def constant_model(name: str, num_classes: int, number: float) -> torch.nn.Module:
+    """Return a model with one number in every tensor."""
+    model = build_on_meta(models.build_model, name, num_classes, pretrained="detector")
+    model.to_empty(device="cpu").load_state_dict(constant_state(name, num_classes, number))
     return model
 
 
@@ -58,9 +58,9 @@ def batch() -> tuple[list, list]:
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_state_dict_is_the_stock_models(name):
-    stock = structure(get_model, name, weights=None, weights_backbone=None, num_classes=4)
-    ours = structure(models.build_model, name, 4, pretrained=None)
+def test_state_dict_matches_torchvision(name):
+    stock = build_on_meta(get_model, name, weights=None, weights_backbone=None, num_classes=4)
+    ours = build_on_meta(models.build_model, name, 4, pretrained=None)
     ours.backbone.compile()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
         k: v.shape for k, v in stock.state_dict().items()
@@ -69,17 +69,17 @@ def test_state_dict_is_the_stock_models(name):
 
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize("layers", [None, 0, 5])
-def test_pretrained_structure_is_torchvisions(name, layers, monkeypatch):
-    """Against torchvision's builder, whose download has no numbers either."""
+def test_pretrained_structure_matches_torchvision(name, layers, monkeypatch):
+    """The weights that torchvision's builder downloads are replaced by meta tensors."""
     weights = models.RECIPES[name].backbone
-    state = structure(get_model, CLASSIFIERS[type(weights).__name__], weights=None).state_dict()
+    state = build_on_meta(get_model, CLASSIFIERS[type(weights).__name__], weights=None).state_dict()
     with monkeypatch.context() as patch:
         patch.setattr(type(weights), "get_state_dict", lambda *a, **k: state)
         flags = {"weights_backbone": weights, "trainable_backbone_layers": layers}
-        stock = structure(get_model, name, weights=None, num_classes=3, **flags)
+        stock = build_on_meta(get_model, name, weights=None, num_classes=3, **flags)
     options = {"pretrained": "backbone", "trainable_backbone_layers": layers}
     for backbone_state in (state, None):
-        ours = structure(models.build_model, name, 3, backbone_state=backbone_state, **options)
+        ours = build_on_meta(models.build_model, name, 3, backbone_state=backbone_state, **options)
         trains, norms = [], []
         for model in (stock, ours):
             trains.append({n: p.requires_grad for n, p in model.named_parameters()})
@@ -91,7 +91,7 @@ def test_pretrained_structure_is_torchvisions(name, layers, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [SMALL, "ssdlite320_mobilenet_v3_large", *slow(RESNET)])
-def test_backbone_weights_are_loaded_as_torchvision_loads_them(name, monkeypatch):
+def test_backbone_weights_match_torchvision(name, monkeypatch):
     weights = models.RECIPES[name].backbone
     state = get_model(CLASSIFIERS[type(weights).__name__], weights=None).state_dict()
     monkeypatch.setattr(type(weights), "get_state_dict", lambda *a, **k: state)
@@ -103,40 +103,40 @@ def test_backbone_weights_are_loaded_as_torchvision_loads_them(name, monkeypatch
     body = [k for k in ours if k.startswith("backbone.") and ".fpn." not in k]
     expected = stock.state_dict()
     same = [key for key in body if torch.equal(expected[key], ours[key])]
-    # What SSD puts behind its backbone is random in both.
+    # The extra layers of SSD are random in both.
     assert len(same) >= (len(body) // 2 if "ssd" in name else len(body))
     assert not all(torch.equal(expected[key], without[key]) for key in body)
 
 
-def test_norms_are_folded_where_they_are_frozen():
+def test_frozen_norms_are_folded():
     for pretrained, count in ((None, 0), ("backbone", 53), ("detector", 53)):
-        model = structure(models.build_model, RESNET, 4, pretrained=pretrained)
+        model = build_on_meta(models.build_model, RESNET, 4, pretrained=pretrained)
         assert sum(isinstance(m, FoldedConv2d) for m in model.modules()) == count
 
 
 @pytest.mark.parametrize(("name", "most"), [(RESNET, 5), (SMALL, 6), ("ssd300_vgg16", 5)])
-def test_more_layers_than_there_are_are_refused(name, most):
+def test_too_many_trainable_layers_are_rejected(name, most):
     flags = {"pretrained": "backbone", "trainable_backbone_layers": most + 1}
     with pytest.raises(UserError, match=rf"--trainable-backbone-layers.*range \[0,{most}\]"):
-        structure(models.build_model, name, 3, **flags)
+        build_on_meta(models.build_model, name, 3, **flags)
 
 
-def test_backbone_that_does_not_fit_is_refused():
-    state = structure(get_model, "resnet18", weights=None).state_dict()
+def test_mismatched_backbone_is_rejected():
+    state = build_on_meta(get_model, "resnet18", weights=None).state_dict()
     flags = {"pretrained": "backbone", "backbone_state": state}
     with pytest.raises(UserError, match="--weights-backbone does not fit this model"):
-        structure(models.build_model, RESNET, 3, **flags)
+        build_on_meta(models.build_model, RESNET, 3, **flags)
 
 
-def test_fixed_size_is_height_and_width_of_every_image():
-    model = structure(models.build_model, SMALL, 4, pretrained=None, fixed_size=(96, 160))
+def test_fixed_size_is_height_and_width():
+    model = build_on_meta(models.build_model, SMALL, 4, pretrained=None, fixed_size=(96, 160))
     images, _ = model.transform([torch.rand(3, 50, 40), torch.rand(3, 300, 200)])
     assert images.tensors.shape == (2, 3, 96, 160)
     assert images.image_sizes == [(96, 160)] * 2
 
 
-def test_norms_get_their_own_weight_decay():
-    model = structure(models.build_model, SMALL, 3, pretrained=None)
+def test_norm_weight_decay():
+    model = build_on_meta(models.build_model, SMALL, 3, pretrained=None)
     groups = models.parameter_groups(model, 0.1, 0.0)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(p.dim() == 1 for p in groups[1]["params"])
@@ -151,19 +151,19 @@ def test_norms_get_their_own_weight_decay():
 def set_norms(model: torch.nn.Module, images: torch.Tensor) -> None:
     """Give trainable norms random scales and the statistics of these images.
 
-    A random network would otherwise double its numbers in every block once its norms are frozen.
+    The activations of a random network would otherwise double with every block of frozen norms.
     """
     generator = torch.Generator().manual_seed(7)
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
-            module.momentum = 1.0  # remembers the statistics of the next batch
+            module.momentum = 1.0  # keeps the statistics of the next batch only
             module.weight.data.uniform_(0.7, 1.3, generator=generator)
             module.bias.data.uniform_(-0.2, 0.2, generator=generator)
     with torch.no_grad():
         model.train().backbone(images)
 
 
-# One of each family, as the others are made of the same parts.
+# One detector of each family, as the others have the same parts.
 OTHERS = (
     *(RESNET, "retinanet_resnet50_fpn", "fcos_resnet50_fpn"),
     "ssdlite320_mobilenet_v3_large",
@@ -173,10 +173,10 @@ CASES = [(SMALL, None), (SMALL, "detector"), *slow(*((name, "detector") for name
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def stock_and_ours(request) -> tuple:
-    """The same weights in torchvision's own model and in ours; tests do not change them.
+    """Build torchvision's model and ours with the same weights, which tests do not change.
 
-    In float64, since a model with random weights has proposals of almost equal score: what rounds
-    otherwise, as another memory layout or another CPU does, would choose others of them.
+    In float64, as a model with random weights has proposals of almost equal score: other rounding
+    by another memory layout or CPU would select other proposals.
     """
     name, pretrained = request.param
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def stock_and_ours(request) -> tuple:
     return stock, ours
 
 
-def test_losses_and_gradients_equal_those_of_the_stock_model(stock_and_ours):
+def test_losses_and_gradients_equal_stock_model(stock_and_ours):
     losses, gradients = [], []
     for model in stock_and_ours:
         torch.manual_seed(1)
@@ -212,13 +212,13 @@ def test_losses_and_gradients_equal_those_of_the_stock_model(stock_and_ours):
         assert (a - gradients[1][key]).norm() <= 1e-9 * a.norm() + 1e-12
 
 
-def test_detections_equal_those_of_the_stock_model(stock_and_ours):
+def test_detections_equal_stock_model(stock_and_ours):
     stock, ours = (model.eval() for model in stock_and_ours)
     for model in (stock, ours):
-        model.score_thresh = 0.0  # of one-stage models, whose random scores are low
+        model.score_thresh = 0.0  # the random scores of one-stage models are low
     with torch.inference_mode():
-        expected, found = stock(batch()[0]), ours(batch()[0])
-    for a, b in zip(expected, found, strict=True):
+        expected, actual = stock(batch()[0]), ours(batch()[0])
+    for a, b in zip(expected, actual, strict=True):
         assert len(a["boxes"]) > 0
         assert torch.equal(a["labels"], b["labels"])
         torch.testing.assert_close(a["boxes"], b["boxes"], atol=1e-7, rtol=0)
@@ -226,8 +226,8 @@ def test_detections_equal_those_of_the_stock_model(stock_and_ours):
 
 
 @pytest.mark.parametrize("name", [SMALL, *slow("fasterrcnn_resnet50_fpn_v2")])
-def test_frozen_backbone_neither_trains_nor_keeps_statistics(name):
-    """Not even the norms that torchvision leaves trainable in a pretrained model."""
+def test_frozen_backbone_does_not_change(name):
+    """Including the norms that torchvision keeps trainable in a pretrained model."""
     model = models.build_model(
         name, 4, pretrained="backbone", freeze_backbone=True, min_sizes=(64,), max_size=100
     ).train()
@@ -248,18 +248,18 @@ def test_frozen_backbone_neither_trains_nor_keeps_statistics(name):
     assert not {k for k in changed if "running" in k and k.rpartition(".")[0] in prefixes}
 
 
-def test_backbone_that_always_trains_cannot_be_frozen():
+def test_ssdlite_backbone_cannot_be_frozen():
     flags = {"pretrained": "detector", "freeze_backbone": True}
     with pytest.raises(UserError, match="cannot be frozen"):
-        structure(models.build_model, "ssdlite320_mobilenet_v3_large", 4, **flags)
+        build_on_meta(models.build_model, "ssdlite320_mobilenet_v3_large", 4, **flags)
 
 
 # ----------------------------------------------------------------------------------- weights
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_new_head_leaves_the_rest_as_loaded(name):
-    donor, model = state_of(name, 91, 1.0), filled(name, 4, 2.0)
+def test_new_head_keeps_other_loaded_weights(name):
+    donor, model = constant_state(name, 91, 1.0), constant_model(name, 4, 2.0)
     assert not models.same_classes(model, donor)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     models.load_detector(model, donor, False, "test")
@@ -278,17 +278,17 @@ OTHER = Categories.from_names({1: "cell", 7: "dust"})
 HEAD, BODY = "roi_heads.box_predictor.cls_score.bias", "backbone.body.0.0.weight"
 
 
-def test_coco_weights_keep_their_head_for_coco_alone(monkeypatch, capsys):
-    donor = state_of(SMALL, 91, 1.0)
+def test_coco_weights_keep_head_for_coco_only(monkeypatch, capsys):
+    donor = constant_state(SMALL, 91, 1.0)
     monkeypatch.setattr(models, "download", lambda *_: donor)
 
     def load(categories: Categories, head_required: bool = False) -> dict:
-        model = filled(SMALL, categories.num_classes, 2.0)
+        model = constant_model(SMALL, categories.num_classes, 2.0)
         models.load_pretrained_detector(model, SMALL, "COCO_V1", categories, head_required)
         return model.state_dict()
 
     assert torch.equal(load(COCO)[HEAD], donor[HEAD])
-    assert "its head included" in capsys.readouterr().out
+    assert "with its head" in capsys.readouterr().out
     other = load(OTHER)
     assert other[HEAD].tolist() == [2.0] * 3
     assert torch.equal(other[BODY], donor[BODY])
@@ -297,12 +297,12 @@ def test_coco_weights_keep_their_head_for_coco_alone(monkeypatch, capsys):
         load(OTHER, head_required=True)
 
 
-def test_file_of_weights_keeps_its_head_for_the_same_categories(tmp_path):
-    donor, names = state_of(SMALL, 3, 1.0), {1: "cell", 9: "hair"}
+def test_weights_file_keeps_head_for_same_categories(tmp_path):
+    donor, names = constant_state(SMALL, 3, 1.0), {1: "cell", 9: "hair"}
 
     def load(content: dict) -> list[float]:
         torch.save(content, tmp_path / "weights.pth")
-        model = filled(SMALL, 3, 2.0)
+        model = constant_model(SMALL, 3, 2.0)
         flags = (SMALL, str(tmp_path / "weights.pth"), OTHER)
         models.load_pretrained_detector(model, *flags, head_required=False)
         return model.state_dict()[HEAD].tolist()
@@ -310,10 +310,10 @@ def test_file_of_weights_keeps_its_head_for_the_same_categories(tmp_path):
     assert load({"model": donor, "categories": OTHER.to_list()}) == [1.0] * 3
     other = Categories.from_names(names).to_list()
     assert load({"model": donor, "categories": other}) == [2.0] * 3
-    assert load(donor) == [1.0] * 3  # a state_dict alone, which says only how many
+    assert load(donor) == [1.0] * 3  # a state_dict without category names
 
 
-def test_missing_network_is_answered_with_what_else_to_do(monkeypatch, tmp_path):
+def test_download_error_names_alternatives(monkeypatch, tmp_path):
     def offline(*args, **kwargs):
         raise OSError("no network")
 
@@ -321,6 +321,6 @@ def test_missing_network_is_answered_with_what_else_to_do(monkeypatch, tmp_path)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(UserError, match="start from random weights with --weights-backbone none"):
         models.backbone_weights(RESNET, "IMAGENET1K_V1")
-    model = structure(models.build_model, RESNET, 3, pretrained="detector")
+    model = build_on_meta(models.build_model, RESNET, 3, pretrained="detector")
     with pytest.raises(UserError, match="or use --weights-backbone none instead"):
         models.load_pretrained_detector(model, RESNET, "COCO_V1", OTHER, False)

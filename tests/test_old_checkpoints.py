@@ -1,7 +1,7 @@
-"""A run that an earlier version began is resumed, used and reported by this one.
+"""Compatibility with the output of an earlier version.
 
-`data/old_run` is the output folder of a training of `tiny` that was stopped after 6 of 12 steps. Of
-each tensor of its checkpoint one number is kept, from which it is expanded again.
+`data/old_run` is the output folder of a training of `tiny` that was stopped after 6 of 12 steps.
+Its checkpoint has one number for each tensor, which is expanded to the shape of the tensor.
 """
 
 import gzip
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SMALL
+from helpers import ROOT, SMALL_FLAGS
 
 import checkpoint
 import export
@@ -22,7 +22,7 @@ import train
 
 OLD_RUN = ROOT / "tests/data/old_run"
 FLAGS = (
-    *SMALL[:6],
+    *SMALL_FLAGS[:6],
     *("--batch-size", "2", "--epochs", "3", "--lr", "0.0005", "--clip-grad-norm", "10"),
     *("--checkpoint-every", "3", "--print-freq", "1", "-j", "0", "--no-report"),
 )
@@ -30,7 +30,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def old_state() -> dict:
-    """The checkpoint of the old run, with random numbers where constants would not train."""
+    """Load the checkpoint of the old run; replace constant weights, which would not train."""
     content = gzip.decompress((OLD_RUN / "checkpoint.ckpt.gz").read_bytes())
     state = torch.load(io.BytesIO(content), weights_only=True)
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ def old_state() -> dict:
 
 @pytest.fixture
 def old_run(old_state, tmp_path) -> Path:
-    """The output folder as the old version left it."""
+    """Return an output folder of the old version."""
     folder = tmp_path / "old"
     folder.mkdir()
     torch.save(old_state, folder / "checkpoint_00000006.pth")
@@ -59,8 +59,8 @@ def old_run(old_state, tmp_path) -> Path:
 def test_old_run_is_resumed(tiny, old_run, capsys):
     flags = ("--data-path", str(tiny), "--output-dir", str(old_run), "--resume", "auto")
     train.main([*FLAGS, *flags])
-    said = capsys.readouterr().out
-    assert f"resumed: {old_run}/checkpoint_00000006.pth, 6 steps done" in said
+    output = capsys.readouterr().out
+    assert f"{old_run}/checkpoint_00000006.pth, 6 steps done" in output
     lines = list(map(json.loads, (old_run / "metrics.jsonl").read_text().splitlines()))
     steps = [line["step"] for line in lines if line["kind"] == "train"]
     assert steps == list(range(1, 13))
@@ -70,7 +70,7 @@ def test_old_run_is_resumed(tiny, old_run, capsys):
     assert (saved["epoch"], saved["step"]) == (3, 12)
 
 
-def test_changes_of_an_old_run_are_noticed(tiny, old_run):
+def test_changed_flags_of_old_run_are_rejected(tiny, old_run):
     flags = ("--data-path", str(tiny), "--output-dir", str(old_run), "--resume", "auto")
     with pytest.raises(train.UserError, match=r"--lr 0.0005 \(now 0.25\)"):
         train.main([*FLAGS, *flags, "--lr", "0.25"])
@@ -81,8 +81,8 @@ def test_old_checkpoint_predicts(tiny, old_run, tmp_path):
     images = str(tiny / "val2017")
     flags = ("--output-dir", str(out), "--score-threshold", "0")
     predict.main([str(old_run / "checkpoint.pth"), images, *flags])
-    found = json.loads((out / "detections.json").read_text())
-    assert {row["category_id"] for row in found} == {2, 5}
+    detections = json.loads((out / "detections.json").read_text())
+    assert {row["category_id"] for row in detections} == {2, 5}
 
 
 def test_old_checkpoint_is_exported_to_safetensors(old_state, old_run, tmp_path):
@@ -100,7 +100,7 @@ def test_old_checkpoint_is_exported_to_onnx(tiny, old_run, tmp_path):
     pytest.importorskip("onnxruntime")
     file = tmp_path / "model.onnx"
     flags = ("--output", str(file), "--check-images", str(tiny / "val2017"))
-    export.main([str(old_run / "checkpoint.pth"), *flags])  # which compares the detections
+    export.main([str(old_run / "checkpoint.pth"), *flags])  # also compares the detections
     assert file.is_file()
 
 

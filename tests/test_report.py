@@ -24,16 +24,16 @@ FIGURES = {"loss", "loss_terms", "ap", "lr", "precision50", "precision75", "size
 
 @pytest.fixture
 def output(tiny, tmp_path) -> Path:
-    """The output folder of a training of two epochs."""
+    """Write the output folder of a training of two epochs."""
     return write_output(tmp_path / "out", two_epochs(tiny))
 
 
-def page(folder: Path) -> str:
+def write_page(folder: Path) -> str:
     return report.write(folder).read_text(encoding="utf-8")
 
 
 def text_of(html: str) -> str:
-    """What a reader sees, in one line."""
+    """Return the visible text of a page in one line."""
     body = re.sub(r"<(style|svg).*?</\1>", " ", html, flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
 
@@ -45,8 +45,8 @@ def figures_in(html: str) -> set[str]:
 # ------------------------------------------------------------------------------------- the page
 
 
-def test_a_complete_report(output):
-    html = page(output)
+def test_complete_report(output):
+    html = write_page(output)
     assert figures_in(html) == FIGURES
     assert html.count("data:image/jpeg;base64,") == 6
     text = text_of(html)
@@ -67,12 +67,12 @@ def test_a_complete_report(output):
     assert len(re.sub(r"base64,[^\"]+", "", html)) < 150_000
 
 
-def test_many_categories_show_the_most_confused_ones(tiny, output):
+def test_many_categories_show_most_confused(tiny, output):
     def change(data):
         data["categories"] += [{"id": i, "name": f"thing {i}"} for i in range(6, 40)]
 
     rewrite(split_of(tiny, "val"), change)
-    html = page(output)
+    html = write_page(output)
     assert "Of 36 categories, the 20 most confused ones are shown" in text_of(html)
     assert "cat detected as dog: 1" in text_of(html)
     header = re.search(r'<table class="matrix wide">.*?</thead>', html, re.DOTALL)[0]
@@ -80,24 +80,24 @@ def test_many_categories_show_the_most_confused_ones(tiny, output):
 
 
 class Addresses(HTMLParser):
-    """Every address that a page loads or points to, and its tags."""
+    """A parser that collects the tags of a page and every address that it loads or links."""
 
     def __init__(self):
         super().__init__()
-        self.found, self.tags = [], set()
+        self.addresses, self.tags = [], set()
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        named = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
-        self.found += [value for name, value in attrs if name in named]
+        attributes = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
+        self.addresses += [value for name, value in attrs if name in attributes]
 
 
-def test_the_page_loads_nothing_and_its_references_have_their_target(output):
-    html = page(output)
+def test_page_is_self_contained(output):
+    html = write_page(output)
     parser = Addresses()
     parser.feed(html)
-    assert len(parser.found) > 20
-    assert all(re.match(r"(data:|#)", address) for address in parser.found)
+    assert len(parser.addresses) > 20
+    assert all(re.match(r"(data:|#)", address) for address in parser.addresses)
     assert not parser.tags & {"script", "iframe", "object", "embed", "form", "base"}
     assert not re.search(r"https?://|@import|url\([^#]", html)
     ids = re.findall(r'\bid="([^"]+)"', html)
@@ -106,7 +106,7 @@ def test_the_page_loads_nothing_and_its_references_have_their_target(output):
     assert {a or b for a, b in used} <= {*ids, "notes"}
 
 
-def test_strange_names_are_escaped(tiny, tmp_path, recwarn):
+def test_names_are_escaped(tiny, tmp_path, recwarn):
     names = {"cat": "<script>alert(1)</script>", "dog": "_$x_{1}$ \u732b"}
     file_name = '"><img src=x onerror=alert(1)>.png'
 
@@ -119,7 +119,7 @@ def test_strange_names_are_escaped(tiny, tmp_path, recwarn):
     (tiny / "val2017/1.png").rename(tiny / "val2017" / file_name)
     lines = two_epochs(tiny)
     lines[0]["categories"] = [{"id": 2, "name": names["cat"]}, {"id": 5, "name": names["dog"]}]
-    html = page(write_output(tmp_path / "<b>out", lines))
+    html = write_page(write_output(tmp_path / "<b>out", lines))
     parser = Addresses()
     parser.feed(html)
     assert "script" not in parser.tags
@@ -134,23 +134,25 @@ def test_strange_names_are_escaped(tiny, tmp_path, recwarn):
 def test_resumed_runs_are_counted(tiny, output):
     resumed = start_line(tiny, resume="output/checkpoint.pth")
     lines = two_epochs(tiny)
-    assert "resumed once" in text_of(page(write_output(output, [*lines[:-1], resumed])))
+    assert "resumed once" in text_of(write_page(write_output(output, [*lines[:-1], resumed])))
     lines = [*lines[:4], resumed, *lines[4:-1], resumed, lines[-1]]
-    text = text_of(page(write_output(output, lines)))
+    text = text_of(write_page(write_output(output, lines)))
     assert "1 h 2 min since it was resumed (resumed 2 times)" in text
 
 
-def test_test_only_after_a_training_is_a_column_of_its_own(tiny, output):
+def test_test_only_after_training_has_separate_column(tiny, output):
     test_only = start_line(tiny, test_only=True, resume="model_best.pth")
-    text = text_of(page(write_output(output, [*two_epochs(tiny), test_only, eval_line(tiny, 0)])))
+    text = text_of(
+        write_page(write_output(output, [*two_epochs(tiny), test_only, eval_line(tiny, 0)]))
+    )
     assert "last (--test-only), epoch 0 best, epoch 1" in text
 
 
-def test_test_only_without_a_training(tiny, output):
+def test_test_only_without_training(tiny, output):
     start = start_line(tiny, test_only=True, weights="COCO_V1")
     start["train_images"] = None
     evaluation = {**eval_line(tiny, 0), "epoch": None, "step": None}
-    html = page(write_output(output, [start, evaluation]))
+    html = write_page(write_output(output, [start, evaluation]))
     assert figures_in(html) == FIGURES - {"loss", "loss_terms", "lr", "ap"}
     assert "evaluated on 2 categories" in text_of(html)
     assert "evaluation only" in text_of(html)
@@ -159,35 +161,35 @@ def test_test_only_without_a_training(tiny, output):
 def test_overfit(tiny, output):
     lines = two_epochs(tiny)
     lines[0] = start_line(tiny, overfit=2)
-    text = text_of(page(write_output(output, lines, DETECTIONS[:3])))
+    text = text_of(write_page(write_output(output, lines, DETECTIONS[:3])))
     assert "the same (--overfit 2)" in text
     assert "On 2 images with 3 ground-truth boxes" in text
 
 
-# --------------------------------------------------------------------------- what is not there
+# -------------------------------------------------------------------------------- missing input
 
 
-def test_a_run_without_an_evaluation(tiny, output):
-    html = page(write_output(output, [start_line(tiny), train_line(1)]))
+def test_run_without_evaluation(tiny, output):
+    html = write_page(write_output(output, [start_line(tiny), train_line(1)]))
     assert figures_in(html) == {"loss", "loss_terms", "lr"}
-    assert "there was no evaluation yet" in text_of(html)
-    assert "the run did not reach its end" in text_of(html)
+    assert "no evaluation yet" in text_of(html)
+    assert "the run did not finish" in text_of(html)
 
 
-def test_a_run_before_its_first_step(tiny, output):
-    html = page(write_output(output, [start_line(tiny)]))
+def test_run_before_first_step(tiny, output):
+    html = write_page(write_output(output, [start_line(tiny)]))
     assert figures_in(html) == set()
     assert "metrics.jsonl has no training steps" in text_of(html)
 
 
-def test_a_start_line_with_nothing_in_it(output):
-    html = page(write_output(output, [{"kind": "start"}, train_line(1), {"kind": "eval"}]))
+def test_empty_start_line(output):
+    html = write_page(write_output(output, [{"kind": "start"}, train_line(1), {"kind": "eval"}]))
     assert figures_in(html) == {"loss", "loss_terms", "lr"}
 
 
 def test_no_detections(tiny, output):
     lines = [start_line(tiny), train_line(1), eval_line(tiny, 0, ())]
-    html = page(write_output(output, lines, ()))
+    html = write_page(write_output(output, lines, ()))
     assert figures_in(html) == FIGURES
     assert "there are 0 detections" in text_of(html)
     assert "4 ground-truth boxes were missed" in text_of(html)
@@ -198,7 +200,7 @@ def test_no_detections(tiny, output):
 def test_no_ground_truth_boxes(tiny, output, detections):
     rewrite(split_of(tiny, "val"), lambda data: data.update(annotations=[]))
     lines = [start_line(tiny), train_line(1), eval_line(tiny, 0, detections)]
-    html = page(write_output(output, lines, detections))
+    html = write_page(write_output(output, lines, detections))
     assert figures_in(html) == {"loss", "loss_terms", "lr"}
     assert "the validation images have no ground-truth boxes" in text_of(html)
     assert "On 3 images with 0 ground-truth boxes" in text_of(html)
@@ -206,41 +208,43 @@ def test_no_ground_truth_boxes(tiny, output, detections):
 
 
 @pytest.mark.parametrize("content", [None, '[{"image_id": 1}]', '[{"image', "{}", "[3]"])
-def test_missing_or_broken_detections_are_named(output, content, capsys):
+def test_missing_or_invalid_detections_are_reported(output, content, capsys):
     file = output / "detections.json"
     file.unlink()
     if content is not None:
         file.write_text(content)
-    html = page(output)
+    html = write_page(output)
     assert figures_in(html) == {"loss", "loss_terms", "lr", "ap"}
-    for said in (text_of(html), capsys.readouterr().out):
-        assert f"Detections cannot be compared with the ground truth: {file}" in said
+    for message in (text_of(html), capsys.readouterr().out):
+        assert f"Detections cannot be compared with the ground truth: {file}" in message
 
 
-def test_detections_that_were_changed_since_are_noted(tiny, output):
+def test_changed_detections_are_noted(tiny, output):
     write_output(output, two_epochs(tiny), DETECTIONS[:-2])
-    assert "one of the files was changed since" in text_of(page(output))
+    text = text_of(write_page(output))
+    assert "Notes" in text
+    assert "one of the files has changed since" in text
 
 
-def test_detections_of_unknown_images_and_categories_are_noted(tiny, output):
+def test_unknown_images_and_categories_are_noted(tiny, output):
     unknown = ((7, 2, [0, 0, 9, 9], 0.9), (100, 4, [0, 0, 9, 9], 0.9))
-    html = page(write_output(output, two_epochs(tiny), (*DETECTIONS, *unknown)))
-    assert "2 detections are of images or categories that" in text_of(html)
+    html = write_page(write_output(output, two_epochs(tiny), (*DETECTIONS, *unknown)))
+    assert "2 detections have images or categories that are not in" in text_of(html)
     assert "there are 5 detections" in text_of(html)
 
 
-def test_images_that_were_moved(tiny, output):
+def test_moved_images(tiny, output):
     for file in (tiny / "val2017").glob("*.png"):
         file.unlink()
-    html = page(output)
+    html = write_page(output)
     assert figures_in(html) == FIGURES
     assert "image/jpeg" not in html
     assert "3 of 3 images for the page cannot be read" in text_of(html)
 
 
-def test_data_that_were_moved(tiny, output):
+def test_moved_data(tiny, output):
     shutil.rmtree(tiny)
-    html = page(output)
+    html = write_page(output)
     assert figures_in(html) == {"loss", "loss_terms", "lr", "ap"}
     assert f"{tiny / 'annotations/instances_val2017.json'} (missing)" in text_of(html)
 
@@ -249,7 +253,7 @@ def test_data_that_were_moved(tiny, output):
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_page_and_names_it(output):
+def test_command_writes_page(output):
     (output / "detections.json").unlink()
     done = run(sys.executable, ROOT / "report.py", output, cwd="/")
     assert done.returncode == 0, done.stderr
@@ -260,20 +264,20 @@ def test_the_command_writes_the_page_and_names_it(output):
 
 
 @pytest.mark.slow
-def test_an_error_is_one_message_and_exit_code_2(tmp_path):
+def test_user_error_exit_code_and_message(tmp_path):
     done = run(sys.executable, ROOT / "report.py", tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"report.py: error: {tmp_path}/metrics.jsonl cannot be read (")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_folder_that_cannot_be_written_is_refused(output):
+def test_unwritable_folder_is_rejected(output):
     (output / "report.html").mkdir()
     with pytest.raises(UserError, match=r"report\.html cannot be written"):
         report.write(output)
 
 
-def test_a_wrong_command_line_is_refused():
+def test_missing_argument_is_rejected():
     with pytest.raises(UserError, match="--help"):
         report.main([])
 
@@ -291,7 +295,7 @@ CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 def browse(page: Path, folder: Path) -> tuple[subprocess.CompletedProcess, bool]:
-    """Open a page; also returns whether it asked for anything outside."""
+    """Open a page; also return whether it requested anything from outside."""
     log = folder / "net.json"
     done = run(
         *(CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"),
@@ -300,22 +304,22 @@ def browse(page: Path, folder: Path) -> tuple[subprocess.CompletedProcess, bool]
         *("--window-size=390,900", "--dump-dom", page.as_uri()),
         timeout=60,
     )
-    # What the browser asks for on its own account has "not an origin" there.
+    # Requests of the browser itself have the initiator "not an origin".
     return done, '"initiator":"null"' in log.read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_a_browser_shows_the_page_without_errors_or_requests(output, tmp_path):
-    done, asked = browse(report.write(output), tmp_path)
+def test_page_in_browser(output, tmp_path):
+    done, requested = browse(report.write(output), tmp_path)
     assert done.returncode == 0, done.stderr
     assert figures_in(done.stdout) == FIGURES
     assert done.stdout.count("<figure") == len(FIGURES) + 2 + 3  # bars, matrix, three images
     assert "CONSOLE" not in done.stderr
-    assert not asked
-    # That the last two would be noticed:
+    assert not requested
+    # Check that errors and requests would be detected:
     other = tmp_path / "other.html"
     other.write_text('<img src="http://example.test/x.png"><script>console.error(1)</script>')
-    done, asked = browse(other, tmp_path)
+    done, requested = browse(other, tmp_path)
     assert "CONSOLE" in done.stderr
-    assert asked
+    assert requested

@@ -16,7 +16,7 @@ def groups_of(count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [10, 37, 60])
-def test_epoch_has_every_image_once_except_the_remainder(world_size, count):
+def test_epoch_has_each_image_once_except_remainder(world_size, count):
     groups = groups_of(count)
     shares = [TrainingPlan(groups, 2, world_size, rank) for rank in range(world_size)]
     for epoch in range(3):
@@ -27,7 +27,7 @@ def test_epoch_has_every_image_once_except_the_remainder(world_size, count):
         assert len(seen) == len(set(seen)) == count - count % (2 * world_size)
 
 
-def test_epochs_leave_out_different_remainders():
+def test_remainders_differ_by_epoch():
     plan = TrainingPlan(groups_of(37), 8)
     left_out = [set(range(37)) - set(plan.batches(epoch).flat) for epoch in range(8)]
     assert all(len(images) == 5 for images in left_out)
@@ -35,7 +35,7 @@ def test_epochs_leave_out_different_remainders():
     assert all(not a & b for a, b in itertools.pairwise(left_out))
 
 
-def test_only_the_last_batches_mix_aspect_ratio_groups():
+def test_only_last_batches_mix_aspect_ratio_groups():
     groups = groups_of(200)
     kinds = [len(set(groups[batch])) for batch in TrainingPlan(groups, 4, 2).batches(0)]
     pure = kinds.count(1)
@@ -43,16 +43,16 @@ def test_only_the_last_batches_mix_aspect_ratio_groups():
     assert pure >= sum((groups == g).sum() // 8 for g in range(3)) - 1
 
 
-def test_global_batches_do_not_depend_on_the_number_of_processes():
+def test_global_batches_do_not_depend_on_world_size():
     groups = groups_of(21)
-    whole = TrainingPlan(groups, 2, seed=3)
+    single = TrainingPlan(groups, 2, seed=3)
     halves = [TrainingPlan(groups, 1, 2, rank, seed=3) for rank in range(2)]
-    for plan in (whole, *halves):
+    for plan in (single, *halves):
         plan.start(4)
-    assert [a + b for a, b in zip(*halves, strict=True)] == list(whole)
+    assert [a + b for a, b in zip(*halves, strict=True)] == list(single)
 
 
-def test_plan_is_a_function_of_seed_and_epoch():
+def test_plan_depends_on_seed_and_epoch():
     groups = groups_of(40)
     plan = TrainingPlan(groups, 4, seed=1)
     first = plan.batches(0)
@@ -61,21 +61,21 @@ def test_plan_is_a_function_of_seed_and_epoch():
     assert not np.array_equal(first, TrainingPlan(groups, 4, seed=2).batches(0))
 
 
-def test_iteration_can_start_in_the_middle_of_an_epoch():
+def test_start_in_the_middle_of_an_epoch():
     plan = TrainingPlan(groups_of(40), 4)
     plan.start(2)
-    whole = list(plan)
+    batches = list(plan)
     plan.start(2, 3)
-    assert list(plan) == whole[3:]
-    assert len(plan) == len(whole) == 10
+    assert list(plan) == batches[3:]
+    assert len(plan) == len(batches) == 10
 
 
-def test_augmentation_seeds_differ_by_seed_epoch_and_image():
+def test_image_seeds_are_distinct():
     seeds = {samplers.image_seed(s, e, i) for s in range(3) for e in range(3) for i in range(3)}
     assert len(seeds) == 27
 
 
-def test_images_without_boxes_train_only_if_asked(tiny):
+def test_keep_empty_selects_images_without_boxes(tiny):
     rewrite(split_of(tiny), lambda data: data.update(annotations=data["annotations"][:3]))
     index = CocoIndex(split_of(tiny))
     assert samplers.select_train_images(index, False, 1, 2).tolist() == [0, 1]
@@ -84,13 +84,13 @@ def test_images_without_boxes_train_only_if_asked(tiny):
         samplers.select_train_images(index, False, 4, 2)
 
 
-def test_a_split_without_boxes_is_refused_with_its_file(tiny):
+def test_split_without_boxes_is_rejected(tiny):
     rewrite(split_of(tiny), lambda data: data.update(annotations=[]))
-    with pytest.raises(DataError, match=r"instances_train2017.json has no box that can be trained"):
+    with pytest.raises(DataError, match=r"instances_train2017.json has no usable box"):
         samplers.select_train_images(CocoIndex(split_of(tiny)), False, 1, 1)
 
 
-def test_aspect_ratio_groups_by_factor():
+def test_aspect_ratio_groups():
     widths, heights = np.array([640, 480, 500, 1000]), np.array([480, 640, 500, 200])
     assert len(set(samplers.aspect_ratio_groups(widths, heights, 3))) == 4
     assert samplers.aspect_ratio_groups(widths, heights, 0).tolist() == [1, 0, 1, 1]
@@ -98,7 +98,7 @@ def test_aspect_ratio_groups_by_factor():
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (1, 3), (4, 1), (4, 2), (8, 3)])
-def test_evaluation_batches_have_every_image_once_and_one_size_per_batch(batch_size, world_size):
+def test_evaluation_batches_have_each_image_once(batch_size, world_size):
     sizes = np.array([(64, 48)] * 11 + [(48, 64)] * 6 + [(50, 50)])
     sizes = np.random.default_rng(0).permutation(sizes)
     shares = [

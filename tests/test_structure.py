@@ -1,4 +1,4 @@
-"""Which file may import what: the spine goes one way, and one file knows a library."""
+"""Layers of the project: which file may import which other file and which library."""
 
 import ast
 import re
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-# Bottom up: each may import those before it, and `internals`.
+# Bottom up: each file may import those before it, and `internals`.
 SPINE = (
     *("utils", "transforms", "samplers", "coco_utils", "coco_eval", "models", "engine"),
     *("checkpoint", "arguments", "train"),
 )
 COMMANDS = ("predict", "export", "report")
 FOLDERS = ("internals", "reporting", "datasets")
-# What train.py imports at the end of a run alone, inside functions.
+# Imported inside functions only, at the end of a run.
 LAZY = {("train", "report"), ("train", "reporting")}
 OWNERS = {
     "pycocotools": {"coco_eval"},
@@ -32,8 +32,8 @@ FILES = sorted(
 IDS = [path.relative_to(ROOT).with_suffix("").as_posix() for path in FILES]
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """The modules that a file imports, and whether inside a function."""
+def find_imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the modules that a file imports, and whether the import is inside a function."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.col_offset > 0) for alias in node.names)
@@ -45,7 +45,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def may_import(name: str, other: str) -> bool:
-    """Whether the file `name` may import the project's file or folder `other`."""
+    """Check whether the file `name` may import the project's file or folder `other`."""
     if name == "utils":
         return False
     if name in SPINE:
@@ -54,43 +54,44 @@ def may_import(name: str, other: str) -> bool:
         return other in ("utils", "internals")
     if name.startswith("datasets/"):
         return other in ("utils", "internals", "datasets", "coco_utils")
-    return other in (*SPINE, "internals", "reporting")  # the other commands, and their parts
+    return other in (*SPINE, "internals", "reporting")  # the other commands and `reporting`
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_imports_go_one_way(path):
+def test_imports_respect_layers(path):
     name = path.relative_to(ROOT).with_suffix("").as_posix()
-    known = {*SPINE, *COMMANDS, *FOLDERS, "benchmarks", "tests"}
-    wrong = {
+    own_modules = {*SPINE, *COMMANDS, *FOLDERS, "benchmarks", "tests"}
+    forbidden = {
         other
-        for other, lazy in imports(path)
-        if (top := other.partition(".")[0]) in known
+        for other, lazy in find_imports(path)
+        if (top := other.partition(".")[0]) in own_modules
         and not may_import(name, top)
         and not (lazy and (name, top) in LAZY)
     }
-    assert not wrong
+    assert not forbidden
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_libraries_are_known_to_one_file(path):
+def test_libraries_are_imported_by_one_file(path):
     name = path.relative_to(ROOT).with_suffix("").as_posix()
-    imported = {other for other, _ in imports(path)}
+    imported = {other for other, _ in find_imports(path)}
     for library, owners in OWNERS.items():
         uses = any(other == library or other.startswith(f"{library}.") for other in imported)
         assert not uses or name in owners, f"{library} belongs to {owners or 'tests'}"
 
 
-def test_no_test_imports_from_another():
+def test_tests_do_not_import_each_other():
     for path in (ROOT / "tests").rglob("*.py"):
-        modules = {other.rpartition(".")[2] for other, _ in imports(path)}
+        modules = {other.rpartition(".")[2] for other, _ in find_imports(path)}
         assert not {module for module in modules if module.startswith("test_")}, path
         assert "conftest" not in modules, path
 
 
 def test_documented_tests_exist():
     text = (ROOT / "docs/fault_tolerance.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+){3,})(?:\[\w+\])?`", text))
+    words = re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)(?:\[\w+\])?`", text)
+    documented = {word for word in words if not word.startswith("test_")}  # those are files
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
     existing = {name for source in sources for name in re.findall(r"def test_(\w+)\(", source)}
-    assert len(named) > 40
-    assert not named - existing
+    assert len(documented) > 40
+    assert not documented - existing

@@ -1,4 +1,4 @@
-"""Whole runs of train.py on small data, most of them in this process."""
+"""Whole trainings on small data, most of them in this process."""
 
 import json
 import re
@@ -11,13 +11,13 @@ import torch
 import torchvision
 from helpers import (
     ROOT,
-    SMALL,
-    losses,
+    SMALL_FLAGS,
     main_in_process,
     make_tiny,
-    metrics,
+    read_losses,
+    read_metrics,
     rewrite,
-    run_train_two,
+    run_two_processes,
     split_of,
     train,
     train_in_process,
@@ -28,28 +28,28 @@ import coco_utils
 from internals.errors import UserError
 
 BCCD = ROOT.parent / "shared/data/bccd"
-FROM_WEIGHTS = [flag for flag in SMALL if flag not in ("--weights-backbone", "none")]
+FROM_WEIGHTS = [flag for flag in SMALL_FLAGS if flag not in ("--weights-backbone", "none")]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with `data` as `tiny`, and `out`, a training of two epochs; tests only read it."""
+    """Train for two epochs; return the folder of `data` and `out`, which tests only read."""
     root = tmp_path_factory.mktemp("trained")
     make_tiny(root / "data")
     flags = ("--data-path", root / "data", "--output-dir", root / "out", "--epochs", "2")
-    small = [flag for flag in SMALL if flag != "--no-report"]
+    small = [flag for flag in SMALL_FLAGS if flag != "--no-report"]
     (root / "printed").write_text(main_in_process(*small, *flags))
     return root
 
 
-def state_of(file: Path) -> dict:
+def load_state(file: Path) -> dict:
     return torch.load(file, weights_only=True)
 
 
-# ----------------------------------------------------------------------------- what a run leaves
+# ------------------------------------------------------------------------------------- output
 
 
-def test_output_of_a_training(trained):
+def test_training_output(trained):
     out, printed = trained / "out", (trained / "printed").read_text()
     assert f"report: {out / 'report.html'}" in printed
     assert {path.name for path in out.iterdir()} == {
@@ -64,53 +64,58 @@ def test_output_of_a_training(trained):
         *("loss_objectness", "loss_rpn_box_reg", "images_per_second", "data_seconds"),
         *("peak_memory_mib", "skipped_steps"),
     }
-    saved = state_of(out / "checkpoint.pth")
+    saved = load_state(out / "checkpoint.pth")
     assert saved.keys() == {
         *("model", "optimizer", "scaler", "epoch", "step", "best_AP", "categories", "args"),
         *("format", "evaluations_since_best"),
     }
     assert (saved["epoch"], saved["step"]) == (2, 8)
     assert "images/s" in printed
-    assert "AP at IoU 0.50:0.95" in printed
+    assert "IoU 0.50:0.95" in printed
     assert "0.0025 = 0.02 x 2 / 16" in printed
-    assert "val_loss" not in metrics(out, "eval")[0]
+    assert "val_loss" not in read_metrics(out, "eval")[0]
 
 
-def test_finished_training_is_neither_repeated_nor_overwritten(trained, tmp_path):
+def test_finished_training_is_not_repeated_or_overwritten(trained, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(trained / "out", out, ignore=shutil.ignore_patterns("*_0*4.pth", "*best*"))
     flags = ("--data-path", trained / "data", "--output-dir", out, "--epochs", "2")
-    said = train_in_process(*flags, "--resume", "auto")
-    assert "nothing is left to train of 2 epochs" in said
-    assert len(losses(out)) == 8
+    output = train_in_process(*flags, "--resume", "auto")
+    assert "2 epochs, all done: raise --epochs" in output
+    assert len(read_losses(out)) == 8
     with pytest.raises(UserError, match="--resume auto"):
         train_in_process(*flags)
 
 
-def test_model_loads_into_stock_torchvision_and_detects_the_same(trained):
-    state = state_of(trained / "out/checkpoint.pth")["model"]
-    # max_size: 640 / 320 of --min-size 64
+def test_model_loads_into_stock_torchvision(trained):
+    state = load_state(trained / "out/checkpoint.pth")["model"]
     stock = torchvision.models.get_model(
-        SMALL[1], weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=128
+        SMALL_FLAGS[1],
+        weights=None,
+        weights_backbone=None,
+        num_classes=3,
+        min_size=64,
+        max_size=128,  # 640 / 320 x --min-size 64
     )
     stock.load_state_dict(state, strict=True)
-    assert_detects(stock, trained / "out", trained / "data")
+    assert_same_detections(stock, trained / "out", trained / "data")
 
 
-def assert_detects(stock: torch.nn.Module, out: Path, data: Path) -> None:
-    """A model finds on the validation images what `detections.json` has."""
+def assert_same_detections(stock: torch.nn.Module, out: Path, data: Path) -> None:
+    """Check that a model's detections on the validation images are those of `detections.json`."""
     index = coco_utils.CocoIndex(split_of(data, "val"))
-    found = json.loads((out / "detections.json").read_text())
-    assert found
+    detections = json.loads((out / "detections.json").read_text())
+    assert detections
     category_ids = [0, *index.categories.ids]
     for image, target in coco_utils.CocoDetection(index, index.categories):
         with torch.inference_mode():
-            (output,) = stock.eval()([image / 255])
-        ours = [row for row in found if row["image_id"] == target["image_id"]]
-        assert [row["score"] for row in ours] == pytest.approx(output["scores"].tolist(), abs=1e-4)
-        labels = [category_ids[label] for label in output["labels"].tolist()]
-        assert [row["category_id"] for row in ours] == labels
-        for row, box in zip(ours, output["boxes"].tolist(), strict=True):
+            (expected,) = stock.eval()([image / 255])
+        rows = [row for row in detections if row["image_id"] == target["image_id"]]
+        scores = expected["scores"].tolist()
+        assert [row["score"] for row in rows] == pytest.approx(scores, abs=1e-4)
+        labels = [category_ids[label] for label in expected["labels"].tolist()]
+        assert [row["category_id"] for row in rows] == labels
+        for row, box in zip(rows, expected["boxes"].tolist(), strict=True):
             x, y, w, h = row["bbox"]
             assert [x, y, x + w, y + h] == pytest.approx(box, abs=0.01)
 
@@ -127,10 +132,9 @@ def assert_detects(stock: torch.nn.Module, out: Path, data: Path) -> None:
 )
 def test_other_detectors_train(tiny, tmp_path, model):
     flags = ["--data-path", tiny, "--model", model, "--max-steps", "1", "--output-dir", tmp_path]
-    flags = [*SMALL[2:4], *SMALL[6:], *flags] if "ssd" in model else [*SMALL[2:], *flags]
-    main_in_process(*flags)
-    saved = state_of(tmp_path / "checkpoint.pth")
-    # torchvision's own builder, which knows nothing of this project
+    size_flags = [] if "ssd" in model else SMALL_FLAGS[4:6]
+    main_in_process(*SMALL_FLAGS[2:4], *size_flags, *SMALL_FLAGS[6:], *flags)
+    saved = load_state(tmp_path / "checkpoint.pth")
     sizes = {"min_size": 64, "max_size": 107} if "retina" in model else {}
     stock = torchvision.models.get_model(
         model, weights=None, weights_backbone=None, num_classes=3, **sizes
@@ -141,84 +145,84 @@ def test_other_detectors_train(tiny, tmp_path, model):
     image, target = coco_utils.CocoDetection(index, index.categories)[0]
     with torch.inference_mode():
         expected = stock.eval()([image / 255])[0]["scores"].tolist()
-    found = [row["score"] for row in detections if row["image_id"] == target["image_id"]]
-    assert found == pytest.approx(expected, abs=1e-4)
+    scores = [row["score"] for row in detections if row["image_id"] == target["image_id"]]
+    assert scores == pytest.approx(expected, abs=1e-4)
 
 
-# ---------------------------------------------------------------------- the same numbers again
+# --------------------------------------------------------------------------- reproducibility
 
 
 @pytest.mark.slow
-def test_losses_depend_on_the_seed_and_not_on_loading_processes(trained, tmp_path):
+def test_losses_depend_on_seed_not_on_workers(trained, tmp_path):
     flags = ("--data-path", trained / "data", "--epochs", "2")
     done = train(*flags, "--output-dir", tmp_path / "a", "-j", "2", "--max-steps", "3")
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "a") == losses(trained / "out")[:3]
+    assert read_losses(tmp_path / "a") == read_losses(trained / "out")[:3]
     train_in_process(*flags, "--output-dir", tmp_path / "b", "--seed", "1", "--max-steps", "1")
-    assert losses(tmp_path / "b") != losses(trained / "out")[:1]
+    assert read_losses(tmp_path / "b") != read_losses(trained / "out")[:1]
 
 
 def test_resume_is_bit_exact(trained, tmp_path):
-    """In the middle of an epoch, and between an epoch and the next."""
+    """In the middle of an epoch and between two epochs."""
     flags = ("--data-path", trained / "data", "--epochs", "2", "--resume", "auto")
     for stop in (3, 4, 8):
         train_in_process(*flags, "--output-dir", tmp_path, "--max-steps", stop)
-    assert losses(tmp_path) == losses(trained / "out")
-    files = (tmp_path / "checkpoint.pth", trained / "out/checkpoint.pth")
-    assert weights_hash(files[0]) == weights_hash(files[1])
+    assert read_losses(tmp_path) == read_losses(trained / "out")
+    expected = weights_hash(trained / "out/checkpoint.pth")
+    assert weights_hash(tmp_path / "checkpoint.pth") == expected
 
 
 @pytest.mark.slow
 def test_ema_is_resumed_and_evaluated(trained, tmp_path):
     flags = ("--data-path", trained / "data", "--ema", "0.75")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train_in_process(*flags, "--output-dir", whole, "--max-steps", "3")
+    reference, resumed = tmp_path / "reference", tmp_path / "resumed"
+    train_in_process(*flags, "--output-dir", reference, "--max-steps", "3")
     for stop in (1, 3):
         resume = ("--resume", "auto", "--max-steps", stop)
-        train_in_process(*flags, "--output-dir", cut, *resume)
-    states = [state_of(folder / "checkpoint.pth") for folder in (whole, cut)]
+        train_in_process(*flags, "--output-dir", resumed, *resume)
+    states = [load_state(folder / "checkpoint.pth") for folder in (reference, resumed)]
     for name in ("model", "raw_model"):
         assert all(torch.equal(states[1][name][k], v) for k, v in states[0][name].items())
     head = "roi_heads.box_predictor.cls_score.bias"
     assert not torch.equal(states[0]["model"][head], states[0]["raw_model"][head])
-    assert_same_evaluation(cut, trained / "data", tmp_path / "test")
+    assert_same_evaluation(resumed, trained / "data", tmp_path / "test")
 
 
 def assert_same_evaluation(run: Path, data: Path, output_dir: Path) -> None:
-    """--test-only of a run's newest checkpoint gives the numbers of its last evaluation."""
+    """Check that --test-only of the newest checkpoint repeats the last evaluation of a run."""
     flags = ("--data-path", data, "--test-only", "--resume", run / "checkpoint.pth", "-j", "0")
     main_in_process(*flags, "--output-dir", output_dir, "--no-report")
-    (numbers,) = metrics(output_dir, "eval")
-    assert numbers == metrics(run, "eval")[-1]
+    (metrics,) = read_metrics(output_dir, "eval")
+    assert metrics == read_metrics(run, "eval")[-1]
 
 
-def test_evaluation_of_a_checkpoint_gives_its_ap_again(trained, tmp_path):
-    """No flag of the model is needed: the checkpoint has them."""
+def test_test_only_reproduces_ap(trained, tmp_path):
+    """The checkpoint has the flags of the model."""
     assert_same_evaluation(trained / "out", trained / "data", tmp_path)
-    best = state_of(trained / "out/model_best.pth")["best_AP"]
-    assert best == max(line["AP"] for line in metrics(trained / "out", "eval"))
+    best = load_state(trained / "out/model_best.pth")["best_AP"]
+    assert best == max(line["AP"] for line in read_metrics(trained / "out", "eval"))
     assert best > 0
 
 
-def test_eval_batch_size_and_evaluator_change_nothing(trained, tmp_path):
+def test_eval_batch_size_and_evaluator_do_not_change_results(trained, tmp_path):
     def evaluate(evaluator: str, batch_size: str) -> tuple[dict, list[dict]]:
         out, split = tmp_path / evaluator, split_of(trained / "data")
         flags = ("--val-annotations", split.annotations, "--val-images", split.images)
-        said = train_in_process(
+        output = train_in_process(
             *("--data-path", trained / "data", "--test-only", *flags, "--output-dir", out),
             *("--resume", trained / "out/checkpoint.pth"),
             *("--evaluator", evaluator, "--eval-batch-size", batch_size),
         )
-        assert f"scored by {evaluator} " in said
-        return metrics(out, "eval")[0], json.loads((out / "detections.json").read_text())
+        assert f"scored by {evaluator} " in output
+        return read_metrics(out, "eval")[0], json.loads((out / "detections.json").read_text())
 
-    numbers, found = evaluate("pycocotools", "1")
-    assert len(found) > 8
-    same_numbers, same = evaluate("hotcoco", "4")
-    for a, b in zip(found, same, strict=True):
+    metrics, detections = evaluate("pycocotools", "1")
+    assert len(detections) > 8
+    other_metrics, other_detections = evaluate("hotcoco", "4")
+    for a, b in zip(detections, other_detections, strict=True):
         assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
         assert [*a["bbox"], a["score"]] == pytest.approx([*b["bbox"], b["score"]], abs=1e-3)
-    assert numbers["AP"] == pytest.approx(same_numbers["AP"], abs=1e-6)
+    assert metrics["AP"] == pytest.approx(other_metrics["AP"], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------- flags
@@ -231,34 +235,43 @@ def fine_tune(trained: Path, *flags) -> str:
 
 
 @pytest.mark.slow
-def test_fine_tuning_replaces_the_head_for_other_categories(trained, tiny, tmp_path):
+def test_fine_tuning_replaces_head_for_other_categories(trained, tiny, tmp_path):
     flags = ("--data-path", tiny, "--max-steps", "1")
-    assert "its head included" in fine_tune(trained, *flags, "--output-dir", tmp_path / "same")
-    for part in ("train", "val"):
-        rewrite(split_of(tiny, part), lambda d: d["categories"].append({"id": 6, "name": "cow"}))
-    said = fine_tune(trained, *flags, "--output-dir", tmp_path / "other")
-    assert "with a new head for 3 categories" in said
-    with pytest.raises(UserError, match=r"other categories than .* was trained on"):
+    assert "with its head" in fine_tune(trained, *flags, "--output-dir", tmp_path / "same")
+    for name in ("train", "val"):
+        rewrite(split_of(tiny, name), lambda d: d["categories"].append({"id": 6, "name": "cow"}))
+    output = fine_tune(trained, *flags, "--output-dir", tmp_path / "other")
+    assert "with a new head for 3 categories" in output
+    with pytest.raises(UserError, match=r"other categories than .*: to fine-tune"):
         fine_tune(trained, *flags, "--output-dir", tmp_path / "same", "--resume", "auto")
 
 
 @pytest.mark.slow
-def test_accumulated_batches_and_two_processes_give_the_losses_of_larger_batches(trained, tmp_path):
-    """With frozen norms, whose statistics do not depend on the batch."""
+def test_accumulation_and_two_processes_equal_larger_batch(trained, tmp_path):
+    """With frozen norms, as other statistics depend on the batch."""
     flags = ("--data-path", trained / "data", "--max-steps", "3")
     plain = fine_tune(trained, *flags, "-b", "2", "--output-dir", tmp_path / "plain")
-    accumulate = (*flags, "-b", "1", "--accumulate-steps", "2", "--output-dir", tmp_path / "added")
-    added = fine_tune(trained, *accumulate)
+    accumulate = (
+        *flags,
+        "-b",
+        "1",
+        "--accumulate-steps",
+        "2",
+        "--output-dir",
+        tmp_path / "accumulated",
+    )
+    accumulated = fine_tune(trained, *accumulate)
     weights = ("--weights", trained / "out/checkpoint.pth", "--output-dir", tmp_path / "two")
-    two, _ = run_train_two(*FROM_WEIGHTS, *flags, *weights, "-b", "1")
-    assert "8 images, 2 a step, 4 steps" in plain
-    assert "8 images, 1 2 times a step, 4 steps" in added
-    assert "8 images, 1 on each of 2 processes a step, 4 steps" in two.stdout
-    assert all("0.0025 = 0.02 x 2 / 16" in text for text in (plain, added, two.stdout))
-    expected = losses(tmp_path / "plain")
+    two, _ = run_two_processes(*FROM_WEIGHTS, *flags, *weights, "-b", "1")
+    assert "2 images per step (2 per device)" in plain
+    assert "2 images per step (1 per device x 2 accumulated)" in accumulated
+    assert "2 images per step (1 per device x 2 processes)" in two.stdout
+    assert all("4 steps each, of 8 images" in text for text in (plain, accumulated, two.stdout))
+    assert all("0.0025 = 0.02 x 2 / 16" in text for text in (plain, accumulated, two.stdout))
+    expected = read_losses(tmp_path / "plain")
     assert len(expected) == 3
-    assert losses(tmp_path / "added") == pytest.approx(expected, rel=1e-4)
-    assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-4)
+    assert read_losses(tmp_path / "accumulated") == pytest.approx(expected, rel=1e-4)
+    assert read_losses(tmp_path / "two") == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -266,7 +279,7 @@ def test_frozen_backbone_does_not_change(trained, tmp_path):
     flags = ("--data-path", trained / "data", "--max-steps", "2", "--output-dir", tmp_path)
     fine_tune(trained, *flags, "--freeze-backbone")
     before, after = (
-        state_of(file)["model"]
+        load_state(file)["model"]
         for file in (trained / "out/checkpoint.pth", tmp_path / "checkpoint.pth")
     )
     changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
@@ -276,45 +289,46 @@ def test_frozen_backbone_does_not_change(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_early_stopping_holds_after_a_resume(trained, tmp_path):
-    """A rate of nearly nothing changes no detection, so the first evaluation stays the best."""
+def test_early_stopping_is_resumed(trained, tmp_path):
+    """The learning rate is too small to change AP, so the first evaluation stays the best."""
     flags = ("--data-path", trained / "data", "--output-dir", tmp_path, "--overfit", "2")
     flags = (*flags, "--epochs", "9", "--lr", "1e-30", "--weight-decay", "0")
-    said = fine_tune(trained, *flags, "--early-stop-patience", "1")
-    assert "no better AP in 1 evaluations" in said
-    assert len(metrics(tmp_path, "eval")) == 2
-    again = fine_tune(trained, *flags, "--early-stop-patience", "1", "--resume", "auto")
-    assert "no better AP in 1 evaluations" in again
-    assert len(metrics(tmp_path, "eval")) == 2
-    more = fine_tune(trained, *flags, "--early-stop-patience", "2", "--resume", "auto")
-    assert "no better AP in 2 evaluations" in more
-    assert len(metrics(tmp_path, "eval")) == 3
+    output = fine_tune(trained, *flags, "--early-stop-patience", "1")
+    assert "no better AP in 1 evaluations" in output
+    assert len(read_metrics(tmp_path, "eval")) == 2
+    resumed = fine_tune(trained, *flags, "--early-stop-patience", "1", "--resume", "auto")
+    assert "no better AP in 1 evaluations" in resumed
+    assert len(read_metrics(tmp_path, "eval")) == 2
+    continued = fine_tune(trained, *flags, "--early-stop-patience", "2", "--resume", "auto")
+    assert "no better AP in 2 evaluations" in continued
+    assert len(read_metrics(tmp_path, "eval")) == 3
 
 
-def test_overfit_trains_and_evaluates_on_the_first_images(tiny, tmp_path):
+def test_overfit_uses_first_images(tiny, tmp_path):
     flags = ("--data-path", tiny, "--output-dir", tmp_path, "--overfit", "3", "-b", "1")
     train_in_process(*flags, "--max-steps", "3")
-    (start,) = metrics(tmp_path, "start")
+    (start,) = read_metrics(tmp_path, "start")
     assert (start["train_images"], start["val_images"]) == (3, 3)
     assert start["args"]["data_augmentation"] == "none"
-    found = {row["image_id"] for row in json.loads((tmp_path / "detections.json").read_text())}
-    assert found <= {100, 101, 102}
-    assert found
+    detections = json.loads((tmp_path / "detections.json").read_text())
+    image_ids = {row["image_id"] for row in detections}
+    assert image_ids <= {100, 101, 102}
+    assert image_ids
 
 
 @pytest.mark.slow
-def test_validation_loss_and_tensorboard_leave_training_as_it_is(trained, tmp_path):
+def test_validation_loss_and_tensorboard_do_not_change_training(trained, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = ("--data-path", trained / "data", "--epochs", "2", "--output-dir", tmp_path)
     flags = (*flags, "--tensorboard", "--val-loss", "--resume", "auto")
     for steps in ("2", "4"):
         train_in_process(*flags, "--max-steps", steps)
-    assert losses(tmp_path) == losses(trained / "out")[:4]
-    val_losses = [line["val_loss"] for line in metrics(tmp_path, "eval")]
+    assert read_losses(tmp_path) == read_losses(trained / "out")[:4]
+    val_losses = [line["val_loss"] for line in read_metrics(tmp_path, "eval")]
     assert 0 < val_losses[0]["loss"] != val_losses[1]["loss"]
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     logged = [event.value for event in events.Scalars("train/loss")]
-    assert logged == pytest.approx(losses(tmp_path))
+    assert logged == pytest.approx(read_losses(tmp_path))
     logged = [event.value for event in events.Scalars("eval/val_loss/loss")]
     assert logged == pytest.approx([loss["loss"] for loss in val_losses])
     images = events.Tags()["images"]
@@ -322,101 +336,101 @@ def test_validation_loss_and_tensorboard_leave_training_as_it_is(trained, tmp_pa
     assert [event.step for event in events.Images(images[0])] == [2, 4]
 
 
-def test_missing_tensorboard_is_named(tiny, tmp_path, monkeypatch):
+def test_missing_tensorboard_is_reported(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         train_in_process("--data-path", tiny, "--output-dir", tmp_path, "--tensorboard")
 
 
-def test_largest_batch_is_found_before_training(tiny, tmp_path):
+def test_find_batch_size(tiny, tmp_path):
     done = train("--data-path", tiny, "--find-batch-size", "--output-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(
         r"trying images of (48 x 64|64 x 48)( and .*)? pixels, before resizing, with 2 boxes",
         done.stdout,
     )
-    assert "--batch-size 8 is the largest that fits" in done.stdout  # there are no more images
+    assert "--batch-size 8 is the largest that fits" in done.stdout  # the number of images
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-# --------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------- user errors
 
 
-def break_both_splits(tiny: Path) -> None:
-    """An unknown category among the training annotations, and a validation image cut short."""
+def corrupt_both_splits(tiny: Path) -> None:
+    """Add an unknown category to the training annotations and truncate a validation image."""
     rewrite(split_of(tiny), lambda data: data["annotations"][2].update(category_id=77))
     file = split_of(tiny, "val").images / "1.png"
     file.write_bytes(file.read_bytes()[:200])
 
 
-def test_errors_of_the_user_end_with_2_and_one_message(tiny, tmp_path):
+def test_user_error_exit_code_and_message(tiny, tmp_path):
     (tiny / "train2017/3.png").write_bytes(b"no image")
-    done = train("--data-path", tiny, "--output-dir", tmp_path, "-j", "1")  # found by a worker
+    done = train("--data-path", tiny, "--output-dir", tmp_path, "-j", "1")  # detected by a worker
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("train.py: error:") == 1
     assert "3.png cannot be read" in done.stderr
 
 
-def test_missing_files_are_named(tiny, tmp_path):
+def test_missing_files_are_reported(tiny, tmp_path):
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out")
 
-    def refused(message: str, *flags) -> None:
+    def assert_rejected(message: str, *flags) -> None:
         with pytest.raises(UserError, match=message):
             train_in_process(*flags)
 
-    refused("nowhere", "--data-path", tmp_path / "nowhere", "--output-dir", tmp_path)
-    refused(r"gone\.pth: no such file", *flags, "--resume", tmp_path / "gone.pth")
-    refused("fewer than one global batch of 9", *flags, "-b", "9")
-    refused("IMAGENET1K_V1", *flags, "--weights-backbone", "IMAGE9")
+    assert_rejected("nowhere", "--data-path", tmp_path / "nowhere", "--output-dir", tmp_path)
+    assert_rejected(r"missing\.pth: no such file", *flags, "--resume", tmp_path / "missing.pth")
+    assert_rejected("fewer than one global batch of 9", *flags, "-b", "9")
+    assert_rejected("IMAGENET1K_V1", *flags, "--weights-backbone", "IMAGE9")
     (tiny / "train2017/3.png").unlink()
-    refused(r"3\.png", *flags)
+    assert_rejected(r"3\.png", *flags)
     (tiny / "annotations/instances_val2017.json").unlink()
-    refused(r"instances_val2017\.json \(missing\)", *flags)
+    assert_rejected(r"instances_val2017\.json \(missing\)", *flags)
 
 
-def test_output_folder_that_cannot_be_written_is_refused_before_training(tiny, tmp_path):
+def test_unwritable_output_folder_is_rejected(tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         train_in_process("--data-path", tiny, "--output-dir", tmp_path / "file/x")
 
 
-def test_bad_annotations_are_refused_with_file_and_id(tiny, tmp_path):
-    break_both_splits(tiny)
+def test_invalid_annotations_are_rejected(tiny, tmp_path):
+    corrupt_both_splits(tiny)
     with pytest.raises(UserError, match=r"instances_train2017\.json[^$]*1001 of image 101"):
         train_in_process("--data-path", tiny, "--output-dir", tmp_path)
 
 
 def test_check_data_lists_all_errors(tiny, tmp_path):
     flags = ("--data-path", tiny, "--check-data", "--output-dir", tmp_path / "out")
-    said = train_in_process(*flags)
-    assert "8 images, 12 boxes in 2 categories" in said
-    assert "data check passed" in said
-    break_both_splits(tiny)
+    output = train_in_process(*flags)
+    assert "8 images, 12 boxes in 2 categories" in output
+    assert "data check passed" in output
+    corrupt_both_splits(tiny)
     done = train(*flags)
     assert done.returncode == 2
     assert "2 kinds of errors to correct, listed above" in done.stderr
-    said = done.stdout
-    assert "wrong: annotations whose category_id the file does not define (1)" in said
-    assert "1001 of image 101" in said
-    assert re.search(r"wrong: image files that cannot be read \(1\): .*val2017.1\.png", said)
+    output = done.stdout
+    assert "error: annotations with an undefined category_id (1)" in output
+    assert "1001 of image 101" in output
+    assert re.search(r"error: image files that cannot be read \(1\): .*val2017.1\.png", output)
     with pytest.raises(UserError, match="1 kinds of errors to correct, listed above"):
         train_in_process(*flags, "--max-bad-images", "1")
     assert not (tmp_path / "out").exists()
 
 
-def test_data_without_boxes_to_train_on_is_refused(tiny, tmp_path):
+def test_data_without_boxes_is_rejected(tiny, tmp_path):
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", "--check-data")
     rewrite(split_of(tiny), lambda data: data.update(annotations=[]))
-    message = r"instances_train2017\.json has no box that can be trained on"
-    for refused in (flags, flags[:4]):
+    message = r"instances_train2017\.json has no usable box"
+    for rejected in (flags, flags[:4]):
         with pytest.raises(UserError, match=message):
-            train_in_process(*refused)
+            train_in_process(*rejected)
     for accepted in ("--keep-empty", "--test-only"):
         assert "data check passed" in train_in_process(*flags, accepted)
 
 
-def test_a_few_bad_images_may_be_left_out(tiny, tmp_path):
+def test_max_bad_images_skips_unreadable_images(tiny, tmp_path):
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", "--max-steps", "1")
     (split_of(tiny).images / "3.png").write_bytes(b"no image")
     (split_of(tiny, "val").images / "2.png").unlink()
@@ -424,27 +438,27 @@ def test_a_few_bad_images_may_be_left_out(tiny, tmp_path):
         train_in_process(*flags, "--max-bad-images", "1")
     for name in ("train2017/3", "val2017/2"):
         assert f"{name}.png cannot be read" in str(caught.value)
-    checked = train_in_process(*flags, "--max-bad-images", "2", "--check-data")
-    assert "a training with --max-bad-images 2 leaves out 2" in checked
-    said = train_in_process(*flags, "--max-bad-images", "2")
-    assert re.search(r"train: left out: .*3\.png cannot be read", said)
-    assert re.search(r"val: left out: .*2\.png cannot be read", said)
-    (start,) = metrics(tmp_path / "out", "start")
+    check_output = train_in_process(*flags, "--max-bad-images", "2", "--check-data")
+    assert "--max-bad-images 2: a training skips 2 bad images" in check_output
+    output = train_in_process(*flags, "--max-bad-images", "2")
+    assert re.search(r"train: skipped: .*3\.png cannot be read", output)
+    assert re.search(r"val: skipped: .*2\.png cannot be read", output)
+    (start,) = read_metrics(tmp_path / "out", "start")
     assert (start["train_images"], start["val_images"]) == (7, 2)
     assert start["val_images_left_out"] == [102]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not BCCD.exists(), reason="the BCCD images are not beside the project")
-def test_real_images_train(tmp_path):
+def test_training_on_real_images(tmp_path):
     val = json.loads((BCCD / "annotations/instances_train2017.json").read_text())
     val["images"] = val["images"][:8]
     kept = {row["id"] for row in val["images"]}
     val["annotations"] = [row for row in val["annotations"] if row["image_id"] in kept]
     (tmp_path / "val.json").write_text(json.dumps(val))
-    said = train_in_process(
+    output = train_in_process(
         *("--data-path", BCCD, "--output-dir", tmp_path / "out", "--max-steps", "2", "--amp"),
         *("--val-annotations", tmp_path / "val.json", "--val-images", BCCD / "train2017"),
     )
-    assert "292 images, 3,943 boxes in 3 categories, boxes without a size: 2" in said
-    assert len(losses(tmp_path / "out")) == 2
+    assert "292 images, 3,943 boxes in 3 categories, boxes without a size: 2" in output
+    assert len(read_losses(tmp_path / "out")) == 2

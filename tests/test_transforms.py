@@ -20,7 +20,7 @@ BOXES = [[0.0, 0.0, 20.0, 30.0], [30.0, 10.0, 79.0, 59.0], [5.0, 5.0, 5.5, 50.0]
 
 
 @pytest.mark.parametrize("name", transforms.PRESETS)
-def test_preset_is_a_function_of_the_seed_and_leaves_the_global_generator(name):
+def test_preset_depends_on_seed_only(name):
     transform = transforms.training_preset(name, 64)
     image, target = sample(BOXES)
     state = torch.get_rng_state()
@@ -46,13 +46,13 @@ def test_preset_filters_boxes_and_labels_together(name, boxes):
         limits = torch.tensor([width, height, width, height])
         assert ((result["boxes"] >= 0) & (result["boxes"] <= limits)).all()
         assert (result["boxes"][:, 2:] > result["boxes"][:, :2]).all()
-        # labels were 1.. and areas 0.. by row, so what is left must still match
+        # labels were 1.. and areas 0.. by row, so the remaining rows must still match
         assert torch.equal(result["labels"] - 1, result["area"].long())
         assert len(result["labels"]) == len(result["boxes"]) == len(result["iscrowd"])
         assert result["image_id"] == 7
 
 
-def test_hflip_mirrors_boxes_with_the_image():
+def test_hflip_mirrors_boxes():
     image, target = sample(BOXES)
     transform = transforms.training_preset("hflip", 64)
     flipped = 0
@@ -67,18 +67,18 @@ def test_hflip_mirrors_boxes_with_the_image():
     assert 0 < flipped < 10
 
 
-def test_lsj_gives_squares():
+def test_lsj_returns_square_images():
     transform = transforms.training_preset("lsj", 64)
     shapes = {transforms.augment(transform, *sample(BOXES), seed)[0].shape for seed in range(5)}
     assert shapes == {(3, 64, 64)}
 
 
-def test_multiscale_sizes_are_detectron2s_and_end_with_the_evaluation_size():
+def test_multiscale_training_sizes():
     sizes = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     assert transforms.training_sizes("multiscale", 800) == sizes
     assert transforms.training_sizes("hflip", 800) == (800,)
 
 
-def test_unknown_preset_is_refused():
+def test_unknown_preset_is_rejected():
     with pytest.raises(ValueError, match="unknown augmentation 'mosaic'"):
         transforms.training_preset("mosaic", 800)

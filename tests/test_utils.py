@@ -11,7 +11,7 @@ import torch
 import utils
 
 
-def test_without_torchrun_the_helpers_answer_for_one_process():
+def test_distributed_helpers_without_torchrun():
     assert (utils.rank(), utils.world_size(), utils.local_rank()) == (0, 1, 0)
     rows = np.ones((3, 7))
     assert utils.gather_rows(rows) is rows
@@ -23,28 +23,29 @@ def test_without_torchrun_the_helpers_answer_for_one_process():
         utils.barrier()
 
 
-def test_each_image_of_each_step_has_a_seed_of_its_own():
+def test_seeds_are_distinct():
     seeds = {utils.draw_seed(*key) for key in np.ndindex(3, 50, 16)}
     assert len(seeds) == 3 * 50 * 16
 
 
-def test_seeds_stay_the_same_over_versions():
-    """Else a resumed training would draw other numbers than the one before."""
+def test_draw_seed_is_stable():
+    """A resumed training must draw the same numbers with a newer version."""
     assert utils.draw_seed(1, 2, 3) == 12997252459554536576
 
 
-def test_processes_seed_their_shares_of_one_global_batch(monkeypatch):
-    whole, shares, draws = utils.seed_step(7, 5, 4), [], []
+def test_seed_step_covers_global_batch(monkeypatch):
+    expected = utils.seed_step(7, 5, 4)
+    shares, draws = [], []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        torch.rand(3)  # whatever was drawn before
+        torch.rand(3)  # earlier draws must not matter
         shares += utils.seed_step(7, 5, 2)
         draws.append(torch.rand(()).item())
-    assert shares == whole
+    assert shares == expected
     assert draws[0] != draws[1]
 
 
-def test_metrics_are_lines_of_json_that_others_can_read(tmp_path):
+def test_metrics_file_has_strict_json_lines(tmp_path):
     metrics = utils.MetricsFile(tmp_path)
     metrics.write("train", step=1, loss=0.5)
     metrics.write("eval", AP=None)
@@ -55,23 +56,23 @@ def test_metrics_are_lines_of_json_that_others_can_read(tmp_path):
         metrics.write("train", loss=float("nan"))
 
 
-def test_metrics_are_told_to_a_listener(tmp_path):
-    told = []
-    utils.MetricsFile(tmp_path, lambda *line: told.append(line)).write("train", step=1)
-    assert told == [("train", {"step": 1})]
+def test_metrics_file_calls_listener(tmp_path):
+    lines = []
+    utils.MetricsFile(tmp_path, lambda *line: lines.append(line)).write("train", step=1)
+    assert lines == [("train", {"step": 1})]
 
 
-def test_last_line_of_the_metrics_that_a_crash_cut_is_left_out(tmp_path, capsys):
+def test_truncated_last_line_is_removed(tmp_path, capsys):
     utils.MetricsFile(tmp_path).write("train", step=1)
     file = tmp_path / "metrics.jsonl"
-    whole = file.read_text()
-    file.write_text(whole + '{"kind": "train", "lo')
+    content = file.read_text()
+    file.write_text(content + '{"kind": "train", "lo')
     utils.MetricsFile(tmp_path).write("train", step=2)
-    assert f"{file}: the last line was cut" in capsys.readouterr().out
-    assert file.read_text() == whole + '{"kind": "train", "step": 2}\n'
+    assert f"{file}: removed the last line" in capsys.readouterr().out
+    assert file.read_text() == content + '{"kind": "train", "step": 2}\n'
 
 
-def test_progress_counts_steps_and_tells_waiting_from_working(capsys):
+def test_progress_measures_steps_and_waiting(capsys):
     def slow():
         for n in range(3):
             time.sleep(0.05)
@@ -79,18 +80,39 @@ def test_progress_counts_steps_and_tells_waiting_from_working(capsys):
 
     progress, laps = utils.Progress(slow(), 5, 2, "epoch 0"), []
     for _ in progress:
-        progress.show("loss 1.0", "a 0.5")
+        progress.show("loss 1.0")
         laps.append(progress.lap())
     assert [steps for steps, _, _ in laps] == [1, 1, 1]
     assert all(0 < waited <= seconds for _, seconds, waited in laps)
     assert progress.waited >= 0.15
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("epoch 0 [3/5]  loss 1.0  epoch eta 0:00:0")
-    assert lines[-1].startswith("epoch 0 [5/5]")
-    assert lines[-1].endswith("(a 0.5)")
+    assert lines[0].startswith("epoch 0  3/5  loss 1.0  eta 0:00:0")
+    assert lines[-1] == "epoch 0  5/5  loss 1.0  eta 0:00:00"
 
 
-def test_only_rank_0_speaks(capsys, monkeypatch, tmp_path):
+def test_slow_step_is_reported(capsys, monkeypatch):
+    monkeypatch.setattr(utils.Progress, "SLOW_STEP", 0.1)
+
+    def batches():
+        yield "fast"
+        time.sleep(0.5)
+        yield "late"
+
+    for _ in utils.Progress(batches(), 2, 0, "epoch 0"):
+        pass
+    for _ in utils.Progress(["slow"], 1, 0, "epoch 1"):
+        time.sleep(0.5)
+    lines = capsys.readouterr().out.splitlines()
+    waiting = [
+        line for line in lines if re.fullmatch(r"epoch 0  1/2  has waited \d+ s for data", line)
+    ]
+    running = [line for line in lines if line.startswith("epoch 1  1/1  is still running after ")]
+    assert waiting
+    assert running
+    assert len(lines) == len(waiting) + len(running) <= 6  # their distance doubles
+
+
+def test_only_rank_0_logs(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     utils.log("hello")
     utils.MetricsFile(tmp_path).write("train", step=1)
@@ -99,7 +121,7 @@ def test_only_rank_0_speaks(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="compares with /proc")
-def test_peak_memory_is_what_the_system_counts_in_mebibytes():
-    found = utils.peak_memory(torch.device("cpu"))
+def test_peak_memory_matches_proc_status():
+    peak = utils.peak_memory(torch.device("cpu"))
     (counted,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found == pytest.approx(int(counted) / 1024, abs=2)
+    assert peak == pytest.approx(int(counted) / 1024, abs=2)

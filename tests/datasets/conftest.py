@@ -1,4 +1,4 @@
-"""One small data set in COCO's, VOC's and YOLO's formats, to convert and to split."""
+"""One small data set in the formats of COCO, VOC and YOLO, to convert and to split."""
 
 import json
 import sys
@@ -6,11 +6,11 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
-from helpers import ROOT, rewrite, split_of, write_part
+from helpers import ROOT, rewrite, split_of, write_split
 
 sys.path.append(str(ROOT / "datasets"))  # for tests to import the scripts
 
-# Boxes of the kinds that real data has: decimals, zero size, up to and over the border.
+# Boxes as in real data: with decimals, of zero size, and up to the border of the image.
 BOXES = [
     [[2, 4, 4, 30, 20], [5, 0, 0, 64, 48], [2, 10, 11, 0, 0]],
     [[5, 10.25, 8.1, 20.3, 30.07], [2, 0.01, 0.99, 12.34, 16.33]],
@@ -22,10 +22,10 @@ SIZES = [(64, 48), (48, 64), (64, 48), (64, 48)]
 
 @pytest.fixture
 def coco(tmp_path) -> Path:
-    """Four training images, one without boxes and one with a crowd, and two for validation."""
+    """Write four training images, one of them without boxes, and two validation images."""
     root = tmp_path / "coco"
-    write_part(root, "train", SIZES, BOXES)
-    write_part(root, "val", SIZES[:2], BOXES[:2])
+    write_split(root, "train", SIZES, BOXES)
+    write_split(root, "val", SIZES[:2], BOXES[:2])
     return root
 
 
@@ -42,28 +42,12 @@ def out(tmp_path) -> Path:
 
 @pytest.fixture
 def coco_categories(coco) -> list[str]:
-    """The flag that keeps the category ids of `coco`."""
+    """Return the flag that keeps the category ids of `coco`."""
     return ["--categories", str(split_of(coco).annotations)]
 
 
-@pytest.fixture
-def labels_of(coco):
-    """A function: by file name, the size of an image and its annotations in their order."""
-
-    def read(root: Path, split: str) -> dict:
-        content = json.loads(split_of(root, split).annotations.read_text(encoding="utf-8"))
-        images = {row["id"]: row for row in content["images"]}
-        labels = {r["file_name"]: ((r["width"], r["height"]), []) for r in images.values()}
-        for row in content["annotations"]:
-            fields = (row["category_id"], row["bbox"], pytest.approx(row["area"]), row["iscrowd"])
-            labels[images[row["image_id"]]["file_name"]][1].append(fields)
-        return labels
-
-    return read
-
-
 def objects_of(coco: Path, split: str):
-    """Iterate over (image file, size, [(category name, bbox, iscrowd)])."""
+    """Yield (image file, size, [(category name, bbox, iscrowd)]) of each image."""
     content = json.loads(split_of(coco, split).annotations.read_text())
     names = {row["id"]: row["name"] for row in content["categories"]}
     for image in content["images"]:
@@ -74,7 +58,7 @@ def objects_of(coco: Path, split: str):
 
 @pytest.fixture
 def make_voc(coco, tmp_path):
-    """A function: write `coco` as a VOC folder, whose images are symbolic links."""
+    """Return a function that writes `coco` as a VOC folder with symbolic links to the images."""
 
     def make(one_based: bool = False) -> Path:
         root = tmp_path / "voc"
@@ -95,7 +79,7 @@ def make_voc(coco, tmp_path):
 
 
 def voc_xml(size: tuple[int, int], objects: list, one_based: bool) -> str:
-    lines = ["<annotation>", "<filename>of another name.jpg</filename>"]
+    lines = ["<annotation>", "<filename>ignored.jpg</filename>"]
     lines.append("<size><width>{}</width><height>{}</height></size>".format(*size))
     for name, (x, y, w, h), difficult in objects:
         corners = (x + 1, y + 1, x + w, y + h) if one_based else (x, y, x + w, y + h)
@@ -115,7 +99,7 @@ def voc(make_voc) -> Path:
 
 @pytest.fixture
 def make_yolo(coco, tmp_path):
-    """A function: write `coco` as a YOLO folder, whose images are symbolic links."""
+    """Return a function that writes `coco` as a YOLO folder with symbolic links to the images."""
 
     def make(number: str = "{:.6f}", names=("cat", "dog")) -> Path:
         root = tmp_path / "yolo"

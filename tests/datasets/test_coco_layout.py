@@ -1,4 +1,4 @@
-"""What the converters and the split have in common."""
+"""Behaviour that the converters and split.py share."""
 
 import importlib
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 import split
 import yolo_to_coco
-from helpers import ROOT, run, split_of
+from helpers import ROOT, read_labels, run, split_of
 
 from internals.errors import UserError
 
@@ -17,13 +17,13 @@ SCRIPTS = ("voc_to_coco", "yolo_to_coco", "split")
 
 @pytest.fixture
 def inputs(request, script) -> list[str]:
-    """The positional arguments of a script, but for OUTPUT."""
+    """Return the positional arguments of a script without OUTPUT."""
     if script == "split":
         return list(map(str, split_of(request.getfixturevalue("coco"))))
     return [str(request.getfixturevalue(script.partition("_")[0]))]
 
 
-def test_images_become_hard_links_or_else_copies(coco, yolo, tmp_path, monkeypatch, capsys):
+def test_images_are_hard_linked_or_copied(coco, yolo, tmp_path, monkeypatch, capsys):
     original = coco / "train2017/0.png"
     yolo_to_coco.main([str(yolo), str(tmp_path / "linked")])
     assert "6 images as hard links" in capsys.readouterr().out
@@ -43,7 +43,7 @@ def test_images_become_hard_links_or_else_copies(coco, yolo, tmp_path, monkeypat
 
 
 @pytest.mark.usefixtures("crowd")
-def test_the_table_of_a_split_and_the_next_command(coco, tmp_path, monkeypatch, capsys):
+def test_split_table_and_next_command(coco, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     split.main([*map(str, split_of(coco)), "my images", "--val-share", "0.25"])
     lines = capsys.readouterr().out.splitlines()
@@ -58,7 +58,7 @@ def test_the_table_of_a_split_and_the_next_command(coco, tmp_path, monkeypatch, 
     assert lines[-1] == f"  python {train} --data-path 'my images' --check-data"
 
 
-def test_the_next_command_after_a_conversion_without_val_is_the_split(yolo, out, labels_of, capsys):
+def test_next_command_without_val_is_split(yolo, out, capsys):
     for kind in ("images", "labels"):
         for file in (yolo / kind / "train").iterdir():
             file.rename(yolo / kind / file.name)
@@ -68,27 +68,27 @@ def test_the_next_command_after_a_conversion_without_val_is_the_split(yolo, out,
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[1].endswith("split.py")
     split.main([*command[2:], "--val-share", "0.5"])
-    assert len(labels_of(out.with_name("out_split"), "val")) == 2
+    assert len(read_labels(out.with_name("out_split"), "val")) == 2
 
 
-def test_the_first_20_errors_are_listed(yolo, out):
+def test_first_20_errors_are_listed(yolo, out):
     (yolo / "labels/train/0.txt").write_text("0 1\n" * 30)
-    (yolo / "labels/train/gone.txt").write_text("")
+    (yolo / "labels/train/missing.txt").write_text("")
     (yolo / "images/val/1.png").unlink()
     (yolo / "images/val/1.png").write_bytes(b"not an image")
     with pytest.raises(UserError) as caught:
         yolo_to_coco.main([str(yolo), str(out)])
     lines = str(caught.value).splitlines()
     assert lines[0] == "32 errors:"
-    missing = f"its image {yolo}/images/train/gone.jpg is missing"
-    assert lines[1] == f"  {yolo}/labels/train/gone.txt: {missing}"
+    missing = f"its image {yolo}/images/train/missing.jpg is missing"
+    assert lines[1] == f"  {yolo}/labels/train/missing.txt: {missing}"
     assert lines[20].startswith(f"  {yolo}/labels/train/0.txt:19: 2 columns")
     assert lines[21:] == ["  and 12 more"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_the_exit_code_of_a_wrong_flag(script, tmp_path, capsys):
+def test_help_and_exit_code_of_unknown_flag(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(script).main(["--help"])
     assert stopped.value.code == 0
@@ -100,13 +100,13 @@ def test_help_and_the_exit_code_of_a_wrong_flag(script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_nothing_is_overwritten(script, inputs, out):
+def test_existing_output_is_rejected(script, inputs, out):
     main = importlib.import_module(script).main
     (out / "train2017").mkdir(parents=True)
     with pytest.raises(UserError, match=f"{out} exists: remove it, or name another folder"):
         main([*inputs, str(out)])
     (out / "train2017").rmdir()
-    main([*inputs, str(out)])  # an empty folder will do
+    main([*inputs, str(out)])  # an empty folder is accepted
     below = out / "annotations/instances_train2017.json/below"
     with pytest.raises(UserError, match="below cannot be created: Not a directory"):
         main([*inputs, str(below)])

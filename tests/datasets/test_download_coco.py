@@ -1,4 +1,4 @@
-"""The download of COCO, from a mirror on disk."""
+"""Download of COCO from a mirror on disk."""
 
 import hashlib
 import shutil
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not in
 
 
 def make_archives(tmp_path: Path, member: str = "{}/0.txt") -> tuple[Path, Path]:
-    """Three small archives under a mirror's paths, and a script that expects just these."""
+    """Write three small archives; return a script that downloads them, and their mirror."""
     root = tmp_path / "project"
     for name in ("start_scripts", "datasets"):
         (root / name).mkdir(parents=True)
@@ -33,7 +33,7 @@ def make_archives(tmp_path: Path, member: str = "{}/0.txt") -> tuple[Path, Path]
     return script, mirror
 
 
-def test_a_download_resumes_is_verified_and_is_not_repeated(tmp_path):
+def test_download_is_resumed_and_verified(tmp_path):
     script, mirror = make_archives(tmp_path)
     coco = tmp_path / "my coco"
 
@@ -43,17 +43,18 @@ def test_a_download_resumes_is_verified_and_is_not_repeated(tmp_path):
     val = mirror / "zips/val2017.zip"
     content = val.read_bytes()
     val.unlink()
-    cut = download()
-    assert cut.returncode == 2
-    assert "run the same command again" in cut.stderr
+    failed = download()
+    assert failed.returncode == 2
+    assert "run the same command again" in failed.stderr
+    assert "downloading" in failed.stdout
     assert (coco / "annotations/0.txt").exists()
     val.write_bytes(content[:-1] + b"x")
     tampered = download()
     assert tampered.returncode == 2
-    assert "was not what COCO published" in tampered.stderr
+    assert "differs from the published archive" in tampered.stderr
     assert not (coco / "val2017").exists()
     val.write_bytes(content)
-    (coco / "val2017.zip").write_bytes(content[:50])  # what a cut download leaves
+    (coco / "val2017.zip").write_bytes(content[:50])  # an interrupted download
     done = download()
     assert done.returncode == 0, done.stderr
     assert (coco / "val2017/0.txt").read_text() == "val2017" * 1000
@@ -63,7 +64,7 @@ def test_a_download_resumes_is_verified_and_is_not_repeated(tmp_path):
     assert "downloading" not in again.stdout
 
 
-def test_an_archive_that_would_write_outside_the_folder_is_refused(tmp_path):
+def test_archive_with_path_traversal_is_rejected(tmp_path):
     script, mirror = make_archives(tmp_path, member="../{}.txt")
     coco = tmp_path / "coco"
     done = run("bash", script, coco, COCO_URL=f"file://{mirror}", VIRTUAL_ENV=sys.prefix)

@@ -10,7 +10,7 @@ SCRIPT = ROOT / "datasets/shapes.py"
 
 
 @pytest.mark.slow
-def test_shapes_are_a_small_coco(tmp_path):
+def test_shapes_are_valid_and_reproducible(tmp_path):
     done = run(sys.executable, SCRIPT, tmp_path / "shapes")
     assert done.returncode == 0, done.stderr
     for split in ("train", "val"):
@@ -30,5 +30,5 @@ def test_shapes_are_a_small_coco(tmp_path):
         assert file.read_bytes() == other.read_bytes()
 
 
-def test_a_missing_folder_argument_is_wrong_use():
+def test_missing_folder_argument_is_rejected():
     assert run(sys.executable, SCRIPT).returncode == 2

@@ -1,4 +1,4 @@
-"""One annotation file split into train and val."""
+"""Splitting an annotation file into train and val."""
 
 import json
 import random
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import split
-from helpers import rewrite, run_train, split_of, write_part
+from helpers import rewrite, run_train, split_of, write_split
 
 from internals.errors import UserError
 
@@ -17,12 +17,14 @@ def main(*argv) -> None:
 
 
 def write_many(folder: Path, count: int, seed: int = 0) -> tuple[Path, Path]:
-    """A common category, a rare one, and one that always comes with another; empty image files."""
+    """Write annotations of a common, a rare and two paired categories, and empty image files."""
     rng = random.Random(seed)
     annotations = []
     for image_id in range(count):
-        here = [1] * rng.randint(0, 5) + [2] * (rng.random() < 0.1) + [5, 9] * (rng.random() < 0.3)
-        annotations += [{"image_id": image_id, "category_id": category} for category in here]
+        category_ids = (
+            [1] * rng.randint(0, 5) + [2] * (rng.random() < 0.1) + [5, 9] * (rng.random() < 0.3)
+        )
+        annotations += [{"image_id": image_id, "category_id": each} for each in category_ids]
         (folder / f"{image_id}.png").touch()
     content = {
         "images": [{"id": i, "file_name": f"{i}.png"} for i in range(count)],
@@ -34,7 +36,7 @@ def write_many(folder: Path, count: int, seed: int = 0) -> tuple[Path, Path]:
     return file, folder
 
 
-def images_by_category(content: dict) -> Counter:
+def count_images_by_category(content: dict) -> Counter:
     pairs = {(row["category_id"], row["image_id"]) for row in content["annotations"]}
     return Counter(category for category, _ in pairs)
 
@@ -44,18 +46,18 @@ def read(root: Path, name: str) -> dict:
 
 
 @pytest.mark.parametrize(("share", "seed"), [(0.1, 0), (0.2, 1), (0.5, 2), (0.75, 3)])
-def test_each_category_is_split_by_the_share(tmp_path, out, share, seed):
+def test_split_is_stratified_by_category(tmp_path, out, share, seed):
     file, folder = write_many(tmp_path, 600, seed)
     main(file, folder, out, "--val-share", share, "--seed", seed)
     assert abs(len(read(out, "val")["images"]) - 600 * share) <= 2
-    everywhere = images_by_category(json.loads(file.read_text()))
-    val = images_by_category(read(out, "val"))
-    assert len(everywhere) == 4
-    for category, count in everywhere.items():
+    totals = count_images_by_category(json.loads(file.read_text()))
+    val = count_images_by_category(read(out, "val"))
+    assert len(totals) == 4
+    for category, count in totals.items():
         assert abs(val[category] - count * share) <= 2, category
 
 
-def test_the_seed_alone_decides(tmp_path, out):
+def test_split_depends_on_seed_only(tmp_path, out):
     inputs = write_many(tmp_path, 200)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         main(*inputs, out / name, "--seed", seed)
@@ -63,8 +65,8 @@ def test_the_seed_alone_decides(tmp_path, out):
     assert read(out / "a", "val") != read(out / "c", "val")
 
 
-def test_the_only_image_of_a_category_is_for_training(tmp_path, out):
-    write_part(
+def test_single_image_of_category_stays_in_train(tmp_path, out):
+    write_split(
         tmp_path, "train", [(8, 8)] * 10, [[[2, 1, 1, 3, 3]] if n == 4 else [] for n in range(10)]
     )
     for seed in range(10):
@@ -73,7 +75,7 @@ def test_the_only_image_of_a_category_is_for_training(tmp_path, out):
         assert read(out / str(seed), "val")["annotations"] == []
 
 
-def test_each_image_is_in_one_split_and_the_rest_of_the_file_in_both(coco, out):
+def test_splits_are_disjoint_and_keep_other_fields(coco, out):
     def change(data):
         data.update(info={"year": 2024}, licenses=[{"id": 1}], mine=[1.5, None, "ä"])
         data["annotations"][0].update(segmentation=[[4.0, 4, 34, 4, 34, 24]], note="kept")
@@ -104,8 +106,14 @@ def test_each_image_is_in_one_split_and_the_rest_of_the_file_in_both(coco, out):
     [
         (lambda d: d["images"][1].update(id=100), "two images have the id 100: keep one"),
         (lambda d: d["images"][1].update(file_name="0.png"), "two images have the file_name '0.p"),
-        (lambda d: d["annotations"][0].update(image_id=7), "annotation 0 of image 7, which is not"),
-        (lambda d: d["images"][0].update(file_name="gone.png"), "gone.png (image 100) is missing"),
+        (
+            lambda d: d["annotations"][0].update(image_id=7),
+            "annotation 0 refers to unknown image 7",
+        ),
+        (
+            lambda d: d["images"][0].update(file_name="missing.png"),
+            "missing.png (image 100) is missing",
+        ),
         (lambda d: d["images"][0].update(file_name="../x.png"), "../x.png (image 100) is outside"),
         (lambda d: d["images"][0].update(file_name="/x.png"), "/x.png (image 100) is outside"),
         (lambda d: d["images"][1].pop("id"), "images[1] has no 'id' that is an integer"),
@@ -114,17 +122,17 @@ def test_each_image_is_in_one_split_and_the_rest_of_the_file_in_both(coco, out):
         (lambda d: d.update(images=d["images"][:1], annotations=[]), "1 images, too few to split"),
     ],
 )
-def test_a_bad_annotation_file_is_refused(coco, out, change, message):
+def test_invalid_annotation_file_is_rejected(coco, out, change, message):
     rewrite(split_of(coco), change)
     with pytest.raises(UserError) as caught:
         main(*split_of(coco), out)
     assert message in str(caught.value)
-    assert "instances_train2017.json" in str(caught.value) or "gone.png" in message
+    assert "instances_train2017.json" in str(caught.value) or "missing.png" in message
     assert not out.exists()
 
 
 @pytest.mark.parametrize("text", ["[]", "{", ""])
-def test_a_file_that_is_not_coco_is_named(tmp_path, out, text):
+def test_non_coco_file_is_rejected(tmp_path, out, text):
     (tmp_path / "all.json").write_text(text)
     with pytest.raises(UserError, match=r"all\.json (is not valid JSON|has no list 'images')"):
         main(tmp_path / "all.json", tmp_path, out)

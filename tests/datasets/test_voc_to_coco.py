@@ -1,10 +1,10 @@
-"""PASCAL VOC to COCO."""
+"""Conversion of PASCAL VOC to COCO."""
 
 import json
 
 import pytest
 import voc_to_coco
-from helpers import run_train, split_of
+from helpers import read_labels, run_train, split_of
 
 from internals.errors import UserError
 
@@ -15,20 +15,18 @@ def main(*argv) -> None:
 
 @pytest.mark.parametrize("flags", [[], ["--one-based"]])
 @pytest.mark.usefixtures("crowd")
-def test_boxes_difficult_and_categories_round_trip(
-    coco, make_voc, out, coco_categories, labels_of, flags
-):
+def test_boxes_and_categories_round_trip(coco, make_voc, out, coco_categories, flags):
     main(make_voc(one_based=bool(flags)), out, *coco_categories, *flags)
     for split in ("train", "val"):
-        expected = {f"{split}_{name}": rest for name, rest in labels_of(coco, split).items()}
-        assert labels_of(out, split) == expected
+        expected = {f"{split}_{name}": rest for name, rest in read_labels(coco, split).items()}
+        assert read_labels(out, split) == expected
         contents = [
             json.loads(split_of(root, split).annotations.read_text()) for root in (coco, out)
         ]
         assert contents[0]["categories"] == contents[1]["categories"]
 
 
-def test_training_accepts_the_result(voc, out):
+def test_check_data_accepts_output(voc, out):
     main(voc, out)
     done = run_train("--data-path", out, "--check-data", "-j", "0")
     assert done.returncode == 0, done.stderr
@@ -40,15 +38,15 @@ def test_categories_are_numbered_by_name(voc, out):
     assert content["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 
 
-def test_without_lists_all_images_become_train(voc, out, labels_of):
+def test_images_without_lists_become_train(voc, out):
     for file in (voc / "ImageSets/Main").iterdir():
         file.unlink()
     main(voc, out)
-    assert len(labels_of(out, "train")) == 6
+    assert len(read_labels(out, "train")) == 6
     assert not (out / "val2017").exists()
 
 
-def test_files_that_are_left_out_are_noted(voc, out, labels_of, capsys):
+def test_skipped_files_are_reported(voc, out, capsys):
     (voc / "ImageSets/Main/val.txt").write_text("val_0\n\n")
     (voc / "Annotations/train_3.xml").rename(voc / "Annotations/readme.md")
     (voc / "Annotations/.hidden.xml").touch()
@@ -58,21 +56,21 @@ def test_files_that_are_left_out_are_noted(voc, out, labels_of, capsys):
     assert f"3 annotation files are in no list: {voc}/Annotations/train_0.xml, " in printed
     assert f"1 images have no annotation file: {voc}/JPEGImages/train_3.png" in printed
     assert f"1 other files in {voc}/Annotations are ignored (.md)" in printed
-    assert list(labels_of(out, "val")) == ["val_0.png"]
+    assert list(read_labels(out, "val")) == ["val_0.png"]
 
 
 @pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height></size>"])
-def test_a_missing_size_is_read_from_the_image(voc, out, labels_of, size):
+def test_missing_size_is_read_from_image(voc, out, size):
     file = voc / "Annotations/train_1.xml"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:2], size, *lines[3:]]))
     main(voc, out)
-    assert labels_of(out, "train")["train_1.png"][0] == (48, 64)
+    assert read_labels(out, "train")["train_1.png"][0] == (48, 64)
 
 
 def test_one_based_warns_of_boxes_before_pixel_1(voc, out, capsys):
     main(voc, out, "--one-based")
-    assert "note: 5 boxes begin before pixel 1: is --one-based right" in capsys.readouterr().out
+    assert "note: 5 boxes start before pixel 1: is --one-based right" in capsys.readouterr().out
 
 
 def voc_object(**changes) -> str:
@@ -87,7 +85,7 @@ def annotation(*objects: str, size=(64, 48)) -> str:
     return f"<annotation>{sides}{''.join(objects)}</annotation>"
 
 
-LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
+NESTED_ENTITIES = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
 
 
 @pytest.mark.parametrize(
@@ -97,9 +95,9 @@ LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
         (annotation(voc_object(ymax="")), "object 1 (cat): <ymax> is '', which is not a number"),
         (annotation(voc_object(ymax="inf")), "object 1 (cat): <ymax> is 'inf', which is not a n"),
         (annotation(voc_object(xmax=0)), "object 1 (cat): xmin, ymin, xmax, ymax are 1, 2, 0, 4:"),
-        (annotation(voc_object(name=" ")), "object 1 (no name): there is no <name>"),
+        (annotation(voc_object(name=" ")), "object 1 (no name): <name> is missing"),
         (annotation(voc_object(difficult="yes")), "object 1 (cat): <difficult> is 'yes' and neit"),
-        (annotation("<object><name>cat</name></object>"), "object 1 (cat): there is no <bndbox>"),
+        (annotation("<object><name>cat</name></object>"), "object 1 (cat): <bndbox> is missing"),
         (annotation(size=(640, 480)), "<size> is 640 x 480, but "),
         (annotation(size=("wide", 480)), "<width> is 'wide', which is not a number"),
         ("<annotation>", "cannot be read as XML: no element found: line 1"),
@@ -107,11 +105,14 @@ LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
         ('<?xml version="1.0" encoding="gb2312"?><annotation/>', "save it as UTF-8"),
         ('<?xml version="1.0" encoding="klingon"?><annotation/>', "save it as UTF-8"),
         ("<svg/>", "the root is <svg> and not <annotation>"),
-        (f'<!DOCTYPE x [<!ENTITY l0 "ha">{LAUGHS}]><annotation>&l11;</annotation>', "a DOCTYPE"),
+        (
+            f'<!DOCTYPE x [<!ENTITY l0 "ha">{NESTED_ENTITIES}]><annotation>&l11;</annotation>',
+            "a DOCTYPE",
+        ),
         ('<!DOCTYPE x [<!ENTITY e SYSTEM "a.txt">]><annotation>&e;</annotation>', "a DOCTYPE"),
     ],
 )
-def test_a_bad_annotation_file_is_named_and_nothing_is_written(voc, out, text, message):
+def test_invalid_annotation_file_is_rejected(voc, out, text, message):
     file = voc / "Annotations/train_0.xml"
     file.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -121,19 +122,19 @@ def test_a_bad_annotation_file_is_named_and_nothing_is_written(voc, out, text, m
     assert not out.exists()
 
 
-def test_lists_name_existing_files_once(voc, out):
+def test_invalid_lists_are_rejected(voc, out):
     lists = voc / "ImageSets/Main"
-    (lists / "val.txt").write_text("val_0\ngone\ntrain_0\n")
+    (lists / "val.txt").write_text("val_0\nmissing\ntrain_0\n")
     with pytest.raises(UserError) as caught:
         main(voc, out)
     assert str(caught.value).splitlines() == [
         "2 errors:",
-        f"  {lists}/val.txt:2: {voc}/Annotations/gone.xml is missing",
-        f"  {lists}/val.txt:3: train_0 is at {lists}/train.txt:1, too: keep one of them",
+        f"  {lists}/val.txt:2: {voc}/Annotations/missing.xml is missing",
+        f"  {lists}/val.txt:3: train_0 is also at {lists}/train.txt:1: keep one of them",
     ]
 
 
-def test_a_missing_image_or_train_list_is_named(voc, out):
+def test_missing_image_or_train_list_is_rejected(voc, out):
     (voc / "JPEGImages/val_0.png").unlink()
     with pytest.raises(UserError, match=r"val_0.xml: its image .*val_0.jpg is missing"):
         main(voc, out)
@@ -142,7 +143,7 @@ def test_a_missing_image_or_train_list_is_named(voc, out):
         main(voc, out)
 
 
-def test_a_data_set_without_objects_needs_categories(voc, out):
+def test_dataset_without_objects_needs_categories(voc, out):
     for file in (voc / "Annotations").iterdir():
         file.write_text("<annotation/>")
     with pytest.raises(UserError, match="no objects, so no categories"):

@@ -1,11 +1,11 @@
-"""YOLO to COCO."""
+"""Conversion of YOLO to COCO."""
 
 import json
 import random
 
 import pytest
 import yolo_to_coco
-from helpers import run_train, split_of
+from helpers import read_labels, run_train, split_of
 from PIL import Image
 
 from internals.errors import UserError
@@ -16,21 +16,21 @@ def main(*argv) -> None:
 
 
 @pytest.mark.parametrize("number", ["{:.6f}", "{!r}", "{:.8g}"])
-def test_boxes_round_trip(coco, make_yolo, out, coco_categories, labels_of, number, capsys):
+def test_boxes_round_trip(coco, make_yolo, out, coco_categories, number, capsys):
     main(make_yolo(number), out, *coco_categories)
     for split in ("train", "val"):
-        assert labels_of(out, split) == labels_of(coco, split)
+        assert read_labels(out, split) == read_labels(coco, split)
     note = "note: 1 images of train have no label file, so no objects"
     assert note in capsys.readouterr().out
 
 
-def test_training_accepts_the_result(yolo, out):
+def test_check_data_accepts_output(yolo, out):
     main(yolo, out)
     done = run_train("--data-path", out, "--check-data", "-j", "0")
     assert done.returncode == 0, done.stderr
 
 
-def test_six_decimals_give_back_whole_pixels_and_hundredths(tmp_path):
+def test_six_decimals_restore_hundredths_of_pixels(tmp_path):
     rng = random.Random(0)
     for folder in ("images", "labels"):
         (tmp_path / "yolo" / folder).mkdir(parents=True)
@@ -64,10 +64,8 @@ def test_class_0_becomes_category_1(make_yolo, out):
 
 
 @pytest.mark.parametrize("val", ["val", "valid"])
-def test_folders_by_split_and_an_ignored_test_folder(
-    coco, yolo, tmp_path, out, coco_categories, labels_of, val, capsys
-):
-    other = tmp_path / "other"
+def test_split_folders_and_ignored_test_folder(coco, yolo, out, coco_categories, val, capsys):
+    other = yolo.with_name("other")
     for split, name in (("train", "train"), ("val", val), ("val", "test")):
         for kind in ("images", "labels"):
             (other / name / kind).mkdir(parents=True)
@@ -75,41 +73,39 @@ def test_folders_by_split_and_an_ignored_test_folder(
                 (other / name / kind / file.name).symlink_to(file.resolve())
     (other / "data.yaml").write_text("names: [cat, dog]\n")
     main(other, out, *coco_categories)
-    assert labels_of(out, "val") == labels_of(coco, "val")
+    assert read_labels(out, "val") == read_labels(coco, "val")
     assert f"note: {other}/test/images is ignored" in capsys.readouterr().out
 
 
-def test_folders_without_splits_become_train(
-    coco, yolo, tmp_path, out, coco_categories, labels_of, capsys
-):
-    flat = tmp_path / "flat"
+def test_folders_without_splits_become_train(coco, yolo, out, coco_categories, capsys):
+    flat = yolo.with_name("flat")
     flat.mkdir()
     for kind in ("images", "labels"):
         (flat / kind).symlink_to(yolo / kind / "train")
     (flat / "labels/classes.txt").write_text("cat\ndog\n")  # as labelImg does
     (flat / "classes.txt").write_text("cat\ndog\n")
     main(flat, out, *coco_categories)
-    assert labels_of(out, "train") == labels_of(coco, "train")
+    assert read_labels(out, "train") == read_labels(coco, "train")
     assert "split.py" in capsys.readouterr().out
 
 
-def test_subfolders_are_kept(coco, yolo, out, coco_categories, labels_of):
+def test_subfolders_are_kept(coco, yolo, out, coco_categories):
     for kind in ("images", "labels"):
         folder = yolo / kind / "train"
         (folder / "below").mkdir()
         for file in folder.glob("0.*"):
             file.rename(folder / "below" / file.name)
     main(yolo, out, *coco_categories)
-    assert labels_of(out, "train")["below/0.png"] == labels_of(coco, "train")["0.png"]
+    assert read_labels(out, "train")["below/0.png"] == read_labels(coco, "train")["0.png"]
     assert (out / "train2017/below/0.png").is_file()
 
 
-def test_a_rotated_image_has_its_upright_size(yolo, out, labels_of):
+def test_exif_rotated_image_has_upright_size(yolo, out):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 48)).save(yolo / "images/val/rotated.jpg", exif=exif)
     main(yolo, out)
-    assert labels_of(out, "val")["rotated.jpg"] == ((48, 64), [])
+    assert read_labels(out, "val")["rotated.jpg"] == ((48, 64), [])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +127,7 @@ def test_class_names_from_data_yaml(yolo, out, text):
     assert [row["name"] for row in categories] == ["cat", "the dog", "a, b"]
 
 
-def test_class_names_that_yaml_takes_for_other_types_stay_text(yolo, out):
+def test_yaml_class_names_stay_strings(yolo, out):
     (yolo / "classes.txt").unlink()
     (yolo / "data.yaml").write_text("names: [no, 007, 1.0, ~, 'it''s', C#, on]")
     main(yolo, out)
@@ -143,7 +139,7 @@ def test_class_names_that_yaml_takes_for_other_types_stay_text(yolo, out):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nc: 3", "data.yaml has no list 'names' of strings: correct it, or write the names into"),
+        ("nc: 3", "data.yaml has no list 'names' of strings: correct it, or write the names to"),
         ("", "data.yaml has no list 'names'"),
         ("names: cat", "data.yaml has no list 'names'"),
         ("names: [cat, [dog]]", "data.yaml has no list 'names'"),
@@ -155,7 +151,7 @@ def test_class_names_that_yaml_takes_for_other_types_stay_text(yolo, out):
         ("names: [cat, '']", "data.yaml has a class without a name"),
     ],
 )
-def test_a_bad_data_yaml_is_named_with_its_line(yolo, out, text, message):
+def test_invalid_data_yaml_is_rejected(yolo, out, text, message):
     (yolo / "classes.txt").unlink()
     (yolo / "data.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
@@ -171,7 +167,7 @@ def test_a_bad_data_yaml_is_named_with_its_line(yolo, out, text, message):
         ("0 0.5 0.5 0.1", "4 columns instead of 5 (class, x, y, width, height)"),
         ("0 0.5 0.5 0.1 0.1 0.9", "6 columns instead of 5"),
         ("0 0.1 0.1 0.2 0.1 0.2 0.2", "a rotated box: export upright boxes"),
-        ("2 0.5 0.5 0.1 0.1", "class 2 has no name: there are 0 to 1"),
+        ("2 0.5 0.5 0.1 0.1", "class 2 has no name: the classes are 0 to 1"),
         ("-1 0.5 0.5 0.1 0.1", "class -1 has no name"),
         ("cat 0.5 0.5 0.1 0.1", "class cat has no name"),
         ("0 0.5 0,5 0.1 0.1", "'0,5'"),
@@ -181,7 +177,7 @@ def test_a_bad_data_yaml_is_named_with_its_line(yolo, out, text, message):
         ("0 0.5 0.5 -0.1 0.1", "-0.1 is not between 0 and 1"),
     ],
 )
-def test_a_bad_label_is_named_with_file_and_line(yolo, out, line, message):
+def test_invalid_label_is_rejected(yolo, out, line, message):
     file = yolo / "labels/train/0.txt"
     file.write_text(f"0 0.5 0.5 1.000001 1\n\n{line}\n")
     with pytest.raises(UserError) as caught:
@@ -203,18 +199,18 @@ def write_file(name: str, content: bytes):
     ("change", "message"),
     [
         (remove("classes.txt"), "{root}/classes.txt and {root}/data.yaml are missing"),
-        (write_file("classes.txt", b"cat\ncat\n"), "{root}/classes.txt has two classes of the na"),
+        (write_file("classes.txt", b"cat\ncat\n"), "{root}/classes.txt has two classes with the"),
         (write_file("classes.txt", b"cat\n\ndog\n"), "{root}/classes.txt has a class without"),
         (write_file("classes.txt", b""), "{root}/classes.txt has a class without"),
         (write_file("classes.txt", b"cat\nd\xf6g\n"), "{root}/classes.txt is not UTF-8 (byte 5)"),
         (write_file("classes.txt", b"cat\nfrog\n"), "--categories has no category 'frog': add it"),
-        (remove("images/train"), "looked for the folders {root}/images/train, {root}/train/images"),
+        (remove("images/train"), "add the folder {root}/images/train or {root}/train/images"),
         (remove("labels/val"), "{root}/labels/val is missing"),
         (lambda root: (root / "images/valid").mkdir(), "{root}/images/valid both exist"),
-        (write_file("images/train/0.jpg", b""), "differ in their suffix alone"),
+        (write_file("images/train/0.jpg", b""), "differ only in their suffix"),
     ],
 )
-def test_a_bad_folder_is_named(yolo, out, coco_categories, change, message):
+def test_invalid_folder_is_rejected(yolo, out, coco_categories, change, message):
     change(yolo)
     with pytest.raises(UserError) as caught:
         main(yolo, out, *coco_categories)
@@ -222,7 +218,7 @@ def test_a_bad_folder_is_named(yolo, out, coco_categories, change, message):
     assert not out.exists()
 
 
-def test_a_split_without_images_is_refused(yolo, out):
+def test_split_without_images_is_rejected(yolo, out):
     for file in (*(yolo / "images/val").iterdir(), *(yolo / "labels/val").iterdir()):
         file.unlink()
     with pytest.raises(UserError, match="the split 'val' has no images"):

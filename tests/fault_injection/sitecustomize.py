@@ -1,11 +1,11 @@
-"""Makes a training fail on purpose, from outside: Python imports this file when it starts.
+"""Fault injection: make a training fail on purpose. Python imports this file when it starts.
 
 With this folder in PYTHONPATH and FAULT=kind@point:rank:step in the environment, the process of
-that rank fails at that point. Kinds: `kill` and `term` (signals to this process), `hang`, `raise`,
-`full` (a disk), and `nan` and `huge` for losses. Points: `step` and `loss` (a forward pass in
-training), `evaluation` (one of a batch, counted from 0), `writing`, `flushed` and `renamed` (of a
-checkpoint: half of it written, before and after its renaming; their step says nothing). The step
-may be `all`. A process that torchrun has restarted fails no more.
+that rank fails at that point. Kinds: `kill` and `term` (signals to the process itself), `hang`,
+`raise`, `full` (disk full), and `nan` and `huge` for losses. Points: `step` and `loss` (forward
+pass in training), `evaluation` (forward pass of a batch, counted from 0), `writing`, `flushed` and
+`renamed` (a checkpoint is half written, not yet renamed, just renamed; the step is ignored). The
+step may be `all`. A process that torchrun has restarted does not fail again.
 """
 
 import errno
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def install(spec: str) -> None:
-    """Patch the recipe, which has to be importable, so that it fails as `spec` says."""
+    """Patch the recipe, which must be importable, so that it fails as `spec` specifies."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return
     kind, point, rank, step = re.split("[@:]", spec)
@@ -37,7 +37,7 @@ def install(spec: str) -> None:
 
 def fail(kind: str) -> None:
     if kind == "raise":
-        raise OverflowError("a fault on purpose")
+        raise OverflowError("injected fault")
     if kind == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if kind == "hang":
@@ -51,11 +51,11 @@ def _patch_save(kind: str) -> None:
     save = torch.save
 
     def save_half_and_fail(state, file, **kwargs):
-        if not str(getattr(file, "name", "")).endswith(".partial"):  # no checkpoint
+        if not str(getattr(file, "name", "")).endswith(".partial"):  # not a checkpoint
             return save(state, file, **kwargs)
-        whole = io.BytesIO()
-        save(state, whole)
-        file.write(whole.getvalue()[: whole.tell() // 2])
+        buffer = io.BytesIO()
+        save(state, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
         file.flush()
         return fail(kind)
 
@@ -63,7 +63,8 @@ def _patch_save(kind: str) -> None:
 
 
 def _patch_replace(kind: str, point: str) -> None:
-    replace, failed = os.replace, []
+    replace = os.replace
+    failed = []
 
     def replace_and_fail(source, target):
         due = re.fullmatch(r"checkpoint_\d+\.pth", Path(target).name) and not failed
@@ -83,32 +84,34 @@ def _patch_model(kind: str, point: str, step: str) -> None:
     import utils
 
     now = {"step": None, "batch": -1}
-    seed_step, build_model = utils.seed_step, models.build_model
+    seed_step = utils.seed_step
+    build_model = models.build_model
 
     def note_step(seed, step, images):
         now.update(step=step, batch=-1)
         return seed_step(seed, step, images)
 
-    def before(model, args):
+    def fail_before_forward(model, args):
         if not model.training:
             now["batch"] += 1
-        at = ("step", now["step"]) if model.training else ("evaluation", now["batch"])
-        if point == at[0] and step in (str(at[1]), "all"):
+        here = ("step", now["step"]) if model.training else ("evaluation", now["batch"])
+        if point == here[0] and step in (str(here[1]), "all"):
             fail(kind)
 
-    def after(model, args, output):
+    def spoil_losses(model, args, output):
         if point == "loss" and model.training and step in (str(now["step"]), "all"):
             factor = {"nan": float("nan"), "huge": 1e37}[kind]
             return {name: loss * factor for name, loss in output.items()}
         return None
 
-    def build(*args, **kwargs):
+    def build_with_hooks(*args, **kwargs):
         model = build_model(*args, **kwargs)
-        model.register_forward_pre_hook(before)
-        model.register_forward_hook(after)
+        model.register_forward_pre_hook(fail_before_forward)
+        model.register_forward_hook(spoil_losses)
         return model
 
-    utils.seed_step, models.build_model = note_step, build
+    utils.seed_step = note_step
+    models.build_model = build_with_hooks
 
 
 if "FAULT" in os.environ and any(Path(a).name == "train.py" for a in sys.orig_argv):

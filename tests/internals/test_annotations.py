@@ -1,4 +1,4 @@
-"""Reading annotation files; through CocoIndex, which is what everybody else sees of it."""
+"""Reading annotation files through CocoIndex."""
 
 import json
 
@@ -20,14 +20,14 @@ def fast_path_only(monkeypatch):
 
 
 def slow_path_only(monkeypatch):
-    def refuse(content, type):
+    def reject(content, type):
         raise msgspec.ValidationError
 
-    monkeypatch.setattr(annotations.msgspec.json, "decode", refuse)
+    monkeypatch.setattr(annotations.msgspec.json, "decode", reject)
 
 
 @pytest.mark.parametrize("path", [fast_path_only, slow_path_only])
-def test_fast_and_lenient_decoding_give_the_same_index(tiny, path, monkeypatch):
+def test_fast_and_lenient_decoding_agree(tiny, path, monkeypatch):
     split = split_of(tiny)
 
     def change(data):
@@ -52,7 +52,7 @@ def test_fast_and_lenient_decoding_give_the_same_index(tiny, path, monkeypatch):
 @pytest.mark.parametrize(
     "order", ["images annotations categories licenses", "licenses categories annotations images"]
 )
-def test_lists_in_any_order_with_misleading_content(tiny, order, indent, monkeypatch):
+def test_lists_in_any_order(tiny, order, indent, monkeypatch):
     split = split_of(tiny)
     expected = CocoIndex(split)
     data = json.loads(split.annotations.read_text())
@@ -82,7 +82,7 @@ def test_optional_fields_may_be_missing(tiny):
     assert (after.annotation_ids == -1).all()
 
 
-def test_numbers_of_other_types_are_converted_where_they_fit(tiny):
+def test_numbers_of_other_types_are_converted(tiny):
     split = split_of(tiny)
     before = CocoIndex(split)
 
@@ -103,7 +103,7 @@ def test_byte_order_mark_is_skipped(tiny):
     assert CocoIndex(split).fingerprint() == before.fingerprint()
 
 
-def test_area_of_nan_is_that_of_the_box(tiny):
+def test_nan_area_is_replaced_by_box_area(tiny):
     split = split_of(tiny)
     before = CocoIndex(split)
     rewrite(split, lambda data: data["annotations"][1].update(area=float("nan")))
@@ -114,17 +114,17 @@ def test_area_of_nan_is_that_of_the_box(tiny):
     ("key", "values", "kind"),
     [
         ("images", {"height": None}, "images without 'height'"),
-        ("images", {"file_name": 7}, "images whose 'file_name' is not a text"),
+        ("images", {"file_name": 7}, "images whose 'file_name' is not a string"),
         ("images", {"height": 2**53 + 1}, "images whose 'height' is not a whole number up to"),
         ("images", {"width": 2**53 + 2}, "images whose 'width' is not a whole number up to 2**53"),
         ("annotations", {"category_id": 1.5}, "annotations whose 'category_id' is not a whole num"),
         ("annotations", {"bbox": [1, 2, 3]}, "annotations whose 'bbox' is not four numbers"),
         ("annotations", {"bbox": "1234"}, "annotations whose 'bbox' is not four numbers"),
         ("annotations", {"area": "large"}, "annotations whose 'area' is not a number"),
-        ("categories", {"name": 7}, "categories whose 'name' is not a text"),
+        ("categories", {"name": 7}, "categories whose 'name' is not a string"),
     ],
 )
-def test_row_that_cannot_be_read_is_reported_with_its_id(tiny, key, values, kind):
+def test_invalid_row_is_reported_with_id(tiny, key, values, kind):
     split = split_of(tiny)
     rewrite(split, lambda data: data[key][1].update(id=77, **values))
     (issue, *_) = CocoIndex(split).issues
@@ -133,7 +133,7 @@ def test_row_that_cannot_be_read_is_reported_with_its_id(tiny, key, values, kind
     assert issue.fatal
 
 
-def test_rows_without_an_id_are_reported_with_their_place(tiny):
+def test_invalid_row_without_id_is_reported_with_index(tiny):
     split = split_of(tiny)
 
     def change(data):
@@ -150,21 +150,21 @@ def test_rows_without_an_id_are_reported_with_their_place(tiny):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(categories=[]), "has no categories"),
+        (lambda data: data.update(categories=[]), "has no usable categories"),
         (lambda data: data.pop("categories"), "has no list 'categories'"),
-        (lambda data: data.update(images=[], annotations=[]), "lists no images"),
+        (lambda data: data.update(images=[], annotations=[]), "lists no usable images"),
         (
             lambda data: [row.pop("width") for row in data["images"]],
             r"images without 'width' \(8\)",
         ),
         (
             lambda data: [row.update(file_name="\ud800") for row in data["images"]],
-            r"images whose 'file_name' is not a text \(8\)",
+            r"images whose 'file_name' is not a string \(8\)",
         ),
         (lambda data: data["categories"].append({"id": 2}), "two categories with the same id"),
     ],
 )
-def test_file_without_what_is_required_is_refused(tiny, change, message):
+def test_file_without_required_fields_is_rejected(tiny, change, message):
     split = split_of(tiny)
     rewrite(split, change)
     with pytest.raises(DataError, match=message) as caught:
@@ -182,7 +182,7 @@ def test_file_without_what_is_required_is_refused(tiny, change, message):
         (b"", "is empty"),
     ],
 )
-def test_file_that_is_not_an_annotation_file_is_named(tiny, content, message):
+def test_invalid_annotation_file_is_rejected(tiny, content, message):
     split = split_of(tiny)
     split.annotations.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
@@ -190,15 +190,15 @@ def test_file_that_is_not_an_annotation_file_is_named(tiny, content, message):
     assert str(split.annotations) in str(caught.value)
 
 
-def test_missing_annotation_file_is_named(tiny):
+def test_missing_annotation_file_is_reported(tiny):
     split = split_of(tiny)
     split.annotations.unlink()
     with pytest.raises(DataError, match=r"train2017\.json cannot be read: No such file"):
         CocoIndex(split)
 
 
-def test_issue_lists_long_examples_on_lines_of_their_own():
-    short = annotations.DataIssue("images of a kind", ["a", "b"], 5, "Mend them")
-    assert str(short) == "images of a kind (5): a, b and 3 more. Mend them"
-    long = annotations.DataIssue("images of a kind", ["x" * 80, "y"], 2, "Mend them")
-    assert str(long) == f"images of a kind (2):\n    {'x' * 80}\n    y\n    Mend them"
+def test_issue_lists_long_examples_on_separate_lines():
+    short = annotations.DataIssue("images of a kind", ["a", "b"], 5, "Repair them")
+    assert str(short) == "images of a kind (5): a, b and 3 more. Repair them"
+    long = annotations.DataIssue("images of a kind", ["x" * 80, "y"], 2, "Repair them")
+    assert str(long) == f"images of a kind (2):\n    {'x' * 80}\n    y\n    Repair them"

@@ -1,10 +1,9 @@
-import json
 import os
 import re
 
 import numpy as np
 import pytest
-from helpers import rewrite, split_of, write_part
+from helpers import rewrite, split_of, write_split
 from PIL import Image
 
 from coco_utils import CocoIndex, Split
@@ -30,33 +29,33 @@ FATAL = [
     (change_annotation(bbox=[1.0, 2.0]), "annotations whose 'bbox' is not four num", "id 1001"),
     (change_annotation(bbox="1234"), "annotations whose 'bbox' is not four num", "id 1001"),
     (change_annotation(bbox=5), "annotations whose 'bbox' is not four num", "id 1001"),
-    (change_annotation(category_id=77), "category_id the file does not", "1001 of image 101"),
+    (change_annotation(category_id=77), "undefined category_id", "1001 of image 101"),
     (change_annotation(image_id=77), "images that the file does not list", "1001 of image 77"),
-    (change_annotation(id=0), "annotations whose id another", "0 of image 100"),
+    (change_annotation(id=0), "annotations with a repeated id", "0 of image 100"),
     (change_annotation(bbox=[900, 2, 5, 5]), "wholly outside", "1001 of image 101"),
-    (change_image(id=101), "images whose id another image has", "0.png (id 101)"),
+    (change_image(id=101), "images with a repeated id", "0.png (id 101)"),
     (change_image(id=2**60), "images whose 'id' is not a whole number up to 2**53", f"id {2**60}"),
-    (change_image(file_name="../../x.png"), "lead out of", "../../x.png (id 100)"),
-    (change_image(file_name="/x.png"), "lead out of", "/x.png (id 100)"),
-    (change_image(file_name="gone.png"), "files that are missing", "gone.png (id 100)"),
+    (change_image(file_name="../../x.png"), "files outside of", "../../x.png (id 100)"),
+    (change_image(file_name="/x.png"), "files outside of", "/x.png (id 100)"),
+    (change_image(file_name="missing.png"), "files that are missing", "missing.png (id 100)"),
     (change_image(file_name="no/0.png"), "files that are missing", "no/0.png (id 100)"),
-    (change_image(file_name=7), "images whose 'file_name' is not a text", "id 100"),
+    (change_image(file_name=7), "images whose 'file_name' is not a string", "id 100"),
     (change_image(width=None), "images without 'width'", "id 100"),
     (change_image(height=-3), "images without a positive size", "0.png (id 100)"),
     (change_image(width=10_000, height=10_000), "images of more than 89,", "0.png (id 100)"),
 ]
 
 
-@pytest.mark.parametrize(("change", "kind", "found"), FATAL)
-def test_fatal_issue_is_raised_with_file_and_id(tiny, change, kind, found):
+@pytest.mark.parametrize(("change", "kind", "example"), FATAL)
+def test_fatal_issue_is_raised_with_file_and_id(tiny, change, kind, example):
     split = split_of(tiny)
     rewrite(split, change)
     index = CocoIndex(split)
     issues = data_checks.find_issues(index)
-    assert any(x.fatal and kind in x.kind and found in x.examples for x in issues), issues
+    assert any(x.fatal and kind in x.kind and example in x.examples for x in issues), issues
     with pytest.raises(DataError) as caught:
         data_checks.raise_if_fatal(index, issues)
-    for part in (str(split.annotations), kind, found):
+    for part in (str(split.annotations), kind, example):
         assert part in str(caught.value)
 
 
@@ -64,12 +63,12 @@ def test_valid_data_has_no_issues(tiny):
     assert data_checks.find_issues(CocoIndex(split_of(tiny))) == []
 
 
-def test_all_fatal_issues_are_raised_at_once(tiny):
+def test_all_fatal_issues_are_raised_together(tiny):
     split = split_of(tiny)
     rewrite(split, change_annotation(category_id=77))
-    rewrite(split, change_image(file_name="gone.png"))
+    rewrite(split, change_image(file_name="missing.png"))
     index = CocoIndex(split)
-    with pytest.raises(DataError, match=r"(?s)gone\.png.*\n.*1001 of image 101"):
+    with pytest.raises(DataError, match=r"(?s)missing\.png.*\n.*1001 of image 101"):
         data_checks.raise_if_fatal(index, data_checks.find_issues(index))
 
 
@@ -95,19 +94,19 @@ def test_dropped_and_clipped_boxes_are_counted_by_kind(tiny):
         "boxes partly outside their image": ["1001 of image 101"],
     }
     assert index.usable[:4].tolist() == [False, False, True, True]
-    assert "boxes without a size: 2" in data_checks.summary(index)
+    assert "boxes without a size: 2" in data_checks.summarize(index)
 
 
-def test_two_images_with_one_file_are_noted(tiny):
+def test_images_with_same_file_are_reported(tiny):
     split = split_of(tiny)
     rewrite(split, change_image(file_name="2.png"))
-    found = kinds_of(CocoIndex(split))
-    assert found == {"images whose file another image has": ["2.png (id 100)", "2.png (id 102)"]}
+    kinds = kinds_of(CocoIndex(split))
+    assert kinds == {"images with a repeated file name": ["2.png (id 100)", "2.png (id 102)"]}
 
 
-def test_more_than_twenty_examples_are_only_counted(tmp_path):
+def test_examples_are_limited_to_20(tmp_path):
     boxes = [[[2, 1, 1, 5, 5]]] * 30
-    split = Split(write_part(tmp_path, "train", [(20, 20)] * 30, boxes), tmp_path / "train2017")
+    split = Split(write_split(tmp_path, "train", [(20, 20)] * 30, boxes), tmp_path / "train2017")
     rewrite(split, lambda data: [a.update(category_id=9) for a in data["annotations"]])
     index = CocoIndex(split)
     (issue,) = data_checks.find_issues(index)
@@ -116,23 +115,23 @@ def test_more_than_twenty_examples_are_only_counted(tmp_path):
     assert re.search(r"^annotations .* \(30\): .* and 10 more\.", str(issue))
 
 
-def test_links_must_not_lead_out_of_the_image_folder(tiny, tmp_path):
+def test_links_out_of_image_folder_are_rejected(tiny, tmp_path):
     folder = split_of(tiny).images
-    secret = tmp_path / "secret.png"
-    secret.write_bytes((folder / "0.png").read_bytes())
+    outside = tmp_path / "outside.png"
+    outside.write_bytes((folder / "0.png").read_bytes())
     (folder / "a.png").symlink_to(folder / "0.png")
-    (folder / "b.png").symlink_to(secret)
+    (folder / "b.png").symlink_to(outside)
     (folder / "sub").symlink_to(tmp_path)
-    for name, allowed in (("a.png", True), ("b.png", False), ("sub/secret.png", False)):
+    for name, allowed in (("a.png", True), ("b.png", False), ("sub/outside.png", False)):
         rewrite(split_of(tiny), change_image(file_name=name))
-        found = kinds_of(CocoIndex(split_of(tiny)))
-        assert (found == {}) == allowed, name
+        kinds = kinds_of(CocoIndex(split_of(tiny)))
+        assert (kinds == {}) == allowed, name
         if not allowed:
-            assert [f"{name} (id 100)"] in found.values()
-    elsewhere = tmp_path / "linked"
-    elsewhere.symlink_to(tiny)
+            assert [f"{name} (id 100)"] in kinds.values()
+    linked = tmp_path / "linked"
+    linked.symlink_to(tiny)
     rewrite(split_of(tiny), change_image(file_name="a.png"))
-    assert data_checks.find_issues(CocoIndex(split_of(elsewhere))) == []
+    assert data_checks.find_issues(CocoIndex(split_of(linked))) == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -145,23 +144,25 @@ def test_unreadable_images_are_listed_by_kind(tiny, workers):
     Image.new("1", (10_000, 10_000)).save(split.images / "4.png")
     os.remove(split.images / "5.png")
     index = CocoIndex(split)
-    bad = data_checks.unreadable_images(index, workers)
+    bad = data_checks.find_unreadable_images(index, workers)
     assert [i for i, *_ in bad] == [0, 1, 2, 4, 5]
-    issues = {issue.kind: issue for issue in data_checks.image_issues(bad)}
+    issues = {issue.kind: issue for issue in data_checks.group_by_kind(bad)}
     assert {kind: issue.count for kind, issue in issues.items()} == {
         "image files that cannot be read": 3,
-        "image files of another size than their annotation file says": 1,
+        "image files of another size than annotated": 1,
         "image files that are too large": 1,
     }
-    unread = str(issues["image files that cannot be read"])
-    assert all(f"\n    image {100 + n}: {split.images / str(n)}.png" in unread for n in (0, 1, 5))
-    assert unread.endswith("\n    Mend them, or take them out of the file")
+    unreadable = str(issues["image files that cannot be read"])
+    assert all(
+        f"\n    image {100 + n}: {split.images / str(n)}.png" in unreadable for n in (0, 1, 5)
+    )
+    assert unreadable.endswith("\n    Repair them, or remove them from the annotation file")
 
 
-def test_files_outside_the_image_folder_are_not_opened(tiny, tmp_path):
+def test_files_outside_image_folder_are_not_opened(tiny, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no image")
     rewrite(split_of(tiny), change_image(file_name="../../x.png"))
-    assert data_checks.unreadable_images(CocoIndex(split_of(tiny)), 0) == []
+    assert data_checks.find_unreadable_images(CocoIndex(split_of(tiny)), 0) == []
 
 
 def test_report_counts_images_and_boxes(tiny):
@@ -173,7 +174,7 @@ def test_report_counts_images_and_boxes(tiny):
         data["categories"].append({"id": 9, "name": "unseen"})
 
     rewrite(split, change)
-    report = data_checks.report(CocoIndex(split))
+    report = data_checks.describe(CocoIndex(split))
     for line in (
         "8 images, 12 boxes in 3 categories, images without a usable box: 1, crowd boxes: 1",
         "image sizes: 48 x 64 (4), 64 x 48 (4)",
@@ -186,15 +187,15 @@ def test_report_counts_images_and_boxes(tiny):
     assert ["unseen", "0", "0"] in rows
 
 
-def test_report_lists_only_the_most_frequent_image_sizes(tiny):
+def test_report_lists_most_frequent_image_sizes(tiny):
     index = CocoIndex(split_of(tiny))
     index.sizes = np.array([(10 + n, 20) for n in range(8) for _ in range(n + 1)], dtype=np.int32)
-    line = data_checks.report(index).splitlines()[1]
+    line = data_checks.describe(index).splitlines()[1]
     assert line.startswith("  image sizes: 17 x 20 (8), 16 x 20 (7)")
     assert line.endswith("and 3 other sizes from 10 to 17 wide and 20 to 20 high")
 
 
-def test_valid_variants_of_annotations_have_no_issues(tiny):
+def test_valid_annotation_variants_have_no_issues(tiny):
     split = split_of(tiny)
 
     def change(data):
@@ -208,5 +209,4 @@ def test_valid_variants_of_annotations_have_no_issues(tiny):
     rewrite(split, lambda data: data.update(annotations=[]))
     index = CocoIndex(split)
     assert data_checks.find_issues(index) == []
-    assert "0 boxes" in data_checks.report(index)
-    assert json.loads(split.annotations.read_text())["annotations"] == []
+    assert "0 boxes" in data_checks.describe(index)

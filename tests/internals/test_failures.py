@@ -1,4 +1,4 @@
-"""How a command ends: its message and its exit code."""
+"""Messages and exit codes of commands that end with an error."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from internals.errors import CheckpointError, DataError, RunError, StopRequested
 
 @pytest.fixture(autouse=True)
 def signal_handlers(monkeypatch):
-    """Give this process its handlers back, which the end of a command restores to the default."""
+    """Restore the signal handlers, which the end of a command sets to the default."""
     monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
     names = [name for name in preemption.STOP_SIGNALS if hasattr(signal, name)]
     before = {name: signal.getsignal(getattr(signal, name)) for name in names}
@@ -46,46 +46,46 @@ def test_command_that_returns_does_not_exit():
         (RunError("the loss is NaN"), 1, "the loss is NaN"),
         (KeyboardInterrupt(), 1, "interrupted"),
         (OSError(errno.EACCES, "Permission denied", "d.txt"), 1, "d.txt cannot be read or written"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "left on device: make room"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "left on device: free some space"),
         (OSError(errno.ENOSPC, "No space left on device", "e.pth"), 1, "e.pth cannot be written"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory: lower --batch-size"),
         (OSError("[Errno 24] Too many open files"), 1, "ulimit -n 65536"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), 1, "--shm-size"),
     ],
 )
-def test_known_errors_end_with_one_message_and_no_traceback(capsys, error, exit_code, message):
+def test_known_errors_have_no_traceback(capsys, error, exit_code, message):
     assert end_with(error) == exit_code
-    said = capsys.readouterr().err
-    assert said.startswith("train.py: error: ")
-    assert message in said
-    assert "Traceback" not in said
+    errors = capsys.readouterr().err
+    assert errors.startswith("train.py: error: ")
+    assert message in errors
+    assert "Traceback" not in errors
 
 
-def test_unknown_errors_end_with_their_traceback(capsys):
+def test_unknown_errors_have_traceback(capsys):
     assert end_with(OverflowError("too much")) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("Traceback")
-    assert said.endswith("train.py: error: OverflowError: too much\n")
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback")
+    assert errors.endswith("train.py: error: OverflowError: too much\n")
 
 
-def test_stop_on_request_is_no_error(capsys):
+def test_stop_request_exit_code(capsys):
     assert end_with(StopRequested()) == 75
-    said = capsys.readouterr()
-    assert "go on with --resume auto" in said.out
-    assert said.err == ""
+    captured = capsys.readouterr()
+    assert "continue with --resume auto" in captured.out
+    assert captured.err == ""
 
 
-def test_launcher_gets_the_exit_code_of_the_first_process_that_ends(tmp_path, monkeypatch):
+def test_launcher_gets_first_exit_code(tmp_path, monkeypatch):
     monkeypatch.setenv(preemption.LAUNCH_FOLDER_VARIABLE, str(tmp_path))
     assert end_with(UserError("wrong")) == 2
     assert end_with(RunError("peer is gone")) == 1
     assert (tmp_path / "exit").read_text() == "2"
     (tmp_path / "exit").unlink()
-    assert end_with(StopRequested()) == 0  # else torchrun would start it again
+    assert end_with(StopRequested()) == 0  # otherwise torchrun would restart the process
     assert (tmp_path / "exit").read_text() == "75"
 
 
-def test_process_that_torchrun_starts_again_ends_if_all_was_over(tmp_path, monkeypatch):
+def test_exit_if_already_finished(tmp_path, monkeypatch):
     failures.exit_if_already_finished()
     monkeypatch.setenv(preemption.LAUNCH_FOLDER_VARIABLE, str(tmp_path))
     failures.exit_if_already_finished()
@@ -94,17 +94,19 @@ def test_process_that_torchrun_starts_again_ends_if_all_was_over(tmp_path, monke
         with pytest.raises(SystemExit) as caught:
             failures.exit_if_already_finished()
         assert caught.value.code == exit_code
-    (tmp_path / "exit").write_text("1")  # a failure, after which it may run again
+    (tmp_path / "exit").write_text("1")  # a failure, after which a restart is allowed
     failures.exit_if_already_finished()
     assert os.listdir(tmp_path) == []
 
 
-def test_lost_connections_are_told_from_other_errors():
+def test_lost_connection():
     for text in (
         "[/a/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer",
         "Application timeout caused pair closure",
         "Timed out waiting 6000ms for send operation to complete",
     ):
-        assert failures.lost_connection(RuntimeError(text))
-    assert not failures.lost_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not failures.lost_connection(ValueError("timed out"))
+        assert failures.is_connection_lost(RuntimeError(text))
+    assert not failures.is_connection_lost(
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    )
+    assert not failures.is_connection_lost(ValueError("timed out"))

@@ -1,4 +1,4 @@
-"""Each class of `internals/fast` against what it replaces."""
+"""Each class of `internals/fast` compared with the class that it replaces."""
 
 import copy
 
@@ -21,8 +21,8 @@ from internals.fast.transform import FastTransform
 # ------------------------------------------------------------------------------ frozen norms
 
 
-def conv_and_norm(trains: bool) -> tuple[nn.Sequential, nn.Sequential]:
-    """A convolution with a frozen norm behind it, as torchvision has it and folded."""
+def stock_and_folded(trains: bool) -> tuple[nn.Sequential, nn.Sequential]:
+    """Return a convolution followed by a frozen norm, as in torchvision and folded."""
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), FrozenBatchNorm2d(5), nn.ReLU())
     for buffer in stock.buffers():
@@ -35,26 +35,26 @@ def conv_and_norm(trains: bool) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def assert_same(stock: nn.Module, ours: nn.Module) -> None:
-    """Outputs, with and without gradients, and the gradients of weights and input."""
+    """Compare outputs, with and without gradients, and gradients of weights and input."""
     results = []
     for model in (stock, ours):
         x = torch.linspace(-1, 1, 2 * 3 * 6 * 7, dtype=stock[0].weight.dtype).view(2, 3, 6, 7)
         with torch.inference_mode():
-            still = model(x)
+            inference = model(x)
         x.requires_grad_()
         out = model(x)
         out.square().sum().backward()
         weight = model[0].weight.grad if model[0].weight.requires_grad else torch.zeros(())
         model.zero_grad()
-        results.append((still.clone(), out.detach(), x.grad, weight))
+        results.append((inference.clone(), out.detach(), x.grad, weight))
     assert results[0][0].abs().sum() > 0
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_folded_norm_equals_the_norm_after_any_change(trains):
-    stock, ours = conv_and_norm(trains)
+def test_folded_norm_equals_norm_after_changes(trains):
+    stock, ours = stock_and_folded(trains)
     assert stock.state_dict().keys() == ours.state_dict().keys()
     assert_same(stock, ours)
     state = {key: torch.rand_like(value) + 0.5 for key, value in stock.state_dict().items()}
@@ -79,8 +79,8 @@ def test_folded_norm_equals_the_norm_after_any_change(trains):
         assert_same(*outputs)
 
 
-def test_copy_of_a_folded_model_has_norms_of_its_own():
-    stock, ours = conv_and_norm(False)
+def test_copy_of_folded_model_has_separate_norms():
+    stock, ours = stock_and_folded(False)
     assert_same(stock, ours)
     copied = copy.deepcopy(ours)
     copied[1].running_mean.add_(0.1)
@@ -90,25 +90,25 @@ def test_copy_of_a_folded_model_has_norms_of_its_own():
 
 
 def test_folded_norm_compiles_to_one_graph():
-    stock, ours = conv_and_norm(True)
+    stock, ours = stock_and_folded(True)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     x = torch.randn(1, 3, 5, 5)
     torch.testing.assert_close(compiled(x), stock(x))
 
 
-def test_norms_that_train_are_left_alone():
+def test_trainable_norms_are_not_folded():
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 5, 1), nn.ReLU())
     before = [type(module) for module in model]
     fold_frozen_norms(model)
     assert [type(module) for module in model] == before
 
 
-# ----------------------------------------------------------------- without asking the device
+# ----------------------------------------------------- without synchronizing with the device
 
 
 @pytest.mark.parametrize("fixed", [None, (96, 64)])
 @pytest.mark.parametrize("training", [True, False])
-def test_transform_gives_torchvisions_bits(training, fixed):
+def test_transform_equals_torchvision(training, fixed):
     generator = torch.Generator().manual_seed(0)
     sizes = [(53, 71), (64, 40), (37, 90)]
     images = [torch.rand(3, *size, generator=generator) for size in sizes]
@@ -129,16 +129,16 @@ def test_transform_gives_torchvisions_bits(training, fixed):
     (tensors, shapes, moved, back), ours = results
     assert torch.equal(tensors, ours[0])
     assert shapes == ours[1]
-    for expected, found in zip([*moved, *back], [*ours[2], *ours[3]], strict=True):
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    for expected, actual in zip([*moved, *back], [*ours[2], *ours[3]], strict=True):
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
     assert not torch.equal(moved[0]["boxes"], targets[0]["boxes"])
 
 
 @pytest.mark.parametrize("low_quality", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_matcher_equals_torchvisions(seed, low_quality):
-    """With ties: boxes and anchors on a coarse grid."""
+def test_matcher_equals_torchvision(seed, low_quality):
+    """On a coarse grid, so that there are ties."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.randint(0, 8, (500, 2), generator=generator).float()
     sides = torch.randint(1, 5, (500, 2), generator=generator).float()
@@ -151,38 +151,38 @@ def test_matcher_equals_torchvisions(seed, low_quality):
     assert torch.equal(FastMatcher(*arguments)(quality.clone()), expected)
 
 
-def labels_of(seed: int) -> torch.Tensor:
-    """Background, positive and ignored anchors of an image."""
+def random_labels(seed: int) -> torch.Tensor:
+    """Return labels of anchors of an image: background 0, positive 1 and ignored -1."""
     return torch.randint(-1, 2, (400,), generator=torch.Generator().manual_seed(seed))
 
 
-def choose(labels: list[torch.Tensor], seeds: list[int]) -> list[tuple]:
-    """What is chosen for each image: masks of positives and negatives."""
+def sample(labels: list[torch.Tensor], seeds: list[int]) -> list[tuple]:
+    """Return the masks of sampled positives and negatives of each image."""
     sampler = SeededSampler(64, 0.5)
     sampler.seeds = seeds
     return list(zip(*sampler(labels), strict=True))
 
 
-def test_sampler_depends_on_the_seed_of_the_image_and_not_on_its_batch():
-    labels = [labels_of(0), labels_of(1)]
-    together = choose(labels, [7, 8])
-    torch.rand(5)  # whatever was drawn before
-    alone = [choose([labels[n]], [seed])[0] for n, seed in enumerate((7, 8))]
-    for a, b in zip(together, alone, strict=True):
+def test_sampler_depends_on_image_seed_only():
+    labels = [random_labels(0), random_labels(1)]
+    together = sample(labels, [7, 8])
+    torch.rand(5)  # earlier draws must not matter
+    separate = [sample([labels[n]], [seed])[0] for n, seed in enumerate((7, 8))]
+    for a, b in zip(together, separate, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    other = choose(labels, [7, 9])
+    other = sample(labels, [7, 9])
     assert torch.equal(other[0][0], together[0][0])
     assert not torch.equal(other[1][0], together[1][0])
 
 
 @pytest.mark.parametrize("seeds", [[], [3]])
-def test_sampler_equals_torchvisions(seeds):
+def test_sampler_equals_torchvision(seeds):
     results = []
     for kind in (BalancedPositiveNegativeSampler, SeededSampler):
         sampler = kind(64, 0.5)
         sampler.seeds = seeds
         torch.manual_seed(3)
-        results.append(sampler([labels_of(0)]))
+        results.append(sampler([random_labels(0)]))
     for (a,), (b,) in zip(*results, strict=True):
         assert a.sum() == 32
         assert torch.equal(a, b)
@@ -207,7 +207,7 @@ def random_boxes(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("counts", [(40, 60), (0, 5), (0, 0)])
-def test_roi_align_equals_torchvisions(counts):
+def test_roi_align_equals_torchvision(counts):
     boxes = [random_boxes(count) for count in counts]
     if counts[0]:
         boxes[0][:3] = torch.tensor([[-20.0, -30, 300, 200], [5, 5, 5, 5], [191, 127, 192, 128]])
@@ -217,15 +217,15 @@ def test_roi_align_equals_torchvisions(counts):
         output = pool(["0", "1", "2", "3"], 7, 2)(features, boxes, [(128, 192)] * 2)
         (output * torch.arange(output.numel()).view_as(output).cos()).sum().backward()
         results.append((output.detach(), {name: f.grad for name, f in features.items()}))
-    (expected, gradients), (found, our_gradients) = results
-    assert found.shape == expected.shape == (sum(counts), 5, 7, 7)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    (expected, gradients), (actual, our_gradients) = results
+    assert actual.shape == expected.shape == (sum(counts), 5, 7, 7)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     for name, gradient in gradients.items():
         ours = our_gradients[name]
         torch.testing.assert_close(ours, gradient, atol=1e-3, rtol=1e-3)
 
 
-def test_roi_align_keeps_the_type_of_the_features():
+def test_roi_align_keeps_dtype():
     pool = CpuRoIAlign(["0", "1", "2", "3"], 7, 2)
     features = pyramid(torch.bfloat16)
     output = pool(features, [random_boxes(4), random_boxes(3)], [(128, 192)] * 2)

@@ -26,10 +26,10 @@ def folder(tmp_path, monkeypatch) -> Path:
         (["in", "in/c2.png"], ["a b.jpg", "b [1].png", "c1.png", "c2.png", "deep/d.gif"]),
     ],
 )
-def test_files_folders_and_patterns_stand_for_each_image_once(folder, arguments, names):
-    found = find_images(arguments)
-    assert [name for _, name, _ in found] == names
-    assert all(path.is_absolute() and path.is_file() for path, _, _ in found)
+def test_files_folders_and_patterns(folder, arguments, names):
+    images = find_images(arguments)
+    assert [name for _, name, _ in images] == names
+    assert all(path.is_absolute() and path.is_file() for path, _, _ in images)
 
 
 @pytest.mark.parametrize(
@@ -37,21 +37,21 @@ def test_files_folders_and_patterns_stand_for_each_image_once(folder, arguments,
     [
         ("no.png", "no.png: no such file or folder"),
         ("*.bmp", "no file matches this pattern"),
-        ("empty", "there is no image in the folder empty"),
+        ("empty", "empty: no image in this folder"),
     ],
 )
-def test_an_argument_that_stands_for_nothing_is_an_error(folder, argument, message):
+def test_argument_without_images_is_rejected(folder, argument, message):
     with pytest.raises(UserError) as caught:
         find_images([argument])
     assert message in str(caught.value)
 
 
-def test_stems_are_unique_without_suffix_and_capitals(folder):
+def test_stems_are_unique_ignoring_suffix_and_case(folder):
     for name in ("day1/a.png", "day2/a.bmp", "day2/A.jpg", "day2/a-2.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-    found = find_images([str(folder / "day1"), str(folder / "day2")])
-    assert [(name, stem) for _, name, stem in found] == [
+    images = find_images([str(folder / "day1"), str(folder / "day2")])
+    assert [(name, stem) for _, name, stem in images] == [
         ("day1/a.png", "day1/a"),
         ("day2/A.jpg", "day2/A"),
         ("day2/a-2.png", "day2/a-2"),

@@ -28,26 +28,26 @@ def test_16_bit_images_are_scaled_not_clipped(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_if_the_size_says_so(tmp_path, orientation):
+def test_exif_orientation_is_applied_by_stated_size(tmp_path, orientation):
     pixels = np.zeros((20, 30, 3), dtype=np.uint8)
-    pixels[:8, :8] = 255  # a white corner, to see what was turned
+    pixels[:8, :8] = 255  # a white corner, to detect the rotation
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
-    turned = orientation >= 5
-    upright = images.read_image(tmp_path / "x.png", *((20, 30) if turned else (30, 20)))
+    transposed = orientation >= 5
+    upright = images.read_image(tmp_path / "x.png", *((20, 30) if transposed else (30, 20)))
     corners = [upright[0, 0, 0], upright[0, 0, -1], upright[0, -1, -1], upright[0, -1, 0]]
-    # Where the first row and column of the file belong, by the EXIF standard.
+    # Position of the first stored row and column, by the EXIF standard.
     where = {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
     assert [int(c) for c in corners].index(255) == where
-    if turned:  # the other size says that the boxes belong to the file as it is stored
+    if transposed:  # with the stored size, the boxes belong to the stored image
         raw = images.read_image(tmp_path / "x.png", 30, 20)
         assert np.array_equal(raw.permute(1, 2, 0).numpy(), pixels)
-    # Without a stated size the image is what a viewer shows.
+    # Without a stated size the orientation is applied, as image viewers do.
     assert torch.equal(images.read_upright(tmp_path / "x.png"), upright)
 
 
-def test_exif_orientation_of_a_square_image_is_applied(tmp_path):
+def test_exif_orientation_of_square_image(tmp_path):
     pixels = np.zeros((20, 20, 3), dtype=np.uint8)
     pixels[:8, :8] = 255
     exif = Image.Exif()
@@ -61,7 +61,7 @@ def test_exif_orientation_of_a_square_image_is_applied(tmp_path):
         assert image[0, 0, 0] == 0
 
 
-def test_read_upright_refuses_huge_and_broken_images(tmp_path):
+def test_read_upright_rejects_huge_and_broken_images(tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     for name, message in (("huge", "pixels is more than"), ("broken", "cannot be read as an im")):
@@ -78,7 +78,7 @@ def test_unreadable_images_are_named(tmp_path):
         images.read_image(file, 4, 4)
     noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).save(file)
-    with pytest.raises(DataError, match=r"is 50 x 50 pixels, its annotation file says 4 x 4"):
+    with pytest.raises(DataError, match=r"is 50 x 50 pixels, but annotated as 4 x 4"):
         images.read_image(file, 4, 4)
     file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(DataError, match=r"x\.png cannot be read.*truncated"):
@@ -86,17 +86,17 @@ def test_unreadable_images_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("side", [10_000, 14_000])
-def test_huge_images_are_refused_before_decoding(side, tmp_path):
+def test_huge_images_are_rejected_before_decoding(side, tmp_path):
     Image.new("1", (side, side)).save(tmp_path / "x.png")
     with pytest.raises(DataError, match=f"{side} x {side} pixels is more than"):
         images.read_image(tmp_path / "x.png", side, side)
 
 
-def test_image_files_lists_subfolders_once_and_sorted(tmp_path):
+def test_image_files_are_sorted_and_unique(tmp_path):
     for name in ("b.jpg", "a.PNG", "c d/[1].tiff", "notes.txt", "._a.png", ".hidden/x.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "c d/round").symlink_to(tmp_path)
-    found = [str(path.relative_to(tmp_path)) for path in images.image_files(tmp_path)]
-    assert found == ["a.PNG", "b.jpg", "c d/[1].tiff"]
+    names = [str(path.relative_to(tmp_path)) for path in images.image_files(tmp_path)]
+    assert names == ["a.PNG", "b.jpg", "c d/[1].tiff"]
     assert images.image_files(tmp_path / "nowhere") == []

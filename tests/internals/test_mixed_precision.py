@@ -8,9 +8,11 @@ from internals import mixed_precision
 from internals.mixed_precision import resolve_precision
 
 
-def test_type_of_autocast_follows_the_device(monkeypatch):
+def test_autocast_dtype_by_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert resolve_precision(cpu, False, None)[0] is None
+    assert resolve_precision(cpu, False, None) == (None, "float32")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert resolve_precision(cuda, False, None) == (None, "float32, TF32 in convolutions")
     assert resolve_precision(cuda, True, None)[0] is torch.float16
     assert resolve_precision(cuda, True, "bfloat16")[0] is torch.bfloat16
     for instruction in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
@@ -19,9 +21,9 @@ def test_type_of_autocast_follows_the_device(monkeypatch):
     assert resolve_precision(cpu, True, None)[0] is torch.bfloat16
     for instruction in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, instruction, lambda: False)
-    dtype, why = resolve_precision(cpu, True, None)
+    dtype, reason = resolve_precision(cpu, True, None)
     assert dtype is None
-    assert "no bfloat16 instructions" in why
+    assert "no bfloat16 instructions" in reason
     assert resolve_precision(cpu, True, "bfloat16")[0] is torch.bfloat16
 
 
@@ -34,24 +36,26 @@ def test_type_of_autocast_follows_the_device(monkeypatch):
     ],
 )
 def test_boxes_stay_float32_under_bfloat16(name):
-    ours = models.build_model(name, 4, pretrained=None, min_sizes=(64,), max_size=96).eval()
+    model = models.build_model(name, 4, pretrained=None, min_sizes=(64,), max_size=96).eval()
     images = [torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(0))]
-    seen = {}
+    outputs = {}
     generator, head = (
-        next(module for module in ours.modules() if isinstance(module, kinds))
+        next(module for module in model.modules() if isinstance(module, kinds))
         for kinds in (mixed_precision.ANCHOR_GENERATORS, mixed_precision.HEADS)
     )
-    generator.register_forward_hook(lambda m, a, out: seen.update(anchors=out))
-    head.register_forward_hook(lambda m, a, out: seen.update(head=out))
-    ours.backbone.register_forward_hook(lambda m, a, out: seen.update(features=out))
+    generator.register_forward_hook(lambda m, a, out: outputs.update(anchors=out))
+    head.register_forward_hook(lambda m, a, out: outputs.update(head=out))
+    model.backbone.register_forward_hook(lambda m, a, out: outputs.update(features=out))
     anchors = []
     with torch.inference_mode():
         for enabled in (False, True):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                output = ours(images)
-            anchors.append(seen["anchors"])
-    assert seen["features"].popitem()[1].dtype == torch.bfloat16  # autocast was really on
-    parts = seen["head"].values() if isinstance(seen["head"], dict) else chain(*seen["head"])
+                output = model(images)
+            anchors.append(outputs["anchors"])
+    assert outputs["features"].popitem()[1].dtype == torch.bfloat16  # autocast was active
+    parts = (
+        outputs["head"].values() if isinstance(outputs["head"], dict) else chain(*outputs["head"])
+    )
     assert {tensor.dtype for tensor in parts} == {torch.float32}
     assert output[0]["boxes"].dtype == output[0]["scores"].dtype == torch.float32
     for plain, mixed in zip(*anchors, strict=True):

@@ -10,14 +10,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_loss_that_is_not_finite_is_reported_with_step_and_images(bad):
+def test_non_finite_loss_is_reported(bad):
     meter = LossMeter(CPU)
     meter.add({"a": torch.tensor(1e30), "b": torch.tensor(1.0)}, 7, [107, 207])
     with pytest.raises(RunError, match=r"step 8 .*images \[108, 208\] on rank 0.*--lr"):
         meter.add({"a": torch.tensor(1.0), "b": torch.tensor(bad)}, 8, [108, 208])
 
 
-def test_losses_are_averaged_since_the_last_read():
+def test_losses_are_averaged_since_last_read():
     meter = LossMeter(CPU)
     for value in (1.0, 3.0):
         meter.add({"loss_a": torch.tensor(value), "b": torch.tensor(10 * value)}, 0, [])
@@ -33,7 +33,7 @@ def take_steps(gradients: list[float], optimizer_class: type) -> SkippedSteps:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     with SkippedSteps(optimizer, CPU) as skipped:
         for gradient in gradients:
-            scaler.scale(weight.sum())  # sets the scale up
+            scaler.scale(weight.sum())  # initializes the scale
             weight.grad = torch.full((3,), gradient)
             before = weight.detach().clone()
             scaler.step(optimizer)
@@ -43,7 +43,7 @@ def take_steps(gradients: list[float], optimizer_class: type) -> SkippedSteps:
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
-def test_skipped_steps_are_counted_until_there_are_too_many(optimizer_class):
+def test_skipped_steps_are_counted_and_limited(optimizer_class):
     inf = math.inf
     skipped = take_steps([1.0, inf, 1.0, inf, inf, 1.0], optimizer_class)
     assert skipped.read(6) == 3

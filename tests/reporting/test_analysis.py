@@ -25,7 +25,7 @@ def history_of(folder, lines: list[dict]) -> analysis.RunHistory:
     return analysis.read_history(write_output(folder, lines, None) / "metrics.jsonl")
 
 
-def test_repeated_steps_of_a_resumed_run_count_once(tiny, tmp_path):
+def test_repeated_steps_of_resumed_run_count_once(tiny, tmp_path):
     resumed = start_line(tiny, resume="output/checkpoint.pth")
     lines = [start_line(tiny), train_line(1), train_line(2), train_line(3), resumed]
     lines += [train_line(2, loss=9), train_line(3, loss=9), eval_line(tiny, 0), resumed]
@@ -38,14 +38,14 @@ def test_repeated_steps_of_a_resumed_run_count_once(tiny, tmp_path):
     assert history.resumed == 2
 
 
-def test_a_new_training_in_the_same_folder_replaces_the_old_one(tiny, tmp_path):
+def test_new_training_replaces_previous_history(tiny, tmp_path):
     history = history_of(tmp_path / "out", [*two_epochs(tiny), start_line(tiny), train_line(3)])
     assert [line["step"] for line in history.train] == [3]
     assert history.evals == []
     assert history.end is None
 
 
-def test_test_only_is_kept_apart_from_the_evaluations_of_the_training(tiny, tmp_path):
+def test_test_only_is_separate_from_training_evaluations(tiny, tmp_path):
     test_only = start_line(tiny, test_only=True, resume="model_best.pth")
     lines = [*two_epochs(tiny), test_only, eval_line(tiny, 0)]
     history = history_of(tmp_path / "out", lines)
@@ -56,13 +56,15 @@ def test_test_only_is_kept_apart_from_the_evaluations_of_the_training(tiny, tmp_
     assert history.eval_start == test_only
 
 
-def test_a_last_line_that_a_crash_cut_off_is_noted(tiny, tmp_path):
+def test_truncated_last_line_is_noted(tiny, tmp_path):
     file = write_output(tmp_path / "out", two_epochs(tiny)) / "metrics.jsonl"
     with file.open("a") as opened:
         opened.write('{"kind": "tr')
     history = analysis.read_history(file)
     assert len(history.train) == 8
-    assert history.notes == [f"{file}: the last line was cut off by a crash and is left out"]
+    assert history.notes == [
+        f"{file}: the last line is incomplete, as after a crash, and is skipped"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,14 +72,17 @@ def test_a_last_line_that_a_crash_cut_off_is_noted(tiny, tmp_path):
     [
         (None, r"metrics\.jsonl cannot be read \(No such file"),
         (b"\n", r"metrics\.jsonl is empty"),
-        (b'{"kind": "start"}\nnonsense\n{"kind": "end"}\n', r"metrics\.jsonl:2 is not a line"),
-        (b'{"kind": "start"}\n[1]\n', r"metrics\.jsonl:2 is not a line that train.py wrote"),
-        (b'{"kind": "train"}\n{"kind": "end"}\n', r"metrics\.jsonl:1 is not a line"),
-        (b"[" * 100_000 + b"\n\n", r"metrics\.jsonl:1 is not a line"),
+        (
+            b'{"kind": "start"}\nnonsense\n{"kind": "end"}\n',
+            r"metrics\.jsonl:2 is not a valid line",
+        ),
+        (b'{"kind": "start"}\n[1]\n', r"metrics\.jsonl:2 is not a valid line of train.py"),
+        (b'{"kind": "train"}\n{"kind": "end"}\n', r"metrics\.jsonl:1 is not a valid line"),
+        (b"[" * 100_000 + b"\n\n", r"metrics\.jsonl:1 is not a valid line"),
         (b"\xff\xfe\n", r"metrics\.jsonl:1 is not"),
     ],
 )
-def test_a_broken_metrics_file_is_refused_with_its_line(tmp_path, content, message):
+def test_invalid_metrics_file_is_rejected(tmp_path, content, message):
     file = tmp_path / "metrics.jsonl"
     if content is not None:
         file.write_bytes(content)
@@ -95,8 +100,8 @@ def plain_iou(a: list[float], b: list[float]) -> float:
     return common / (a[2] * a[3] + b[2] * b[3] - common)
 
 
-def plain_match(index: CocoIndex, detections: np.ndarray, same_category: bool) -> list[int]:
-    """The ground-truth row of each detection by the definition; without crowds."""
+def reference_match(index: CocoIndex, detections: np.ndarray, same_category: bool) -> list[int]:
+    """Return the matched ground-truth row of each detection; without crowds."""
     matches, taken = [UNMATCHED] * len(detections), set()
     for d in np.argsort(-detections[:, 5], kind="stable").tolist():
         rows = index.box_range(index.image_ids.tolist().index(int(detections[d, 0])))
@@ -113,7 +118,7 @@ def plain_match(index: CocoIndex, detections: np.ndarray, same_category: bool) -
 
 
 @pytest.mark.parametrize("same_category", [True, False])
-def test_matches_are_those_of_the_definition(tiny, same_category):
+def test_matching_equals_reference(tiny, same_category):
     index, rng = CocoIndex(split_of(tiny)), np.random.default_rng(0)
     rows = rng.integers(len(index.boxes), size=160)
     boxes = np.abs(index.boxes[rows] + rng.normal(0, 3, (160, 4))) + 0.1
@@ -121,14 +126,14 @@ def test_matches_are_those_of_the_definition(tiny, same_category):
     images = index.image_ids[index.image_of_rows()[rows]]
     detections = np.column_stack([images, boxes, scores, rng.choice([2, 5], 160)])
     matched_gt, matched_detection = match_detections(index, detections, same_category)
-    assert matched_gt.tolist() == plain_match(index, detections, same_category)
-    found = np.flatnonzero(matched_gt != UNMATCHED)
-    assert 5 < len(found) < 160
-    assert (matched_detection[matched_gt[found]] == found).all()
-    assert np.count_nonzero(matched_detection != UNMATCHED) == len(found)
+    assert matched_gt.tolist() == reference_match(index, detections, same_category)
+    matched = np.flatnonzero(matched_gt != UNMATCHED)
+    assert 5 < len(matched) < 160
+    assert (matched_detection[matched_gt[matched]] == matched).all()
+    assert np.count_nonzero(matched_detection != UNMATCHED) == len(matched)
 
 
-def test_a_crowd_takes_any_number_of_detections_of_its_category(tiny):
+def test_crowd_matches_many_detections(tiny):
     def change(data):
         data["annotations"][0]["iscrowd"] = 1  # category 2, most of image 100
         data["annotations"][1]["bbox"] = [10, 8, 0, 30]  # without a size
@@ -165,7 +170,7 @@ def test_no_detections_and_no_ground_truth(tiny):
 # ------------------------------------------------------------------------------------- results
 
 
-def test_confusion_matrix_and_counts_by_hand(tiny, tmp_path):
+def test_confusion_matrix_and_counts(tiny, tmp_path):
     results = results_in(write_output(tmp_path / "out", two_epochs(tiny)))
     # Rows: cat, dog, background; columns: cat, dog, missed.
     assert results.confusion_matrix().tolist() == [[1, 1, 1], [0, 1, 0], [2, 0, 0]]
@@ -175,7 +180,7 @@ def test_confusion_matrix_and_counts_by_hand(tiny, tmp_path):
     }
 
 
-def test_detections_in_a_crowd_do_not_count(tiny, tmp_path):
+def test_detections_in_crowd_are_ignored(tiny, tmp_path):
     def change(data):
         data["annotations"][0]["iscrowd"] = 1  # the cat of image 100
 
@@ -187,19 +192,19 @@ def test_detections_in_a_crowd_do_not_count(tiny, tmp_path):
     assert results.counts()["detections"] == 5
 
 
-def test_recall_by_size_by_hand(tiny, tmp_path):
+def test_recall_by_size(tiny, tmp_path):
     results = results_in(write_output(tmp_path / "out", two_epochs(tiny)))
-    assert results.found_score.tolist()[:2] == [0.3, 0.8]
-    assert np.isnan(results.found_score[2])
+    assert results.matched_score.tolist()[:2] == [0.3, 0.8]
+    assert np.isnan(results.matched_score[2])
     sides = np.sqrt(results.index.boxes[:, 2:].prod(axis=1))  # three of 24.5 and one of 13.9
-    edges, total, confident, found = analysis.recall_by_size(sides, results.found_score)
+    edges, total, found_confident, found = analysis.recall_by_size(sides, results.matched_score)
     assert edges == pytest.approx([2**3.5, 16, 2**4.5, 32])
     assert total.tolist() == [1, 0, 3]
-    assert confident.tolist() == [0, 0, 2]
+    assert found_confident.tolist() == [0, 0, 2]
     assert found.tolist() == [0, 0, 3]
 
 
-def test_a_side_of_32_begins_a_bin():
+def test_recall_by_size_has_an_edge_at_32():
     edges, total, *_ = analysis.recall_by_size(np.array([31.9, 32.0]), np.full(2, np.nan))
     assert dict(zip(edges.tolist(), total.tolist(), strict=False))[32.0] == 1
 
@@ -211,7 +216,7 @@ def test_most_confused_categories_and_pairs():
     assert analysis.most_confused_pairs(matrix, 1) == [(1, 2)]
 
 
-def test_overfit_is_compared_with_the_first_training_images(tiny, tmp_path):
+def test_overfit_uses_first_training_images(tiny, tmp_path):
     lines = two_epochs(tiny)
     lines[0] = start_line(tiny, overfit=2)
     index = results_in(write_output(tmp_path / "out", lines, DETECTIONS[:3])).index
@@ -219,9 +224,9 @@ def test_overfit_is_compared_with_the_first_training_images(tiny, tmp_path):
     assert index.image_ids.tolist() == [100, 101]
 
 
-@pytest.mark.parametrize(("left_out", "images"), [([101], 2), ([], 3)])
-def test_images_that_the_run_left_out_do_not_count(tiny, tmp_path, left_out, images):
+@pytest.mark.parametrize(("skipped", "images"), [([101], 2), ([], 3)])
+def test_skipped_images_do_not_count(tiny, tmp_path, skipped, images):
     lines = two_epochs(tiny)
-    lines[0]["val_images_left_out"] = left_out
+    lines[0]["val_images_left_out"] = skipped
     results = results_in(write_output(tmp_path / "out", lines, DETECTIONS[:3]))
     assert results.counts()["images"] == images

@@ -12,25 +12,25 @@ def test_images_are_chosen_by_their_errors(tiny, tmp_path):
     assert gallery.choose_images(results) == {"best": [2], "worst": [1, 0], "random": []}
 
 
-def test_an_image_without_errors_may_be_a_random_one(tiny, tmp_path):
+def test_images_without_errors_are_chosen_at_random(tiny, tmp_path):
     rewrite(split_of(tiny, "val"), lambda data: data.update(annotations=[]))
     results = results_in(write_output(tmp_path / "out", two_epochs(tiny), ()))
     assert gallery.choose_images(results) == {"best": [], "worst": [], "random": [0, 1, 2]}
 
 
-def test_a_card_has_the_errors_in_words_and_two_images(tiny, tmp_path):
+def test_image_card_summary_and_images(tiny, tmp_path):
     results = results_in(write_output(tmp_path / "out", two_epochs(tiny)))
-    card = gallery.image_card(results, 1)
+    card = gallery.build_card(results, 1)
     assert card["summary"] == ["1 correct", "1 missed (cat)", "1 false positive (cat 0.70)"]
     assert [image["label"] for image in card["images"]] == ["ground truth", "detections"]
     assert card["images"][0]["uri"].startswith("data:image/jpeg;base64,")
-    other = gallery.image_card(results, 0)["summary"]
-    assert other == ["0 correct", "1 of a wrong category (cat detected as dog 0.90)"]
+    other = gallery.build_card(results, 0)["summary"]
+    assert other == ["0 correct", "1 wrong category (cat detected as dog 0.90)"]
 
 
-def test_a_card_of_a_missing_image_names_the_file(tiny, tmp_path):
+def test_image_card_of_missing_image(tiny, tmp_path):
     results = results_in(write_output(tmp_path / "out", two_epochs(tiny)))
     shutil.rmtree(tiny / "val2017")
-    card = gallery.image_card(results, 1)
+    card = gallery.build_card(results, 1)
     assert card["images"] == []
     assert str(tiny / "val2017/1.png") in card["problem"]

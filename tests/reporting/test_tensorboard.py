@@ -6,7 +6,7 @@ from coco_utils import CocoIndex
 from reporting.tensorboard import TensorBoardWriter
 
 
-def test_metrics_and_images_arrive_under_their_names_and_steps(tiny, tmp_path):
+def test_metrics_and_images_are_written(tiny, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
