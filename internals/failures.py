@@ -23,7 +23,7 @@ FAILED, WRONG_USE, STOPPED = 1, 2, 75  # 75 is EX_TEMPFAIL of BSD: try again lat
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`; on an error print one message and exit with the exit code of its type."""
     try:
-        main()
+        _await_worker_error(main)
     except StopRequested:
         utils.log("stopped; every step of a training is saved: continue with --resume auto")
         exit_with_code(STOPPED)
@@ -39,6 +39,15 @@ def run_command(main: Callable[[], None]) -> None:
         if is_connection_lost(error):
             abort(f"another process failed: {find_first_failure()}\n({error})", FAILED)
         abort(f"{type(error).__name__}: {error}", FAILED, traceback.format_exc())
+
+
+def _await_worker_error(main: Callable[[], None]) -> None:
+    """Run `main`; after a broken pipe let PyTorch raise that a worker was killed, if so."""
+    try:
+        main()
+    except (ConnectionError, EOFError):
+        time.sleep(1)  # the pipe breaks before the signal arrives
+        raise
 
 
 def explain_system_error(error: Exception) -> str | None:
