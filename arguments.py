@@ -17,6 +17,7 @@ from internals.command_line import (
     int_at_least_2,
     non_negative_float,
     non_negative_int,
+    positive_float,
     positive_int,
 )
 from internals.errors import UserError
@@ -136,7 +137,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
         help="see --lr-steps (default: 0.1)")
     add("--warmup-steps", type=non_negative_int, metavar="N",
         help="steps of linear warm-up (default: 1000, or one epoch if that is shorter)")
-    add("--clip-grad-norm", type=non_negative_float, metavar="NORM",
+    add("--clip-grad-norm", type=positive_float, metavar="NORM",
         help="clip the norm of all gradients to this (default: no clipping)")
     add("--accumulate-steps", type=positive_int, default=1, metavar="N",
         help="accumulate the gradients of N batches per step (default: %(default)s)")
@@ -250,8 +251,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# The flags that define the model: those left out are taken from the checkpoint of --resume. What
-# else must not change is in checkpoint.RESUME_INVARIANTS.
+# The flags that define the model (an augmentation may set its sizes). Without a value they are those
+# of the checkpoint to resume. What else must not change is in checkpoint.RESUME_INVARIANTS.
 MODEL_ARGS = (
     "model",
     "weights",
@@ -309,8 +310,11 @@ def resolve_defaults(args: argparse.Namespace, saved: dict | None, device: torch
 
 
 def _take_model_args(args: argparse.Namespace, saved: dict) -> None:
+    resized = args.min_size not in (None, saved.get("min_size"))
     for name in MODEL_ARGS:
         given, trained_with = getattr(args, name), saved.get(name)
+        if given is None and name == "max_size" and resized:
+            continue  # the default follows --min-size
         if given is None:
             setattr(args, name, trained_with)
         elif given != trained_with and not args.test_only and not args.resume_anyway:

@@ -97,9 +97,10 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
             error = error.__context__
         if not isinstance(error, OSError):
             raise error from None
+        intact = "The ones before are intact: c" if list_numbered(folder) else "C"
         raise RunError(
-            f"{path}: checkpoint not saved: {error.strerror}. The ones before are intact: "
-            "correct this, then continue with --resume auto"
+            f"{path}: checkpoint not saved: {error.strerror}. {intact}orrect this, then continue "
+            "with --resume auto"
         ) from error
     # One with more steps is left from before --resume-anyway restarted an epoch: without deletion
     # it would count as the newest.
@@ -174,8 +175,8 @@ def load_newest(folder: Path) -> tuple[Path, dict, list[str]] | None:
     if damaged:
         tried = "\n".join(f"  {message}" for _, message in damaged)
         raise CheckpointError(
-            f"none of the checkpoints in {folder} can be read:\n{tried}\nResume from a copy of one "
-            "with --resume FILE, or start a new training in another --output-dir"
+            f"none of the checkpoints in {folder} can be read:\n{tried}\nResume from {BEST} or a "
+            "copy of one with --resume FILE, or start a new training in another --output-dir"
         )
     return None
 
@@ -226,13 +227,15 @@ def resolve_resume(
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
     if resume == "auto" or (restarted and existing and not test_only):
         return _resume_newest(output_dir, test_only)
-    own = resume and Path(resume).resolve().parent == output_dir.resolve()
+    if resume and Path(resume).is_dir():
+        raise CheckpointError(f"--resume {resume} is a folder: use {Path(resume) / NEWEST}")
+    own = bool(resume) and Path(resume).resolve().parent == output_dir.resolve()
     if existing and test_only and not own:
         raise UserError(
             f"{existing[0]} belongs to another training, whose detections and report this "
             "evaluation would overwrite: choose another --output-dir"
         )
-    if existing and not test_only and not resume:
+    if existing and not own:
         raise UserError(
             f"{existing[0]} belongs to another training, which this one would overwrite: continue "
             "it with --resume auto, or choose another --output-dir"

@@ -77,7 +77,8 @@ def find_split(data_path: Path, split: str, annotations: Path | None, images: Pa
         f"no {name} data found; looked for\n{tried}\n"
         "To get COCO 2017: bash datasets/download_coco.sh. To try the recipe without it: "
         "bash start_scripts/quickstart.sh. Your own data in COCO format: --data-path FOLDER, or "
-        f"--{split}-annotations FILE --{split}-images FOLDER"
+        f"--{split}-annotations FILE --{split}-images FOLDER. Converters and a tool to split one "
+        "file into train and val are in datasets/"
     )
 
 

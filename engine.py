@@ -100,7 +100,8 @@ def train_one_epoch(
         loader: Starts with the batch of `state.step`; its `batch_sampler` has the epoch's length.
         args: Of these `seed`, `accumulate_steps`, `clip_grad_norm` and `print_freq`.
         last_step: The step to stop after, within the epoch or at its end.
-        log_step: Called every `print_freq` steps with `(state, progress, losses, rate, images)`.
+        log_step: Called every `print_freq` steps with `(state, progress, losses, skipped_steps,
+            rate)`, as `internals.run_log.StepLog`.
         on_step_end: Called with the step and a function that checks the losses so far; may save a
             checkpoint, or raise StopRequested.
 
@@ -137,10 +138,9 @@ def train_one_epoch(
             if state.ema:
                 state.ema.update_parameters(state.model)
             state.step += 1
-            # The host waits for a GPU only here, when the losses are read.
+            # Reading waits for the device: no other line of the loop may read its values.
             if state.step % args.print_freq == 0 or state.step == last_step:
-                averages = {**meter.read(), "skipped_steps": skipped.read(state.step)}
-                log_step(state, progress, averages, rate, len(images))
+                log_step(state, progress, meter.read(), skipped.read(state.step), rate)
             if state.step == last_step:
                 break
             on_step_end(state.step, meter.check)

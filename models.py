@@ -108,7 +108,7 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
         raise UserError(f"the backbone of this {name} cannot be frozen: all of its layers train")
     options = {"min_size": min_sizes, "max_size": max_size} if recipe.resizable else {}
     options["rpn_score_thresh"] = rpn_score_thresh
-    options["fixed_size"] = fixed_size and (fixed_size[1], fixed_size[0])
+    options["fixed_size"] = (fixed_size[1], fixed_size[0]) if fixed_size else None  # width, height
     options["trainable_backbone_layers"] = trainable_backbone_layers
     options = {key: value for key, value in options.items() if value is not None}
     try:

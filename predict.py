@@ -210,6 +210,7 @@ class Detector:
     device: torch.device
     amp_dtype: torch.dtype | None
     score_threshold: float
+    highest_score: float = 0.0  # so far
 
     @torch.inference_mode()
     def __call__(self, batch: list[InputImage]) -> list[InputImage]:
@@ -220,6 +221,7 @@ class Detector:
         for image, output in zip(batch, outputs, strict=True):
             rows = coco_eval.detection_rows([output], [image.image_id], category_ids)
             image.detections = rows[rows[:, 5] >= self.score_threshold]
+            self.highest_score = max(self.highest_score, rows[:, 5].max(initial=0))
         return batch
 
 
@@ -394,6 +396,8 @@ def main(argv: list[str] | None = None) -> None:
         names = ", ".join(unlisted[:20]) + (", ..." if len(unlisted) > 20 else "")
         utils.log(f"not in {args.show_truth}, no ground truth drawn: {names}")
     utils.log(f"{summarize(done, categories)}; {speed:.2f} images/s")
+    if done and detector.highest_score < args.score_threshold:
+        utils.log(f"highest score: {detector.highest_score:.2f}; try a lower --score-threshold")
     utils.log(f"output: {file} and {folder}{os.sep}")
     if interrupted:
         raise RunError(f"interrupted after {len(done)} of {len(images)} images")

@@ -76,6 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.find_batch_size:
         return batch_size_search.find_largest_batch(state, train_loader, args, engine.to_device)
 
+    # Resume
+    run_log.log_model(args, model)
+    if not args.test_only:
+        plan = train_loader.batch_sampler
+        run_args = checkpoint.add_resume_facts(to_plain_dict(args), plan, amp_dtype, indexes)
+        if saved:
+            checkpoint.restore(state, saved, run_args, args.resume, args.resume_anyway)
+        run_log.log_schedule(args, base_learning_rate(args), plan, state)
+
     # Outputs
     tensorboard = open_tensorboard(args, saved)
     metrics = utils.MetricsFile(args.output_dir, tensorboard and tensorboard.write_metrics)
@@ -93,15 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     if args.test_only:
+        run_log.log_test_checkpoint(args, saved, amp_dtype)
         evaluate(model, *trained_epoch_and_step(saved))
         return write_report(args)
-
-    # Resume
-    plan = train_loader.batch_sampler
-    run_args = checkpoint.add_resume_facts(to_plain_dict(args), plan, amp_dtype, indexes)
-    if saved:
-        checkpoint.restore(state, saved, run_args, args.resume, args.resume_anyway)
-    run_log.log_training_setup(args, base_learning_rate(args), plan, state)
 
     # Epochs
     def save(best: bool = False) -> None:
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         utils.run_on_rank_0(write)
 
     timer = preemption.CheckpointTimer(args.checkpoint_every, args.checkpoint_minutes, save)
-    train(args, state, train_loader, timer, evaluate, run_log.StepLog(metrics))
+    train(args, state, train_loader, timer, evaluate, run_log.StepLog(metrics, plan.global_batch))
     run_log.log_end(metrics, args.output_dir, state.best_AP, start, timer.seconds_saving)
     return write_report(args)
 
@@ -120,7 +123,10 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
     plan = loader.batch_sampler
     steps_per_epoch = len(plan)
     end = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
-    while state.epoch < args.epochs and not state.should_stop_early(args.early_stop_patience):
+    while state.epoch < args.epochs:
+        if state.should_stop_early(args.early_stop_patience):
+            utils.log(f"early stopping: no better AP in {state.evaluations_since_best} evaluations")
+            break
         start, first_step = time.perf_counter(), state.step - state.epoch * steps_per_epoch
         last_step = min((state.epoch + 1) * steps_per_epoch, end)
         if state.step < last_step:  # else resumed between an epoch and its evaluation
@@ -139,8 +145,9 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
         run_log.log_best(state, AP, best)
         state.epoch = state.step // steps_per_epoch
         timer.save(best=best)
-        if first_step == 0 and state.step < end:
-            run_log.log_time_left(args.epochs - state.epoch, time.perf_counter() - start)
+        if first_step == 0:
+            seconds_per_step = (time.perf_counter() - start) / steps_per_epoch
+            run_log.log_time_left(end - state.step, seconds_per_step)
         if state.step >= end:
             break
 

@@ -27,7 +27,7 @@ def training_sizes(preset: str, min_size: int) -> tuple[int, ...]:
 
 
 def training_preset(name: str, min_size: int) -> v2.Transform:
-    """Build an augmentation preset. Names and contents are those of torchvision's references.
+    """Build an augmentation preset; those here are torchvision's references' of the same names.
 
     Args:
         name: One of `PRESETS`.

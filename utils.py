@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -203,9 +203,12 @@ def seed_step(seed: int, step: int, images: int) -> list[int]:
 
 def log(message: str = "") -> None:
     """Print a line on rank 0, above the progress bar if there is one."""
-    if rank() == 0:
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+    if rank() == 0 and sys.stdout is not None:
+        try:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # a closed pipe or terminal must not end a training
+            sys.stdout = None
 
 
 def log_field(label: str, text: object) -> None:
@@ -309,7 +312,8 @@ class Progress:
                 self.bar.update()
         finally:
             self._ended.set()
-            self.bar.close()
+            with suppress(OSError):  # the terminal may be closed
+                self.bar.close()
 
     def _report_slow_steps(self) -> None:
         """Log that a step is still running, from `SLOW_STEP` on each time its age has doubled."""

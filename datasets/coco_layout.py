@@ -102,8 +102,9 @@ def read_annotations(file: Path, required: dict[str, dict[str, type]]) -> dict:
     Raises:
         UserError: The file cannot be read, or a list or a field is missing.
     """
+    text = read_text(file)
     try:
-        content = json.loads(read_text(file))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     for key, fields in required.items():

@@ -12,8 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
+import coco_layout as layout
 import numpy as np
 from PIL import Image, ImageDraw
+
+from internals.failures import run_command
 
 CATEGORIES = {1: "circle", 3: "square", 6: "triangle"}
 SIDE = 128  # pixels
@@ -116,10 +119,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder")
     folder = parser.parse_args().folder
+    layout.check_output(folder)
     for split in IMAGES:
         make_split(folder, split)
     print(f"{folder}: {sum(IMAGES.values())} images of shapes")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from internals.errors import UserError
 
+MAX_NUMBER = 2**63 - 1  # what PyTorch accepts as a seed; also rejects infinity
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """A parser that raises UserError instead of printing its usage; no abbreviated flags."""
@@ -24,6 +26,8 @@ def at_least(kind: type, minimum: float):
         value = kind(text)
         if not value >= minimum:
             raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
+        if value > MAX_NUMBER:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         return value
 
     convert.__name__ = kind.__name__  # for "invalid int value"
@@ -34,6 +38,14 @@ positive_int = at_least(int, 1)
 non_negative_int = at_least(int, 0)
 int_at_least_2 = at_least(int, 2)
 non_negative_float = at_least(float, 0.0)
+
+
+def positive_float(text: str) -> float:
+    """Parse a number above 0; an argparse type."""
+    value = float(text)
+    if not 0 < value <= MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
 
 
 def fraction(text: str) -> float:
@@ -60,6 +72,8 @@ def prepare_output_dir(folder: Path, must_be_empty: bool = False) -> None:
         (folder / ".writable").touch()
         (folder / ".writable").unlink(missing_ok=True)
         is_rejected = must_be_empty and any(folder.iterdir())
+    except FileExistsError:
+        raise UserError(f"--output-dir {folder} is a file: use a folder") from None
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
     if is_rejected:

@@ -25,7 +25,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         _await_worker_error(main)
     except StopRequested:
-        utils.log("stopped; every step of a training is saved: continue with --resume auto")
+        utils.log("stopped: to continue a training, run the same command with --resume auto")
         exit_with_code(STOPPED)
     except UserError as error:
         abort(str(error), WRONG_USE)
@@ -53,11 +53,12 @@ def _await_worker_error(main: Callable[[], None]) -> None:
 def explain_system_error(error: Exception) -> str | None:
     """Return a message on what to do about a common system error, None for other errors."""
     text = str(error)
-    if "DataLoader worker" in text:
+    # A worker that is killed may also show only as a broken pipe.
+    if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
         return (
-            f"{error}. A loading process was killed, most often because memory or shared memory "
-            "(/dev/shm) ran out: lower --workers or --batch-size, or start a container with "
-            "--ipc=host or a larger --shm-size. Then continue with --resume auto"
+            f"{text or 'pipe closed'}. A loading process was killed, most often because memory or "
+            "shared memory (/dev/shm) ran out: lower --workers or --batch-size, or start the "
+            "container with --ipc=host or a larger --shm-size. Then continue with --resume auto"
         )
     if "Too many open files" in text:
         return (

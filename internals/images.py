@@ -105,4 +105,5 @@ def image_files(folder: Path) -> list[Path]:
         visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(home, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in images if path.is_file() or not path.exists())

@@ -41,9 +41,9 @@ class LossMeter:
             mine = f"images {self.image_ids[first]}" if mine == first else None
             where = [f"{at} on rank {r}" for r, at in enumerate(utils.gather_objects(mine)) if at]
             raise RunError(
-                f"the loss of step {first} is not finite: {', '.join(where)}. Nothing was saved "
-                "since the last checkpoint. Look at these images and their boxes, lower --lr, "
-                "lengthen --warmup-steps, or use --clip-grad-norm"
+                f"the loss of step {first + 1} is not finite: {', '.join(where)}. Nothing was "
+                "saved since the last checkpoint. Check these images and their boxes, lower --lr, "
+                "raise --warmup-steps, or use --clip-grad-norm"
             )
 
     def read(self) -> dict[str, float]:
@@ -98,7 +98,7 @@ class SkippedSteps:
         if most >= self.TOO_MANY:
             raise RunError(
                 f"the gradients of {most} steps in a row, up to step {step}, were infinite in "
-                "float16: lower --lr, or use --amp-dtype bfloat16, or leave out --amp"
+                "float16: lower --lr, or use --amp-dtype bfloat16, or remove --amp"
             )
         self.total.zero_()
         return total

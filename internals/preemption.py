@@ -6,6 +6,7 @@ processes; `asked`, from a process that received a signal to the others; `exit`,
 the first process to exit, for the launcher (see `failures.exit_with_code`).
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,7 +23,8 @@ from internals.errors import StopRequested
 # The launcher forwards signals as a file in this folder: torchrun would kill the processes 30
 # seconds after a signal (its `--shutdown-timeout` is newer than the oldest supported torch).
 LAUNCH_FOLDER_VARIABLE = "FASTER_RCNN_LAUNCH"
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # SIGUSR1: the usual warning of Slurm
+# SIGUSR1 is the usual warning of Slurm, SIGHUP tells that the terminal was closed.
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 
 
 class _StopRequest:
@@ -39,10 +41,11 @@ class _StopRequest:
 
 
 def install_signal_handlers() -> None:
-    """Record the signals in STOP_SIGNALS instead of ending the process."""
+    """Record the signals in STOP_SIGNALS, except for those that nohup ignores."""
     for name in STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _record_signal)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _record_signal)
 
 
 def restore_signal_handlers() -> None:
@@ -62,11 +65,10 @@ def cancel_deadline() -> None:
 def _record_signal(number: int, frame: object) -> None:
     if _StopRequest.signal_name is None:
         _StopRequest.signal_name = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C now ends this process immediately
         if utils.rank() == 0:  # print is not reentrant, and the signal may have interrupted one
-            os.write(2, f"\n{_StopRequest.signal_name}: stopping after this step\n".encode())
-    elif number == signal.SIGINT:
-        restore_signal_handlers()
-        signal.raise_signal(number)
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\n{_StopRequest.signal_name}: stopping after this step\n".encode())
     # Under torchrun a SIGTERM may also mean that another process has failed. This one may then hang
     # in a step: the alarm ends it before torchrun kills it.
     if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ and os.name == "posix":
@@ -170,6 +172,7 @@ def ignore_signals_in_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name == "posix":
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 

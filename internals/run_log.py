@@ -55,8 +55,33 @@ def find_commit() -> str | None:
         return None
 
 
-def log_training_setup(args: argparse.Namespace, base_lr: float, plan, state: TrainState) -> None:
-    """Log what is trained, how long and at which learning rate, before the first step.
+def log_model(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Log the model and the size of its images."""
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters) / 1e6
+    trainable = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
+    text = f"{args.model}, {total:.1f} M parameters, {trainable:.1f} M trainable"
+    utils.log_field("model", text)
+    size = "x".join(map(str, args.fixed_size or ())) or f"{args.min_size} to {args.max_size}"
+    augmentation = "" if args.test_only else f", augmentation {args.data_augmentation}"
+    utils.log_field("images", f"resized to {size} pixels{augmentation}")
+
+
+def log_test_checkpoint(
+    args: argparse.Namespace, saved: dict | None, dtype: torch.dtype | None
+) -> None:
+    """Log the checkpoint that is evaluated, if any, and whether its precision was another one."""
+    if not saved:
+        return
+    trained = saved["args"].get("precision", "float32")
+    utils.log_field("checkpoint", f"{args.resume}, {saved['step']:,} steps")
+    if trained != str(dtype or torch.float32).removeprefix("torch."):
+        flag = "remove" if trained == "float32" else "add"
+        utils.log_field("", f"trained in {trained}: for the same AP {flag} --amp")
+
+
+def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainState) -> None:
+    """Log how long and at which learning rate a model is trained, before the first step.
 
     Args:
         args: After `arguments.resolve_defaults`.
@@ -64,13 +89,6 @@ def log_training_setup(args: argparse.Namespace, base_lr: float, plan, state: Tr
         plan: A `samplers.TrainingPlan`.
         state: With the epoch and step to start from.
     """
-    size = "x".join(map(str, args.fixed_size or ())) or f"{args.min_size} to {args.max_size}"
-    parameters = list(state.model.parameters())
-    total = sum(p.numel() for p in parameters) / 1e6
-    trainable = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
-    text = f"{args.model}, {total:.1f} M parameters, {trainable:.1f} M trainable"
-    utils.log_field("model", text)
-    utils.log_field("images", f"resized to {size} pixels, augmentation {args.data_augmentation}")
     if state.step:
         utils.log_field("resume", f"{args.resume or '--start-epoch'}, {state.step:,} steps done")
     if state.epoch >= args.epochs:
@@ -90,7 +108,7 @@ def log_training_setup(args: argparse.Namespace, base_lr: float, plan, state: Tr
     )
     drops = "then cosine to 0"
     if args.lr_scheduler == "multisteplr":
-        drops = f"x {args.lr_gamma} after epochs {' '.join(map(str, args.lr_steps))}"
+        drops = f"x {args.lr_gamma} after {' and '.join(map(str, args.lr_steps))} epochs"
     scaled = args.lr == base_lr * plan.global_batch / 16
     rule = f" = {base_lr} x {plan.global_batch} / 16" if scaled else ""
     utils.log_field("optimizer", f"{args.opt}, lr {args.lr:g}{rule}")
@@ -98,52 +116,56 @@ def log_training_setup(args: argparse.Namespace, base_lr: float, plan, state: Tr
 
 
 class StepLog:
-    """Logs the steps and epochs of a training, on the console and in `metrics.jsonl`."""
+    """Logs the steps and epochs of a training, on the console and in `metrics.jsonl`.
 
-    def __init__(self, metrics: utils.MetricsFile):
+    `images_per_step` counts those of all processes.
+    """
+
+    def __init__(self, metrics: utils.MetricsFile, images_per_step: int):
         self.metrics = metrics
+        self.images_per_step = images_per_step
         self._sums: dict[str, float] = {}
 
     def __call__(
         self,
         state: TrainState,
         progress: utils.Progress,
-        averages: dict[str, float],
+        losses: dict[str, float],
+        skipped_steps: int,
         rate: float,
-        batch_size: int,
     ) -> None:
         """Log the steps since the last call, and after the last step of an epoch the epoch.
 
         Args:
             state: After the current step.
             progress: Of the epoch.
-            averages: The losses, averaged over the steps since the last call, "loss" first; and
-                `skipped_steps`, of the same steps.
+            losses: Averages over the steps since the last call, "loss" first.
+            skipped_steps: The number of these steps that the GradScaler skipped.
             rate: The learning rate of the current step.
-            batch_size: Images per step of this process.
         """
         steps, seconds, waited = progress.lap()
         if progress.steps == steps:
             self._sums = {}
-        for name, value in averages.items():
+        for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0) + value * steps
-        speed = steps * batch_size * utils.world_size() / seconds
-        text = f"loss {averages['loss']:7.4f}  lr {rate:.2e}  {speed:6.2f} images/s"
-        if averages["skipped_steps"]:
-            text += f"  {averages['skipped_steps']} steps skipped (infinite float16 gradients)"
+        speed = steps * self.images_per_step / seconds
+        text = f"loss {losses['loss']:7.4f}  lr {rate:.2e}  {speed:6.2f} images/s"
+        if skipped_steps:
+            text += f"  {skipped_steps} steps skipped (infinite float16 gradients)"
         progress.show(text)
         self.metrics.write(
             "train",
             epoch=state.epoch,
             step=state.step,
             lr=rate,
-            **averages,
+            **losses,
+            skipped_steps=skipped_steps,
             images_per_second=speed,
             data_seconds=waited,
             peak_memory_mib=utils.peak_memory(state.device),
         )
         if progress.done == progress.total:
-            self._log_epoch(progress, progress.steps * batch_size * utils.world_size())
+            self._log_epoch(progress, progress.steps * self.images_per_step)
 
     def _log_epoch(self, progress: utils.Progress, images: int) -> None:
         seconds = progress.seconds
@@ -154,7 +176,6 @@ class StepLog:
         loss, *terms = [
             f"{name.removeprefix('loss_')} {total / progress.steps:.3f}"
             for name, total in self._sums.items()
-            if name.startswith("loss")
         ]
         utils.log(textwrap.fill(f"  {loss}: {', '.join(terms)}", 80, subsequent_indent="    "))
 
@@ -166,11 +187,16 @@ def log_best(state: TrainState, AP: float | None, is_best: bool) -> None:
         utils.log(f"epoch {state.epoch}  AP {AP:.3f}, {best}")
 
 
-def log_time_left(epochs: int, seconds_per_epoch: float) -> None:
-    """Log how long the `epochs` still to train will take, evaluation included."""
-    if epochs:
-        left = timedelta(seconds=round(epochs * seconds_per_epoch))
-        utils.log(f"{epochs} epochs left, about {left} with evaluation\n")
+def log_time_left(steps: int, seconds_per_step: float) -> None:
+    """Log how long the steps still to train will take.
+
+    Args:
+        steps: The number of steps left in the whole training.
+        seconds_per_step: Of the last epoch, with its evaluation.
+    """
+    if steps:
+        left = timedelta(seconds=round(steps * seconds_per_step))
+        utils.log(f"{steps:,} steps left, about {left} with evaluation\n")
 
 
 def log_end(

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-import utils
-
 
 @dataclass
 class TrainState:
@@ -17,8 +15,8 @@ class TrainState:
     Attributes:
         learning_rate: Returns the learning rate of a step.
         amp_dtype: The dtype of autocast, None for float32.
-        epoch: The next epoch, counted from 0.
-        step: The next step, counted from 0.
+        epoch: The current epoch, counted from 0; advanced after its evaluation.
+        step: The number of completed steps, which is the next step counted from 0.
         ddp_model: `model` wrapped for several processes, None in a single one.
     """
 
@@ -61,11 +59,7 @@ class TrainState:
 
     def should_stop_early(self, patience: int | None) -> bool:
         """Check whether AP has not improved for `patience` evaluations (--early-stop-patience)."""
-        count = self.evaluations_since_best
-        if not patience or count < patience:
-            return False
-        utils.log(f"early stopping: no better AP in {count} evaluations")
-        return True
+        return patience is not None and self.evaluations_since_best >= patience
 
     def state_dict(self) -> dict:
         """Return the training's part of a checkpoint."""

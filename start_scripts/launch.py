@@ -37,8 +37,9 @@ def install_signal_handlers(folder: Path) -> None:
         file.write_text(name)
 
     for name in preemption.STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), note_signal)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note_signal)
     # Otherwise torchrun replaces the handlers of these signals.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
 

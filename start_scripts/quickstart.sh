@@ -7,7 +7,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ensure_installed
 data=$ROOT/datasets/shapes
 output=$ROOT/output/quickstart
-[ -f "$data/annotations/instances_val2017.json" ] || "$PYTHON" "$ROOT/datasets/shapes.py" "$data"
+if [ ! -f "$data/annotations/instances_val2017.json" ]; then # none, or interrupted
+    rm -rf "$data"
+    "$PYTHON" "$ROOT/datasets/shapes.py" "$data"
+fi
 bash "$ROOT/start_scripts/train_fasterrcnn_resnet50_amp_torch.sh" --data-path "$data" \
     --weights-backbone none --min-size 128 --batch-size 4 --epochs 3 --lr-scheduler cosineannealinglr \
     --lr 0.03 --warmup-steps 50 --clip-grad-norm 10 --output-dir "$output" --resume auto "$@"

@@ -83,6 +83,9 @@ def test_defaults_depend_on_other_flags(monkeypatch):
         ("--dist-url tcp://localhost:1", "--dist-url needs torchrun"),
         ("--dataset coco_kp", "invalid choice"),
         ("--batch-size 0", "0 is below 1"),
+        ("--clip-grad-norm 0", "0 is not a number above 0"),
+        ("--lr inf", "inf is too large"),
+        ("--seed 9223372036854775808", "is too large"),
         ("--batch-size two", "invalid int value: .two."),
         ("--lr nan", "nan is below 0"),
         ("--unknown", "unrecognized arguments: --unknown"),
@@ -104,6 +107,8 @@ def test_model_flags_come_from_checkpoint():
     for flag in ("--test-only", "--resume-anyway"):
         flags = ("--resume", "x.pth", "--min-size", "480", "--max-size", "640", flag)
         assert resolve(*flags, saved=saved).min_size == 480
+    args = resolve("--resume", "x.pth", "--min-size", "800", "--test-only", saved=saved)
+    assert (args.min_size, args.max_size) == (800, 1333)
 
 
 def test_to_plain_dict():

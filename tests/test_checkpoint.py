@@ -299,6 +299,17 @@ def test_resume_from_file(tmp_path):
         resolve(tmp_path, older)
     with pytest.raises(CheckpointError, match=r"--resume .*missing.pth: no such file"):
         resolve(tmp_path, tmp_path / "missing.pth")
+    with pytest.raises(CheckpointError, match=r"is a folder: use .*checkpoint.pth"):
+        resolve(tmp_path, tmp_path)
+
+
+def test_resume_from_file_does_not_overwrite_other_training(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    save(tmp_path / "a", 1)
+    path = save(tmp_path / "b", 2)
+    with pytest.raises(UserError, match=r"a/checkpoint_00000001.pth belongs to another training"):
+        resolve(tmp_path / "a", path)
 
 
 def test_torchrun_restart_resumes_without_flag(tmp_path, monkeypatch):

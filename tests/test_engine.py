@@ -158,7 +158,7 @@ def test_training_equals_plain_loop():
     data = batches(4)
     rates = []
     state = tiny_state()
-    weights = train(state, data, log_step=lambda s, p, losses, rate, images: rates.append(rate))
+    weights = train(state, data, log_step=lambda s, p, losses, skipped, rate: rates.append(rate))
     assert weights == pytest.approx(plain_loop(data)[-1])
     assert rates == pytest.approx([0.01, 0.02, 0.03, 0.04])
     assert state.step == 4
@@ -198,17 +198,17 @@ def test_step_order():
 
 
 def test_losses_are_averaged_between_logs():
-    each, logged, sizes = [], [], []
+    each, logged, positions = [], [], []
 
-    def log(state, progress, averages, rate, images):
+    def log(state, progress, averages, skipped_steps, rate):
         logged.append(averages)
-        sizes.append((progress.done, progress.total, images))
+        positions.append((progress.done, progress.total, skipped_steps))
 
     train(tiny_state(), batches(5), log_step=lambda s, p, losses, *_: each.append(losses))
     train(tiny_state(), batches(5), log_step=log, print_freq=2)
-    assert sizes == [(2, 5, 2), (4, 5, 2), (5, 5, 2)]
+    assert positions == [(2, 5, 0), (4, 5, 0), (5, 5, 0)]
     for averages, steps in zip(logged, (each[:2], each[2:4], each[4:]), strict=True):
-        for name in ("loss", "loss_box_reg", "loss_classification", "skipped_steps"):
+        for name in ("loss", "loss_box_reg", "loss_classification"):
             assert averages[name] == pytest.approx(sum(step[name] for step in steps) / len(steps))
         total = averages["loss_box_reg"] + averages["loss_classification"]
         assert averages["loss"] == pytest.approx(total)
@@ -265,7 +265,7 @@ def test_non_finite_loss_ends_training_before_update(bad):
         return losses
 
     state.model.register_forward_hook(spoil)
-    with pytest.raises(RunError, match=r"the loss of step 2 .*images \[4, 5\] on rank 0.*--lr"):
+    with pytest.raises(RunError, match=r"the loss of step 3 .*images \[4, 5\] on rank 0.*--lr"):
         train(state, batches(4), print_freq=100)
     assert state.model.weight.tolist() == pytest.approx(plain_loop(batches(2))[-1])
 

@@ -165,7 +165,7 @@ def test_signal_saves_and_exits_with_75(tiny, tmp_path, target, name):
         process.send_signal(number)
     output = process.stdout.read()
     assert process.wait(60) == 75, output
-    assert "every step of a training is saved: continue with" in output
+    assert "run the same command with --resume auto" in output
     assert "Traceback" not in output
     assert time.monotonic() - start_time < 20
     assert_no_processes(out, 5)
@@ -190,7 +190,7 @@ def test_signal_to_torchrun_saves(tiny, tmp_path):
     process.send_signal(signal.SIGTERM)
     output = process.stdout.read()
     assert process.wait(60) == 1
-    assert "every step of a training is saved: continue with" in output
+    assert "run the same command with --resume auto" in output
     assert_no_processes(out, 5)
     assert saved_step(out) == list(last_losses(out))[-1]
 
@@ -235,7 +235,7 @@ def train_with_fault(fault: str, tiny: Path, out: Path, *flags) -> str:
 
 def test_nan_loss_ends_both_processes(tiny, tmp_path):
     errors = train_with_fault("nan@loss:1:2", tiny, tmp_path, "--checkpoint-every", "1")
-    assert "the loss of step 2 is not finite: images [10" in errors
+    assert "the loss of step 3 is not finite: images [10" in errors
     assert "on rank 1" in errors
     assert "rank 0" not in errors
     assert "Traceback" not in errors

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import sys
 import time
@@ -110,6 +111,15 @@ def test_slow_step_is_reported(capsys, monkeypatch):
     assert waiting
     assert running
     assert len(lines) == len(waiting) + len(running) <= 6  # their distance doubles
+
+
+def test_log_survives_closed_pipe(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    utils.log("nobody reads this")
+    assert sys.stdout is None
+    utils.log("nor this")
 
 
 def test_only_rank_0_logs(capsys, monkeypatch, tmp_path):

@@ -30,5 +30,12 @@ def test_shapes_are_valid_and_reproducible(tmp_path):
         assert file.read_bytes() == other.read_bytes()
 
 
+def test_existing_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "mine.png").touch()
+    done = run(sys.executable, SCRIPT, tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path} exists: remove it" in done.stderr
+
+
 def test_missing_folder_argument_is_rejected():
     assert run(sys.executable, SCRIPT).returncode == 2

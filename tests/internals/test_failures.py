@@ -71,7 +71,7 @@ def test_unknown_errors_have_traceback(capsys):
 def test_stop_request_exit_code(capsys):
     assert end_with(StopRequested()) == 75
     captured = capsys.readouterr()
-    assert "continue with --resume auto" in captured.out
+    assert "run the same command with --resume auto" in captured.out
     assert captured.err == ""
 
 

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 def test_non_finite_loss_is_reported(bad):
     meter = LossMeter(CPU)
     meter.add({"a": torch.tensor(1e30), "b": torch.tensor(1.0)}, 7, [107, 207])
-    with pytest.raises(RunError, match=r"step 8 .*images \[108, 208\] on rank 0.*--lr"):
+    with pytest.raises(RunError, match=r"step 9 .*images \[108, 208\] on rank 0.*--lr"):
         meter.add({"a": torch.tensor(1.0), "b": torch.tensor(bad)}, 8, [108, 208])
 
 
