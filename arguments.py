@@ -251,8 +251,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# The flags that define the model (an augmentation may set its sizes). Without a value they are those
-# of the checkpoint to resume. What else must not change is in checkpoint.RESUME_INVARIANTS.
+# The flags that define the model (an augmentation may set its sizes). Without a value they come
+# from the checkpoint to resume. What else must not change is in checkpoint.RESUME_INVARIANTS.
 MODEL_ARGS = (
     "model",
     "weights",
