@@ -64,6 +64,8 @@ def read_splits(folder: Path, files: dict[str, Path], notes: list[str]) -> dict[
     """Read the lists of the splits; return the keys in `files` by split."""
     train, val = (folder / f"ImageSets/Main/{split}.txt" for split in ("train", "val"))
     lists = {file.stem: file for file in (train, val) if file.is_file()}
+    if not files:
+        raise UserError(f"{folder / 'Annotations'} has no .xml files: is it a PASCAL VOC folder?")
     if not lists:
         return {"train": list(files)}
     if "train" not in lists:

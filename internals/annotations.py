@@ -165,7 +165,9 @@ def _decode_leniently(content: bytes, file: Path) -> tuple[AnnotationFile, list[
     try:
         data = json.loads(content.decode("utf-8-sig"))  # some tools on Windows write a BOM
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        raise DataError(
+            f"{file} is not UTF-8 text (byte {error.start}): export it as UTF-8"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}. Export or copy it again") from error
     if not isinstance(data, dict):

@@ -334,7 +334,7 @@ def check_all(indexes: dict, workers: int, allowed: int) -> None:
     elif bad:
         utils.log(f"--max-bad-images {allowed}: a training skips {len(bad)} bad images")
     if fatal:
-        raise DataError(f"{len(fatal)} kinds of errors to correct, listed above")
+        raise DataError(f"kinds of errors to correct, listed above: {len(fatal)}")
 
 
 def summarize(index) -> str:

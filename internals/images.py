@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from internals.errors import DataError
 
@@ -64,6 +64,8 @@ def _read(path: Path, size: tuple[int, int] | None) -> torch.Tensor:
         raise
     except Exception as error:  # decoders raise errors of many types
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not in a supported format" if path.stat().st_size else "the file is empty"
         raise DataError(
             f"{path} cannot be read as an image: {reason}", kind="image files that cannot be read"
         ) from error

@@ -409,12 +409,12 @@ def test_check_data_lists_all_errors(tiny, tmp_path):
     corrupt_both_splits(tiny)
     done = train(*flags)
     assert done.returncode == 2
-    assert "2 kinds of errors to correct, listed above" in done.stderr
+    assert "kinds of errors to correct, listed above: 2" in done.stderr
     output = done.stdout
     assert "error: annotations with an undefined category_id (1)" in output
     assert "1001 of image 101" in output
     assert re.search(r"error: image files that cannot be read \(1\): .*val2017.1\.png", output)
-    with pytest.raises(UserError, match="1 kinds of errors to correct, listed above"):
+    with pytest.raises(UserError, match="kinds of errors to correct, listed above: 1"):
         train_in_process(*flags, "--max-bad-images", "1")
     assert not (tmp_path / "out").exists()
 

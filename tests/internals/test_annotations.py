@@ -178,7 +178,7 @@ def test_file_without_required_fields_is_rejected(tiny, change, message):
         (b'{"images": [', "not valid JSON"),
         (b'{"images": ' + b"[" * 100_000, "not valid JSON: maximum recursion depth"),
         (b"[]", "holds a list at its top level"),
-        (b'{"images": "\xff"}', "not UTF-8"),
+        (b'{"images": "\xff"}', "not UTF-8 text"),
         (b"", "is empty"),
     ],
 )
