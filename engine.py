@@ -10,7 +10,7 @@ from torch import nn
 
 import coco_eval
 import utils
-from coco_utils import Categories
+from coco_utils import Categories, CocoIndex
 from internals import preemption
 from internals.mixed_precision import autocast
 from internals.monitoring import LossMeter, SkippedSteps, explain_oom, loss_name
@@ -156,7 +156,7 @@ def evaluate(
     args,
     *,
     amp_dtype: torch.dtype | None,
-    on_result: Callable[[dict, np.ndarray], None],
+    on_result: Callable[[CocoIndex, dict, np.ndarray], None],
 ) -> float | None:
     """Evaluate `model`, log the metrics, and write `detections.json`.
 
@@ -166,8 +166,8 @@ def evaluate(
         categories: Those that the model was trained on.
         args: Of these `output_dir`, `evaluator` and `val_loss`.
         amp_dtype: The data type of autocast; None for float32.
-        on_result: Called on rank 0 with the metrics of `coco_eval.evaluate_detections` (with
-            `val_loss`, if computed) and the detections.
+        on_result: Called on rank 0 with the ground truth, the metrics of
+            `coco_eval.evaluate_detections` (with `val_loss`, if computed), and the detections.
 
     Returns:
         AP, on every process; None without ground truth.
@@ -193,7 +193,7 @@ def evaluate(
             terms = [f"{name.removeprefix('loss_')} {x:.4f}" for name, x in val_loss.items()]
             utils.log(f"  validation {terms[0]} = {' + '.join(terms[1:])}")
             metrics["val_loss"] = val_loss
-        on_result(metrics, detections)
+        on_result(index, metrics, detections)
         return metrics["AP"]
 
     return utils.run_on_rank_0(score)

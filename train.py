@@ -91,14 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     about = run_log.run_metadata(model, device, precision, train_loader, val_loader, categories)
     metrics.write("start", args=to_plain_dict(args), **about, val_images_left_out=left_out)
 
-    def evaluate(model: nn.Module, epoch: int | None, step: int | None) -> float | None:
-        def write_result(scores: dict, detections: np.ndarray) -> None:
-            metrics.write("eval", epoch=epoch, step=step, **scores)
-            if tensorboard:
-                tensorboard.write_images(indexes["val"], detections, step or 0)
-
+    def evaluate(model: nn.Module, *epoch_and_step: int | None) -> float | None:
+        record = partial(run_log.record_evaluation, metrics, tensorboard, *epoch_and_step)
         return engine.evaluate(
-            model, val_loader, categories, args, amp_dtype=amp_dtype, on_result=write_result
+            model, val_loader, categories, args, amp_dtype=amp_dtype, on_result=record
         )
 
     if args.test_only:

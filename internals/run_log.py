@@ -10,6 +10,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 
@@ -178,6 +179,21 @@ class StepLog:
             for name, total in self._sums.items()
         ]
         utils.log(textwrap.fill(f"  {loss}: {', '.join(terms)}", 80, subsequent_indent="    "))
+
+
+def record_evaluation(  # noqa: PLR0913 (the first four are bound by the caller)
+    metrics: utils.MetricsFile,
+    tensorboard,
+    epoch: int | None,
+    step: int | None,
+    index,
+    scores: dict,
+    detections: np.ndarray,
+) -> None:
+    """Write an evaluation to `metrics.jsonl`, and the first images to TensorBoard, if any."""
+    metrics.write("eval", epoch=epoch, step=step, **scores)
+    if tensorboard:
+        tensorboard.write_images(index, detections, step or 0)
 
 
 def log_best(state: TrainState, AP: float | None, is_best: bool) -> None:

@@ -378,7 +378,9 @@ def evaluate(model: nn.Module, loader: ValidationLoader, output_dir, **kwargs) -
         loader.dataset.index.categories,
         argparse.Namespace(**flags),
         amp_dtype=None,
-        on_result=lambda scores, detections: metrics.write("eval", epoch=1, step=8, **scores),
+        on_result=lambda index, scores, detections: metrics.write(
+            "eval", epoch=1, step=8, **scores
+        ),
     )
 
 
