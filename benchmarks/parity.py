@@ -10,7 +10,7 @@ shows the variation between trainings that differ in nothing else.
 """
 
 import argparse
-import runpy
+import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -141,8 +141,8 @@ def main() -> None:
         args.steps, args.batch, arms = 3, 1, [arms[0], arms[-1]]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         work = Path(folder)
-        sys.argv = ["shapes.py", str(work / "shapes")]
-        runpy.run_path(str(common.ROOT / "datasets/shapes.py"), run_name="__main__")
+        script = common.ROOT / "datasets/shapes.py"
+        subprocess.run([sys.executable, script, work / "shapes"], check=True)
         images = [image / 255 for image in load_batches(work / "shapes", 16, 1)[0][0]]
         weights = detectors.make_random_weights(SIZE, NUM_CLASSES, images)
         torch.save(weights, work / "weights.pth")
