@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import common
@@ -44,9 +45,10 @@ def load_batches(folder: Path, batch: int, steps: int) -> list[tuple]:
     batches, epoch = [], 0
     while len(batches) < steps:
         plan.start(epoch, 0)
-        batches += [[dataset[key] for key in keys] for keys in plan]
+        keys_of_batches = islice(plan, steps - len(batches))
+        batches += [[dataset[key] for key in keys] for keys in keys_of_batches]
         epoch += 1
-    return [tuple(map(list, zip(*rows, strict=True))) for rows in batches[:steps]]
+    return [tuple(map(list, zip(*rows, strict=True))) for rows in batches]
 
 
 def score(model, folder: Path, count: int | None, amp_dtype) -> dict:
@@ -143,7 +145,9 @@ def main() -> None:
         work = Path(folder)
         script = common.ROOT / "datasets/shapes.py"
         subprocess.run([sys.executable, script, work / "shapes"], check=True)
-        images = [image / 255 for image in load_batches(work / "shapes", 16, 1)[0][0]]
+        images = [
+            image / 255 for image in load_batches(work / "shapes", 2 if args.quick else 16, 1)[0][0]
+        ]
         weights = detectors.make_random_weights(SIZE, NUM_CLASSES, images)
         torch.save(weights, work / "weights.pth")
         flags = ["--steps", str(args.steps), "--batch", str(args.batch)]
