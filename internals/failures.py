@@ -19,6 +19,10 @@ from internals.errors import RunError, StopRequested, UserError
 
 FAILED, WRONG_USE, STOPPED = 1, 2, 75  # 75 is EX_TEMPFAIL of BSD: try again later
 
+# What receiving from a killed worker may raise, before PyTorch notices. Not BrokenPipeError, which
+# is what writing to a closed pipe raises, such as the standard output of `... | head`.
+LOST_WORKER = (ConnectionResetError, ConnectionRefusedError, EOFError)
+
 
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`; on an error print one message and exit with the exit code of its type."""
@@ -45,7 +49,7 @@ def _await_worker_error(main: Callable[[], None]) -> None:
     """Run `main`; after a broken pipe let PyTorch raise that a worker was killed, if so."""
     try:
         main()
-    except (ConnectionError, EOFError):
+    except LOST_WORKER:
         time.sleep(1)  # the pipe breaks before the signal arrives
         raise
 
@@ -53,8 +57,7 @@ def _await_worker_error(main: Callable[[], None]) -> None:
 def explain_system_error(error: Exception) -> str | None:
     """Return a message on what to do about a common system error, None for other errors."""
     text = str(error)
-    # A worker that is killed may also show only as a broken pipe.
-    if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
+    if "DataLoader worker" in text or isinstance(error, LOST_WORKER):
         return (
             f"{text or 'pipe closed'}. A loading process was killed, most often because memory or "
             "shared memory (/dev/shm) ran out: lower --workers or --batch-size, or start the "

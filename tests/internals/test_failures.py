@@ -51,6 +51,7 @@ def test_command_that_returns_does_not_exit():
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory: lower --batch-size"),
         (OSError("[Errno 24] Too many open files"), 1, "ulimit -n 65536"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), 1, "--shm-size"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1, "--shm-size"),
     ],
 )
 def test_known_errors_have_no_traceback(capsys, error, exit_code, message):
