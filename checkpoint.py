@@ -97,11 +97,10 @@ def save(folder: Path, state: dict, keep: int = 2, best: bool = False) -> Path:
             error = error.__context__
         if not isinstance(error, OSError):
             raise error from None
-        intact = "The ones before are intact: c" if list_numbered(folder) else "C"
-        raise RunError(
-            f"{path}: checkpoint not saved: {error.strerror}. {intact}orrect this, then continue "
-            "with --resume auto"
-        ) from error
+        remedy = "Correct this, then continue with --resume auto"
+        if list_numbered(folder):
+            remedy = f"The checkpoints before are intact. {remedy}"
+        raise RunError(f"{path}: checkpoint not saved: {error.strerror}. {remedy}") from error
     # One with more steps is left from before --resume-anyway restarted an epoch: without deletion
     # it would count as the newest.
     paths = list_numbered(folder)

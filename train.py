@@ -87,12 +87,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # Outputs
     tensorboard = open_tensorboard(args, saved)
-    metrics = utils.MetricsFile(args.output_dir, tensorboard and tensorboard.write_metrics)
+    listener = tensorboard.write_metrics if tensorboard else None
+    metrics = utils.MetricsFile(args.output_dir, listener)
     about = run_log.run_metadata(model, device, precision, train_loader, val_loader, categories)
     metrics.write("start", args=to_plain_dict(args), **about, val_images_left_out=left_out)
 
-    def evaluate(model: nn.Module, *epoch_and_step: int | None) -> float | None:
-        record = partial(run_log.record_evaluation, metrics, tensorboard, *epoch_and_step)
+    def evaluate(model: nn.Module, epoch: int | None, step: int | None) -> float | None:
+        record = partial(run_log.record_evaluation, metrics, tensorboard, epoch, step)
         return engine.evaluate(
             model, val_loader, categories, args, amp_dtype=amp_dtype, on_result=record
         )

@@ -108,4 +108,5 @@ def image_files(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(home, name) for name in names if not name.startswith(".")]
     images = (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    # Reading a FIFO would block; broken links stay in the list, to be reported when they are read.
     return sorted(path for path in images if path.is_file() or not path.exists())

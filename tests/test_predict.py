@@ -304,6 +304,7 @@ def test_ground_truth_is_drawn(command, model, val, annotations, tmp_path):
     )  # fmt: skip
     assert code == 0, errors
     assert f"not in {annotations}, no ground truth drawn: " in output
+    assert "try a lower --score-threshold" in output
     drawn = {p.name: p for p in (tmp_path / "x/pictures").rglob("*.jpg")}
     assert Image.open(drawn["stray.jpg"]).width == 512
     both = np.asarray(Image.open(drawn["0.jpg"])).astype(int)

@@ -87,6 +87,13 @@ def test_tests_do_not_import_each_other():
         assert "conftest" not in modules, path
 
 
+def test_files_to_read_first_are_short():
+    lines = [
+        (ROOT / f"{name}.py").read_text().count("\n") for name in ("train", "engine", "models")
+    ]
+    assert sum(lines) < 1000
+
+
 def test_documented_tests_exist():
     text = (ROOT / "docs/fault_tolerance.md").read_text(encoding="utf-8")
     words = re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)(?:\[\w+\])?`", text)

@@ -83,8 +83,14 @@ def test_finished_training_is_not_repeated_or_overwritten(trained, tmp_path):
     output = train_in_process(*flags, "--resume", "auto")
     assert "2 epochs, all done: raise --epochs" in output
     assert len(read_losses(out)) == 8
+    (_, resumed) = read_metrics(out, "start")
+    assert resumed["parameters"] > 1_000_000
+    assert resumed["command"]
     with pytest.raises(UserError, match="--resume auto"):
         train_in_process(*flags)
+    with pytest.raises(UserError, match=r"--lr 0\.0025 \(now 0\.1\)"):
+        train_in_process(*flags, "--resume", "auto", "--lr", "0.1")
+    assert len(read_metrics(out, "start")) == 2  # rejected runs write nothing
 
 
 def test_model_loads_into_stock_torchvision(trained):

@@ -1,5 +1,7 @@
 """Reading image files of any mode, and finding them."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,9 @@ def test_image_files_are_sorted_and_unique(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "c d/round").symlink_to(tmp_path)
+    (tmp_path / "broken.png").symlink_to(tmp_path / "missing.png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "fifo.png")
     names = [str(path.relative_to(tmp_path)) for path in images.image_files(tmp_path)]
-    assert names == ["a.PNG", "b.jpg", "c d/[1].tiff"]
+    assert names == ["a.PNG", "b.jpg", "broken.png", "c d/[1].tiff"]
     assert images.image_files(tmp_path / "nowhere") == []

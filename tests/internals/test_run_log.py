@@ -61,3 +61,14 @@ def test_best_ap_is_logged(capsys, is_best):
 def test_commit_is_that_of_the_project():
     commit = run_log.find_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) >= 7
+
+
+def test_other_precision_of_evaluation_is_logged(capsys):
+    args = types.SimpleNamespace(resume="x.pth")
+    saved = {"step": 8, "args": {"precision": "bfloat16"}}
+    run_log.log_test_checkpoint(args, saved, torch.bfloat16)
+    assert capsys.readouterr().out == "checkpoint x.pth, 8 steps\n"
+    run_log.log_test_checkpoint(args, saved, None)
+    assert "trained in bfloat16: for the same AP add --amp" in capsys.readouterr().out
+    run_log.log_test_checkpoint(args, {"step": 8, "args": {}}, torch.bfloat16)
+    assert "trained in float32: for the same AP remove --amp" in capsys.readouterr().out
