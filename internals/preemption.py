@@ -49,10 +49,11 @@ def install_signal_handlers() -> None:
 
 
 def restore_signal_handlers() -> None:
-    """Restore the default handlers: from here on there is nothing to save."""
+    """Undo `install_signal_handlers`: from here on there is nothing to save."""
     for name in STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is _record_signal:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def cancel_deadline() -> None:
