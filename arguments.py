@@ -21,6 +21,7 @@ from internals.command_line import (
     positive_int,
 )
 from internals.errors import UserError
+from internals.fast.cuda_graphs import LARGEST_BATCH
 
 ROOT = Path(__file__).resolve().parent
 
@@ -187,6 +188,9 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cuda, cuda:1 or cpu (default: cuda if available)")
     add("--amp-dtype", choices=["float16", "bfloat16"],
         help="data type of --amp (default: float16 on CUDA, bfloat16 on a CPU)")
+    add("--cuda-graphs", action="store_true",
+        help="launch a training step as CUDA graphs: faster for a --batch-size of 1 to 8, takes "
+        "more memory (default: off)")
     add("--seed", type=non_negative_int, default=0, metavar="N",
         help="seed of everything random (default: %(default)s)")
     add("--find-batch-size", action="store_true",
@@ -413,9 +417,23 @@ def _validate_process_args(args: argparse.Namespace, device: torch.device) -> No
         )
     if args.dist_url and "RANK" not in os.environ:
         raise UserError("--dist-url needs torchrun")
+    if args.cuda_graphs:
+        _validate_cuda_graphs(args, device)
     if args.find_batch_size and (processes > 1 or args.test_only):
         raise UserError("--find-batch-size needs a single training process: remove torchrun and "
                         "--test-only")  # fmt: skip
+
+
+def _validate_cuda_graphs(args: argparse.Namespace, device: torch.device) -> None:
+    if device.type != "cuda" or args.test_only:
+        raise UserError("--cuda-graphs is for training on a CUDA device: remove it")
+    if not args.model.startswith("fasterrcnn"):
+        raise UserError(f"--cuda-graphs is for Faster R-CNN, not {args.model}: remove it")
+    if args.batch_size > LARGEST_BATCH:
+        raise UserError(f"--cuda-graphs has no effect with more than {LARGEST_BATCH} images: "
+                        "remove it, or lower --batch-size")  # fmt: skip
+    if args.accumulate_steps > 1:
+        raise UserError("--cuda-graphs cannot accumulate gradients: remove --accumulate-steps")
 
 
 def to_plain_dict(args: argparse.Namespace) -> dict:

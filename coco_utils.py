@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 
 import transforms
 from internals.annotations import MAX_EXAMPLES, AnnotationColumns, DataIssue, read_annotations
+from internals.batches import Batch
 from internals.errors import DataError
 from internals.images import read_image
-from internals.packed_images import PackedImages
 
 # COCO's 80 category ids are not contiguous; torchvision's COCO weights have an output for each
 # number from 0 (background) to 90.
@@ -364,18 +364,7 @@ class CocoDetection(Dataset):
         }
 
 
-def collate(batch: list[tuple[torch.Tensor, dict]]) -> tuple[PackedImages, list[dict]]:
-    """Collate samples of `CocoDetection` to a batch `(images, targets)`.
-
-    Images are packed into one tensor, and targets have NumPy arrays: a tensor that a worker sends
-    costs a file descriptor and most of a millisecond.
-    """
-    images, targets = zip(*batch, strict=True)
-    arrays = [
-        {
-            key: value.numpy() if isinstance(value, torch.Tensor) else value
-            for key, value in target.items()
-        }
-        for target in targets
-    ]
-    return PackedImages(images), arrays
+def collate(samples: list[tuple[torch.Tensor, dict]]) -> Batch:
+    """Collate samples of `CocoDetection` to a batch."""
+    images, targets = zip(*samples, strict=True)
+    return Batch(images, targets)

@@ -12,9 +12,9 @@ import coco_eval
 import utils
 from coco_utils import Categories, CocoIndex
 from internals import preemption
+from internals.batches import BatchTargets
 from internals.mixed_precision import autocast
-from internals.monitoring import LossMeter, SkippedSteps, explain_oom, loss_name
-from internals.packed_images import PackedImages
+from internals.monitoring import StepMonitor, explain_oom, loss_name
 from internals.train_state import TrainState
 
 # ------------------------------------------------------------------------------ learning rate
@@ -48,35 +48,9 @@ def learning_rate_factor(
 # ----------------------------------------------------------------------------------- training
 
 
-def to_device(
-    images: PackedImages,
-    targets: list[dict],
-    device: torch.device,
-    seeds: list[int] | None = None,
-) -> tuple[list[torch.Tensor], list[dict]]:
-    """Copy a batch of `coco_utils.collate` to the device, in the form of torchvision's detectors.
-
-    Args:
-        images: Of a batch.
-        targets: With `boxes` and `labels` as NumPy arrays; other keys are not copied.
-        device: Where to.
-        seeds: For each image the seed of what the model draws for it in training.
-
-    Returns:
-        Images, float32 `[3, H, W]` in [0, 1], and targets with `boxes`, `labels`, `seed`.
-    """
-    keys = ("boxes", "labels")
-    on_device = [
-        {key: torch.from_numpy(target[key]).to(device, non_blocking=True) for key in keys}
-        for target in targets
-    ]
-    if seeds is not None:
-        for target, seed in zip(on_device, seeds, strict=True):
-            target["seed"] = seed
-    return images.to(device), on_device
-
-
-def split_micro_batches(images: list, targets: list, count: int) -> Iterator[tuple]:
+def split_micro_batches(
+    images: list[torch.Tensor], targets: BatchTargets, count: int
+) -> Iterator[tuple]:
     """Yield `count` equal micro-batches, each with whether it is the last one."""
     size = len(images) // count
     for start in range(0, len(images), size):
@@ -110,16 +84,14 @@ def train_one_epoch(
     """
     model, optimizer, scaler = state.ddp_model or state.model, state.optimizer, state.scaler
     model.train()
-    meter = LossMeter(state.device)
     first_step = state.epoch * len(loader.batch_sampler)
     progress = utils.Progress(
         loader, last_step - first_step, state.step - first_step, f"epoch {state.epoch}"
     )
-    with explain_oom(progress, "--batch-size"), SkippedSteps(optimizer, state.device) as skipped:
-        for images, targets in progress:
-            image_ids = [target["image_id"] for target in targets]
-            seeds = utils.seed_step(args.seed, state.step, len(images))
-            images, targets = to_device(images, targets, state.device, seeds)
+    with explain_oom(progress, "--batch-size"), StepMonitor(optimizer, state.device) as monitor:
+        for batch in progress:
+            seeds = utils.seed_step(args.seed, state.step, len(batch))
+            images, targets = batch.to(state.device, seeds)
             rate = state.set_learning_rate()
 
             optimizer.zero_grad()
@@ -128,7 +100,7 @@ def train_one_epoch(
                 with utils.ddp_sync(model, enabled=is_last):
                     with autocast(state.device, state.amp_dtype):
                         losses = model(micro_images, micro_targets)
-                    meter.add(losses, state.step, image_ids)
+                    monitor.add(losses, state.step, batch.image_ids)
                     scaler.scale(sum(losses.values()) / args.accumulate_steps).backward()
             if args.clip_grad_norm is not None:
                 scaler.unscale_(optimizer)
@@ -140,10 +112,10 @@ def train_one_epoch(
             state.step += 1
             # Reading waits for the device: no other line of the loop may read its values.
             if state.step % args.print_freq == 0 or state.step == last_step:
-                log_step(state, progress, meter.read(), skipped.read(state.step), rate)
+                log_step(state, progress, *monitor.read(state.step), rate)
             if state.step == last_step:
                 break
-            on_step_end(state.step, meter.check)
+            on_step_end(state.step, monitor.check)
 
 
 # --------------------------------------------------------------------------------- evaluation
@@ -214,15 +186,18 @@ def detect(
     device = next(model.parameters()).device
     category_ids = categories.ids_of_labels()
     rows = [np.empty((0, 7))]  # a process may have no images
+    pending = []
     progress = utils.Progress(loader, len(loader), 0, "evaluation")
     with explain_oom(progress, "--eval-batch-size"):
-        for images, targets in progress:
+        for batch in progress:
             if preemption.stop_requested():
                 break
+            images, _ = batch.to(device)
             with autocast(device, amp_dtype):
-                outputs = model(images.to(device))
-            image_ids = [target["image_id"] for target in targets]
-            rows.append(coco_eval.detection_rows(outputs, image_ids, category_ids))
+                pending.append((model(images), batch.image_ids))
+            if len(pending) > 1:  # a GPU computes this batch, while the one before is read
+                rows.append(coco_eval.detection_rows(*pending.pop(0), category_ids))
+        rows += [coco_eval.detection_rows(*last, category_ids) for last in pending]
     preemption.raise_if_stop_requested()
     seconds = progress.seconds
     detections = utils.gather_rows(np.concatenate(rows))
@@ -246,11 +221,11 @@ def validation_loss(model: nn.Module, loader, *, amp_dtype: torch.dtype | None) 
     sums, images_seen = {}, 0
     progress = utils.Progress(loader, len(loader), 0, "validation loss")
     with explain_oom(progress, "--eval-batch-size"):
-        for images, targets in progress:
+        for batch in progress:
             if preemption.stop_requested():
                 break
-            seeds = [utils.draw_seed(0, 0, target["image_id"] % 2**62) for target in targets]
-            images, targets = to_device(images, targets, device, seeds)
+            seeds = [utils.draw_seed(0, 0, image_id % 2**62) for image_id in batch.image_ids]
+            images, targets = batch.to(device, seeds)
             with autocast(device, amp_dtype):
                 losses = model(images, targets)
             images_seen += len(images)

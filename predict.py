@@ -36,6 +36,7 @@ import coco_eval
 import models
 import utils
 from coco_utils import Categories, CocoIndex, Split
+from internals.batches import Batch
 from internals.command_line import ArgumentParser, positive_int, prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import DataError, RunError, UserError
@@ -43,7 +44,6 @@ from internals.failures import run_command
 from internals.image_arguments import find_images
 from internals.images import read_image, read_upright
 from internals.mixed_precision import autocast, resolve_precision
-from internals.packed_images import PackedImages
 from reporting import drawing
 
 MAX_JPEG_SIDE = 65_500  # pixels: the limit of libjpeg
@@ -216,7 +216,8 @@ class Detector:
     def __call__(self, batch: list[InputImage]) -> list[InputImage]:
         """Set the detections of images of one size."""
         with autocast(self.device, self.amp_dtype):
-            outputs = self.model(PackedImages([i.pixels for i in batch]).to(self.device))
+            images, _ = Batch([image.pixels for image in batch]).to(self.device)
+            outputs = self.model(images)
         category_ids = self.categories.ids_of_labels()
         for image, output in zip(batch, outputs, strict=True):
             rows = coco_eval.detection_rows([output], [image.image_id], category_ids)

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 import checkpoint
@@ -43,8 +42,9 @@ from internals import data_checks, failures, preemption, run_log
 from internals.command_line import prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import UserError
-from internals.mixed_precision import resolve_precision
-from internals.train_state import TrainState
+from internals.fast import use_cuda_graphs
+from internals.mixed_precision import initialize_momentum, resolve_precision
+from internals.train_state import MovingAverage, TrainState
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,8 +73,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # Optimizer
     state = None if args.test_only else build_state(args, model, train_loader, amp_dtype)
+    if args.cuda_graphs:
+        use_cuda_graphs(model)
     if args.find_batch_size:
-        return batch_size_search.find_largest_batch(state, train_loader, args, engine.to_device)
+        return batch_size_search.find_largest_batch(state, train_loader, args)
 
     # Resume
     run_log.log_model(args, model)
@@ -317,13 +319,12 @@ def build_state(
         milestones=args.lr_steps if args.lr_scheduler == "multisteplr" else None,
         gamma=args.lr_gamma,
     )
-    average = get_ema_multi_avg_fn(args.ema) if args.ema else None
     return TrainState(
         model=model,
         optimizer=build_optimizer(args, model),
         learning_rate=lambda step: args.lr * factor(step),
         amp_dtype=amp_dtype,
-        ema=AveragedModel(model, multi_avg_fn=average, use_buffers=True) if args.ema else None,
+        ema=MovingAverage(model, args.ema) if args.ema else None,
         epoch=epoch,
         step=epoch * steps_per_epoch,
         # Frozen norms never change: only trainable ones need their buffers sent in every step.
@@ -336,7 +337,9 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
     groups = models.parameter_groups(model, args.weight_decay, args.norm_weight_decay)
     if args.opt == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    initialize_momentum(optimizer)
+    return optimizer
 
 
 def choose_precision(

@@ -102,6 +102,29 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     return tensor
 
 
+def start_max(value: int) -> Callable[[], int]:
+    """Start to find the maximum over all processes; return a function that waits for it."""
+    if not dist.is_initialized():
+        return lambda: value
+    tensor = torch.tensor(value)
+    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
+
+    def wait() -> int:
+        work.wait()
+        return int(tensor)
+
+    return wait
+
+
+def gather_numbers(numbers: torch.Tensor) -> list[list[float]]:
+    """Return `numbers` `[N]` of every process in the order of ranks; one wait for the device."""
+    if not dist.is_initialized():
+        return [numbers.tolist()]
+    gathered = [torch.empty_like(numbers) for _ in range(world_size())]
+    dist.all_gather(gathered, numbers)
+    return torch.stack(gathered).tolist()
+
+
 def gather_objects(value: object) -> list:
     """Return the `value` of every process in the order of ranks, on every process; pickled."""
     if not dist.is_initialized():

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import coco_utils
 import engine
 import internals.fast
 import models
 import utils
+from internals.batches import Batch
 from internals.devices import choose_device
-from internals.mixed_precision import resolve_precision
+from internals.mixed_precision import initialize_momentum, resolve_precision
 from internals.train_state import TrainState
 
 NAME = "fasterrcnn_resnet50_fpn"
@@ -38,7 +38,7 @@ def disable(optimization: str | None) -> None:
     if optimization == "folded norms":
         internals.fast.fold_frozen_norms = lambda module: None
     elif optimization == "box pool":
-        internals.fast.CpuRoIAlign.forward = internals.fast.MultiScaleRoIAlign.forward
+        internals.fast.FastRoIAlign.forward = internals.fast.MultiScaleRoIAlign.forward
     elif optimization == "channels_last":
         nn.Module.to = _ignore_memory_format(nn.Module.to)
 
@@ -100,9 +100,12 @@ class InMemoryLoader:
 def make_optimizer(model: nn.Module, fused: bool, lr: float) -> torch.optim.Optimizer:
     """Make the SGD of torchvision's references."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameters, lr=lr, momentum=0.9, weight_decay=1e-4, fused=True if fused else None
     )
+    if fused:
+        initialize_momentum(optimizer)
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,9 @@ def train_stock(model, optimizer, settings: LoopSettings, batches: list) -> list
     return losses
 
 
-def collate_ours(batch: tuple[list, list]) -> tuple:
-    """Collate uint8 images and their targets as `coco_utils.collate` does."""
-    return coco_utils.collate(list(zip(*batch, strict=True)))
+def collate_ours(batch: tuple[list, list]) -> Batch:
+    """Pack uint8 images and their targets as `coco_utils.collate` does."""
+    return Batch(*batch)
 
 
 def collate_stock(batch: tuple[list, list]) -> tuple[list, list]:

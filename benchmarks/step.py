@@ -121,20 +121,22 @@ def measure_step(run, make_batch, steps: int, timer: PhaseTimer, device: torch.d
 
 
 @torch.inference_mode()
-def measure_evaluation(ours: bool, model, batches: list, device, amp_dtype) -> dict:
-    """Measure images per second, from batch to rows of detections; `stock` is always float32."""
+def measure_evaluation(ours: bool, model, batches: list, images: int, device, amp_dtype) -> dict:
+    """Measure images per second, from batch to rows of detections; `stock` is always float32.
+
+    The batches have `images` images each.
+    """
     model.eval()
     category_ids = np.arange(NUM_CLASSES)
 
     def run(batch):
-        images = batch[0].to(device) if ours else [image.to(device) for image in batch[0]]
+        pixels = batch.to(device)[0] if ours else [image.to(device) for image in batch[0]]
         with torch.autocast(device.type, dtype=amp_dtype, enabled=ours and amp_dtype is not None):
-            outputs = model(images)
-        coco_eval.detection_rows(outputs, list(range(len(images))), category_ids)
+            outputs = model(pixels)
+        coco_eval.detection_rows(outputs, list(range(images)), category_ids)
 
     run(batches[0])
     seconds = [time_call(partial(run, batch), device) for batch in batches[1:]]
-    images = len(batches[1][1])
     return {"evaluation_images_per_second": images / statistics.median(seconds)}
 
 
@@ -208,7 +210,7 @@ def measure(arm: str, work: Path, args: argparse.Namespace) -> dict:
     if not disabled:
         count = 8 if device.type == "cuda" and ours else 1
         batches = [make_batch(count, SHAPES[0]) for _ in range(3)]
-        evaluation = measure_evaluation(ours, model, batches, device, amp_dtype)
+        evaluation = measure_evaluation(ours, model, batches, count, device, amp_dtype)
         results[args.batches[0]] |= evaluation
     return results
 

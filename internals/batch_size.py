@@ -12,6 +12,7 @@ import torch
 
 import utils
 from internals import preemption
+from internals.batches import BatchTargets
 from internals.errors import UserError
 from internals.mixed_precision import autocast
 from internals.train_state import TrainState
@@ -19,16 +20,13 @@ from internals.train_state import TrainState
 USABLE_SHARE = 0.95  # of the free memory: allocators fragment it
 
 
-def find_largest_batch(
-    state: TrainState, loader, args: argparse.Namespace, to_device: Callable[..., tuple]
-) -> None:
+def find_largest_batch(state: TrainState, loader, args: argparse.Namespace) -> None:
     """Log the largest batch of the hardest images that fits into memory in a training step.
 
     Args:
         state: The training; its weights are changed.
         loader: Loads a `coco_utils.CocoDetection` with a `samplers.TrainingPlan`.
         args: `min_size`, `max_size` and `data_augmentation` are used.
-        to_device: `engine.to_device`.
 
     Raises:
         UserError: One image does not fit.
@@ -45,7 +43,7 @@ def find_largest_batch(
         # The augmentation lsj is applied, as it determines the image size.
         keys = [(pair[n % 2], 0) if is_square else pair[n % 2] for n in range(images)]
         batch = loader.collate_fn([make_hard_sample(*dataset[key], boxes) for key in keys])
-        memory = measure_peak_memory(state, *to_device(*batch, state.device))
+        memory = measure_peak_memory(state, *batch.to(state.device))
         result = "does not fit" if memory is None else f"{memory:,} MiB"
         utils.log(f"  batch of {images}: {result}")
         return memory
@@ -64,7 +62,7 @@ def find_largest_batch(
 
 
 def measure_peak_memory(
-    state: TrainState, images: list[torch.Tensor], targets: list[dict]
+    state: TrainState, images: list[torch.Tensor], targets: BatchTargets
 ) -> int | None:
     """Train one step on a batch, and return the peak memory of this process so far.
 

@@ -1,4 +1,4 @@
-"""Choose the dtype of autocast, and keep boxes in float32 under it."""
+"""Mixed precision: the dtype of autocast, boxes in float32 under it, skipped steps."""
 
 import platform
 
@@ -45,6 +45,17 @@ def resolve_precision(
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Return the autocast context for a dtype of `resolve_precision`."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def initialize_momentum(optimizer: torch.optim.SGD) -> None:
+    """Set the momentum of every parameter to 0, before the first step.
+
+    A fused SGD creates it in its first step as memory that the step fills. If the GradScaler skips
+    that step, which float16 often makes it do, the next one would use whatever is in this memory.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -10,98 +10,97 @@ from internals import failures
 from internals.errors import RunError
 
 
-class LossMeter:
-    """Averages the losses over steps and processes, and records the first non-finite one.
+class StepMonitor:
+    """Averages losses, finds the first non-finite one, and counts skipped steps, on the device.
 
-    Losses are summed on the device; only `check` and `read` wait for it.
+    The GradScaler skips a step for infinite float16 gradients. Single skipped steps are normal, as
+    it adapts its scale; many in a row are an error. Use the monitor as a context manager, in which
+    the steps of `optimizer` are counted. Only `check` and `read` wait for the device, once.
     """
 
-    NEVER = 2**62
+    NEVER = 2.0**52  # larger than any step, exact in float64
+    TOO_MANY = 10
 
-    def __init__(self, device: torch.device):
-        self.first_bad = torch.full((), self.NEVER, dtype=torch.int64, device=device)
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.optimizer = optimizer
+        self.first_bad = torch.full((1,), self.NEVER, dtype=torch.float64, device=device)
+        self.skipped, self.in_a_row, self.most_in_a_row = torch.zeros(3, 1, device=device)
         self.total, self.count, self.image_ids = 0, 0, {}
+
+    def __enter__(self) -> "StepMonitor":
+        self._hook = self.optimizer.register_step_pre_hook(self._count_skipped)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._hook.remove()
 
     def add(self, losses: dict[str, torch.Tensor], step: int, image_ids: list[int]) -> None:
         """Add the losses of a step, or of one of its micro-batches."""
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        bad = torch.where(torch.isfinite(values.sum()), self.NEVER, step)
-        self.first_bad = torch.minimum(self.first_bad, bad)
+        values = torch.stack([loss.detach().double() for loss in losses.values()])
+        finite = torch.isfinite(values.sum().float())
+        self.first_bad = self.first_bad.minimum(finite * self.NEVER + step)
         self.image_ids[step] = image_ids
         self.names = [loss_name(name) for name in losses]
         self.total, self.count = self.total + values, self.count + 1
         if values.device.type == "cpu":  # no wait on a CPU: check before the optimizer step
             self.check()
 
+    def _count_skipped(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        # Set by the GradScaler for fused optimizers, which skip on the device.
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None:
+            self.skipped += found
+            self.in_a_row.add_(1).mul_(found)
+            torch.maximum(self.most_in_a_row, self.in_a_row, out=self.most_in_a_row)
+
     def check(self) -> None:
         """Raise RunError on every process if a loss of any of them was NaN or infinite."""
-        mine = int(self.first_bad)
-        first = int(utils.all_reduce(self.first_bad, "min"))
-        if first < self.NEVER:
-            mine = f"images {self.image_ids[first]}" if mine == first else None
-            where = [f"{at} on rank {r}" for r, at in enumerate(utils.gather_objects(mine)) if at]
-            raise RunError(
-                f"the loss of step {first + 1} is not finite: {', '.join(where)}. Nothing was "
-                "saved since the last checkpoint. Check these images and their boxes, lower --lr, "
-                "raise --warmup-steps, or use --clip-grad-norm"
-            )
+        self._raise_if_not_finite([first for (first,) in utils.gather_numbers(self.first_bad)])
 
-    def read(self) -> dict[str, float]:
-        """Check and return the averages since the last read; "loss", their sum, is the first."""
-        self.check()
-        mean = utils.all_reduce(self.total) / (self.count * utils.world_size())
-        parts = dict(zip(self.names, mean.tolist(), strict=True))
+    def _raise_if_not_finite(self, first_bad: list[float]) -> None:
+        first = min(first_bad)
+        if first >= self.NEVER:
+            return
+        at = " and ".join(
+            f"images {ids} on rank {rank}"
+            for rank, ids in enumerate(utils.gather_objects(self.image_ids.get(first)))
+            if first_bad[rank] == first
+        )
+        raise RunError(
+            f"the loss of step {first + 1:.0f} is not finite: {at}. Nothing was saved since the "
+            "last checkpoint. Check these images and their boxes, lower --lr, raise "
+            "--warmup-steps, or use --clip-grad-norm"
+        )
+
+    def read(self, step: int) -> tuple[dict[str, float], int]:
+        """Check, and return what happened since the last read.
+
+        Returns:
+            The averages of the losses over steps and processes, with "loss", their sum, as the
+            first; and the number of skipped steps up to `step`.
+
+        Raises:
+            RunError: A loss was not finite, or too many steps in a row were skipped.
+        """
+        counts = [self.first_bad, self.skipped.double(), self.most_in_a_row.double()]
+        rows = utils.gather_numbers(torch.cat([*counts, self.total / self.count]))
+        self._raise_if_not_finite([first_bad for first_bad, *_ in rows])
+        _, skipped, most, *_ = rows[utils.rank()]
+        if most >= self.TOO_MANY:
+            raise RunError(
+                f"the gradients of {most:.0f} steps in a row, up to step {step}, were infinite in "
+                "float16: lower --lr, or use --amp-dtype bfloat16, or remove --amp"
+            )
+        means = [sum(values) / len(rows) for values in list(zip(*rows, strict=True))[3:]]
+        losses = dict(zip(self.names, means, strict=True))
+        self.skipped.zero_()
         self.total, self.count, self.image_ids = 0, 0, {}
-        return {"loss": sum(parts.values()), **parts}
+        return {"loss": sum(means), **losses}, int(skipped)
 
 
 def loss_name(name: str) -> str:
     """Return the name of a loss term with the prefix "loss_", which only Faster R-CNN's have."""
     return f"loss_{name.removeprefix('loss_')}"
-
-
-class SkippedSteps:
-    """Counts the steps that the GradScaler skips for infinite float16 gradients, on the device.
-
-    Single skipped steps are normal, as the GradScaler adapts its scale; many in a row are an error.
-    Use it as a context manager, in which the steps of `optimizer` are counted.
-    """
-
-    TOO_MANY = 10
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
-        self.total, self.in_a_row, self.most = torch.zeros(3, device=device).unbind()
-        self.optimizer = optimizer
-
-    def __enter__(self) -> "SkippedSteps":
-        self._hook = self.optimizer.register_step_pre_hook(self._note)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._hook.remove()
-
-    def _note(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        # Set by the GradScaler for fused optimizers, which skip on the device.
-        found = getattr(optimizer, "found_inf", None)
-        if found is not None:
-            self.total += found
-            self.in_a_row.add_(1).mul_(found)
-            torch.maximum(self.most, self.in_a_row, out=self.most)
-
-    def read(self, step: int) -> int:
-        """Return the number of steps skipped since the last read; waits for the device.
-
-        Raises:
-            RunError: Too many steps in a row were skipped.
-        """
-        total, most = int(self.total), int(self.most)
-        if most >= self.TOO_MANY:
-            raise RunError(
-                f"the gradients of {most} steps in a row, up to step {step}, were infinite in "
-                "float16: lower --lr, or use --amp-dtype bfloat16, or remove --amp"
-            )
-        self.total.zero_()
-        return total
 
 
 @contextmanager
@@ -112,13 +111,13 @@ def explain_oom(progress: utils.Progress, batch_flag: str) -> Iterator[None]:
     except Exception as error:
         if progress.batch is None or not failures.is_out_of_memory(error):
             raise
-        images, targets = progress.batch
+        batch = progress.batch
         shapes = ", ".join(
-            f"{width} x {height} with {len(target['boxes'])} boxes"
-            for (height, width), target in zip(images.sizes, targets, strict=True)
+            f"{width} x {height} with {boxes} boxes"
+            for (height, width), boxes in zip(batch.sizes, batch.box_counts, strict=True)
         )
         raise RunError(
             f"out of memory in {progress.label}, step {progress.done} of {progress.total}, with "
-            f"{len(images)} images, before resizing {shapes}: lower {batch_flag}, or --min-size "
+            f"{len(batch)} images, before resizing {shapes}: lower {batch_flag}, or --min-size "
             f"({str(error).splitlines()[0][:200]})"
         ) from error

@@ -123,12 +123,16 @@ class CheckpointTimer:
         self.write = write
         self.last_save = self.last_step = time.monotonic()
         self.seconds_saving = 0.0
+        self._agreement: Callable[[], int] | None = None  # of the last step
         self._launcher_pid = os.getppid()
 
     def save(self, **kwargs) -> None:
         """Save now; a pending alarm is cancelled, however long the save takes."""
         if os.name == "posix":
             signal.alarm(0)
+        if self._agreement:  # a stop request in it is still one after the save
+            self._agreement()
+            self._agreement = None
         start = time.monotonic()
         self.write(**kwargs)
         self.last_save = time.monotonic()
@@ -142,9 +146,9 @@ class CheckpointTimer:
         """
         now = time.monotonic()
         _StopRequest.grace_seconds = 5 + 3 * round(now - self.last_step)
-        due = now - self.last_save >= self.interval
-        due = due or (bool(self.every_steps) and step % self.every_steps == 0)
-        action = self._sync_action(due)
+        action = self._agreed_action(now - self.last_save >= self.interval)
+        if self.every_steps and step % self.every_steps == 0:
+            action = max(action, self.SAVE)
         if action:
             check()
             self.save()
@@ -154,7 +158,11 @@ class CheckpointTimer:
             raise_if_stop_requested()  # for a request during the save, without a second save
         self.last_step = time.monotonic()
 
-    def _sync_action(self, due: bool) -> int:
+    def _agreed_action(self, due: bool) -> int:
+        """Return what all processes do now; with several, what one of them wanted a step ago.
+
+        So a step does not wait until the slowest process has finished it.
+        """
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._launcher_pid:
             raise RuntimeError("the launcher of this process has exited")
         action = 0
@@ -162,7 +170,10 @@ class CheckpointTimer:
             action = self.STOP
         elif due and utils.rank() == 0:  # the clocks of others differ
             action = self.SAVE
-        return int(utils.all_reduce(torch.tensor(action), "max"))
+        if utils.world_size() == 1:
+            return action
+        previous, self._agreement = self._agreement, utils.start_max(action)
+        return previous() if previous else 0
 
 
 # ------------------------------------------------------------------------------ loading processes

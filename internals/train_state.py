@@ -5,7 +5,36 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+class MovingAverage(AveragedModel):
+    """The exponential moving average of a model's parameters and buffers.
+
+    PyTorch's `AveragedModel` copies its counter to the device in every step, and waits for it.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Update the average after a step of `model`."""
+        if self.n_averaged == 0:
+            return super().update_parameters(model)
+        by_dtype: dict[torch.dtype, tuple[list, list]] = {}
+        for average, tensor in zip(_tensors(self.module), _tensors(model), strict=True):
+            averages, tensors = by_dtype.setdefault(tensor.dtype, ([], []))
+            averages.append(average)
+            tensors.append(tensor)
+        for averages, tensors in by_dtype.values():
+            self.multi_avg_fn(averages, tensors, None)
+        self.n_averaged += 1
+        return None
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 @dataclass
@@ -24,7 +53,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]
     amp_dtype: torch.dtype | None = None
-    ema: AveragedModel | None = None
+    ema: MovingAverage | None = None
     epoch: int = 0
     step: int = 0
     best_AP: float | None = None

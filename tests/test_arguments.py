@@ -160,7 +160,8 @@ def test_torchvision_reference_flags_exist():
 MAY_CHANGE = {
     *("data_path", "train_annotations", "train_images", "val_annotations", "val_images"),  # content
     *("batch_size", "accumulate_steps"),  # `global_batch` is an invariant
-    *("amp", "amp_dtype", "device", "use_deterministic_algorithms"),  # `precision` is an invariant
+    *("amp", "amp_dtype", "device"),  # `precision` is an invariant
+    *("cuda_graphs", "use_deterministic_algorithms"),
     *("output_dir", "resume", "resume_anyway", "check_data", "test_only", "find_batch_size"),
     *("workers", "world_size", "dist_url", "timeout_minutes"),
     *("eval_batch_size", "val_loss", "evaluator"),

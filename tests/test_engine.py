@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers import rewrite, split_of
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import coco_utils
 import engine
 import utils
 from internals.errors import RunError, StopRequested
+from internals.train_state import MovingAverage
 
 CPU = torch.device("cpu")
 
@@ -143,10 +143,10 @@ def plain_loop(data: list, clip: float = math.inf) -> list[list[float]]:
     model = TinyDetector().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0, momentum=0.9)
     weights = []
-    for step, (images, targets) in enumerate(data):
+    for step, batch in enumerate(data):
         optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
         model.zero_grad()
-        sum(model(images.to(CPU), [{**t, "seed": 0} for t in targets]).values()).backward()
+        sum(model(*batch.to(CPU)).values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         weights.append(model.weight.tolist())
@@ -219,8 +219,7 @@ def test_ema_averages_weights():
     for weights in map(np.array, plain_loop(data)):
         average = weights if average is None else 0.75 * average + 0.25 * weights
     state = tiny_state()
-    multi_avg = get_ema_multi_avg_fn(0.75)
-    state.ema = AveragedModel(state.model, multi_avg_fn=multi_avg, use_buffers=True)
+    state.ema = MovingAverage(state.model, decay=0.75)
     raw = train(state, data)
     assert state.eval_model.weight.tolist() == pytest.approx(average.tolist())
     assert raw == pytest.approx(plain_loop(data)[-1])
@@ -327,25 +326,6 @@ def test_float16_scaler_is_restored():
     state.scaler.update(128.0)
     other.load_state_dict(state.state_dict())
     assert other.scaler.get_scale() == 128
-
-
-def test_to_device_keeps_values():
-    images = [
-        torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8),
-        torch.randint(0, 256, (4, 6, 3), dtype=torch.uint8).permute(2, 0, 1),
-    ]
-    targets = [
-        {"boxes": torch.rand(n, 4), "labels": torch.arange(n), "image_id": n} for n in (2, 0)
-    ]
-    batch = coco_utils.collate(list(zip(images, targets, strict=True)))
-    assert not any(isinstance(v, torch.Tensor) for t in batch[1] for v in t.values())
-    assert [target["image_id"] for target in batch[1]] == [2, 0]
-    moved_images, moved_targets = engine.to_device(*batch, CPU)
-    for image, value in zip(images, moved_images, strict=True):
-        assert torch.equal(image.float() / 255, value)
-    for target, value in zip(targets, moved_targets, strict=True):
-        assert value.keys() == {"boxes", "labels"}
-        assert all(torch.equal(target[key], value[key]) for key in value)
 
 
 # --------------------------------------------------------------------------------- evaluation

@@ -10,9 +10,13 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler,
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
+import utils
+from internals.fast.cuda_graphs import CudaGraphs
+from internals.fast.faster_rcnn import FastFasterRCNN
 from internals.fast.frozen_norms import fold_frozen_norms
-from internals.fast.roi_align import CpuRoIAlign
-from internals.fast.sampling import FastMatcher, SeededSampler
+from internals.fast.matching import FastMatcher
+from internals.fast.roi_align import FastRoIAlign
+from internals.fast.sampling import KeyedSampler
 from internals.fast.transform import FastTransform
 
 
@@ -26,9 +30,9 @@ def use_fast_modules(model: nn.Module) -> None:
     replacements = {
         FasterRCNN: FastFasterRCNN,
         GeneralizedRCNNTransform: FastTransform,
-        MultiScaleRoIAlign: CpuRoIAlign,
+        MultiScaleRoIAlign: FastRoIAlign,
         Matcher: FastMatcher,
-        BalancedPositiveNegativeSampler: SeededSampler,
+        BalancedPositiveNegativeSampler: KeyedSampler,
     }
     for module in model.modules():
         module.__class__ = replacements.get(type(module), type(module))
@@ -39,22 +43,10 @@ def use_fast_modules(model: nn.Module) -> None:
     fold_frozen_norms(model.backbone)
 
 
-class FastFasterRCNN(FasterRCNN):
-    """torchvision's detector without its check for degenerate boxes in every step.
-
-    `coco_utils` has dropped such boxes when reading the data. If targets have a `seed`, the random
-    samples of an image depend only on it, not on the other images of the batch.
-    """
-
-    def forward(self, images, targets=None):
-        """Return the losses in training mode, otherwise the detections, as torchvision does."""
-        for part in (self.rpn, self.roi_heads):
-            part.fg_bg_sampler.seeds = [t["seed"] for t in targets or () if "seed" in t]
-        sizes = [tuple(image.shape[-2:]) for image in images]
-        batch, targets = self.transform(images, targets)
-        features = self.backbone(batch.tensors)
-        proposals, losses = self.rpn(batch, features, targets)
-        detections, head_losses = self.roi_heads(features, proposals, batch.image_sizes, targets)
-        if self.training:
-            return {**head_losses, **losses}
-        return self.transform.postprocess(detections, batch.image_sizes, sizes)
+def use_cuda_graphs(model: nn.Module) -> None:
+    """Let a Faster R-CNN of `use_fast_modules` train with CUDA graphs."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        # The trial runs before a capture would change their statistics.
+        utils.log("--cuda-graphs: training without graphs, as norms of this model are trained")
+    else:
+        model.graphs = CudaGraphs(model)

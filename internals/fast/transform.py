@@ -19,14 +19,28 @@ class FastTransform(GeneralizedRCNNTransform):
         return (image - mean) / std
 
     def resize(self, image, target=None):
-        """Resize an image and its boxes; a `seed` in the target determines a random size."""
+        """Resize an image and its boxes, if any; a `seed` of the target chooses a random size."""
         before = image.shape[-2:]
-        if target is not None and "seed" in target:
-            torch.manual_seed(target["seed"])  # for a random size
+        if target is not None and "seed" in target and len(self.min_size) > 1:
+            torch.manual_seed(target["seed"])
         image, _ = super().resize(image)
-        if target is not None:
+        if target is not None and "boxes" in target:
             target["boxes"] = _resize_boxes(target["boxes"], before, image.shape[-2:])
         return image, target
+
+    def batch_images(self, images, size_divisible=32):
+        """Pad the images with zeros to one tensor, in the layout of the convolutions."""
+        height, width = (
+            -(-max(image.shape[axis] for image in images) // size_divisible) * size_divisible
+            for axis in (1, 2)
+        )
+        batch = torch.zeros_like(
+            images[0].new_zeros(()).expand(len(images), 3, height, width),
+            memory_format=torch.channels_last,
+        )
+        for padded, image in zip(batch, images, strict=True):
+            padded[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return batch
 
     def postprocess(self, result, image_shapes, original_image_sizes):
         """Scale the boxes of detections back to the original image sizes, in place."""

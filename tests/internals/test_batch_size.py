@@ -12,6 +12,7 @@ from helpers import split_of
 import coco_utils
 import samplers
 from internals import batch_size
+from internals.batches import BatchTargets
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 9, 100, 1000])
@@ -68,9 +69,9 @@ def test_find_tries_hardest_images(tiny, capsys, monkeypatch, room, fit):
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=plan, collate_fn=coco_utils.collate)
     sizes = []
 
-    def measure(state, images: list, targets: list) -> int:
+    def measure(state, images: list, targets: BatchTargets) -> int:
         sizes.append(len(images))
-        assert all(len(target["boxes"]) == 2 for target in targets)  # the most an image has
+        assert targets.box_counts == [2] * len(images)  # the most an image has
         return 100 * len(images)
 
     monkeypatch.setattr(batch_size, "measure_peak_memory", measure)
@@ -78,11 +79,7 @@ def test_find_tries_hardest_images(tiny, capsys, monkeypatch, room, fit):
     monkeypatch.setattr(batch_size.preemption, "restore_signal_handlers", lambda: None)
     flags = {"min_size": 64, "max_size": 128, "data_augmentation": "hflip"}
     state = argparse.Namespace(device=torch.device("cpu"))
-
-    def to_device(images, targets, device) -> tuple[list, list]:
-        return images.to(device), targets
-
-    batch_size.find_largest_batch(state, loader, argparse.Namespace(**flags), to_device)
+    batch_size.find_largest_batch(state, loader, argparse.Namespace(**flags))
     assert sizes == [1, 1, 2, 3]
     output = capsys.readouterr().out
     assert "pixels, before resizing, with 2 boxes each" in output

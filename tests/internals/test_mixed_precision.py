@@ -5,7 +5,7 @@ import torch
 
 import models
 from internals import mixed_precision
-from internals.mixed_precision import resolve_precision
+from internals.mixed_precision import initialize_momentum, resolve_precision
 
 
 def test_autocast_dtype_by_device(monkeypatch):
@@ -61,3 +61,24 @@ def test_boxes_stay_float32_under_bfloat16(name):
     for plain, mixed in zip(*anchors, strict=True):
         assert mixed.dtype == torch.float32
         assert torch.equal(plain, mixed)
+
+
+def test_skipped_first_step_leaves_momentum_zero(monkeypatch):
+    """With memory that is not zero by chance: the steps are those of an unfused SGD."""
+    nan_like = lambda tensor, **_: torch.full_like(tensor, float("nan"))  # noqa: E731
+    monkeypatch.setattr(torch, "empty_like", nan_like)
+    results = []
+    for fused in (False, True):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1, fused=fused)
+        if fused:
+            initialize_momentum(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for gradient in (float("inf"), 4.0, 8.0):
+            scaler.scale(weight.sum())  # initializes the scale
+            weight.grad = torch.full((3,), gradient)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results)
+    assert not torch.equal(results[0], torch.ones(3))
