@@ -243,12 +243,12 @@ def record_synchronizations(device: torch.device):
             synchronizations += [w for w in caught if "synchroniz" in str(w.message)]
 
 
-def profile(run, device: torch.device) -> dict:
+def profile(run, device: torch.device, rows: int = 10) -> dict:
     """Profile a call of `run`.
 
     Returns:
-        `profile`: Rows of name, milliseconds and calls for the ten slowest operators, on CUDA
-            kernels. `kernels`: Number of kernels launched on CUDA, None on a CPU.
+        `profile`: Name, milliseconds and calls of the slowest operators (on CUDA, kernels), as many
+            as `rows`. `kernels`: Number of kernels launched on CUDA, None on a CPU.
     """
     cuda = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
@@ -259,9 +259,9 @@ def profile(run, device: torch.device) -> dict:
     events = profiler.key_averages()
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(events, key=lambda event: getattr(event, key), reverse=True)
-    rows = [[event.key[:70], getattr(event, key) / 1000, event.count] for event in events[:10]]
+    slowest = [[event.key[:70], getattr(event, key) / 1000, event.count] for event in events[:rows]]
     kernels = sum(event.count for event in events if getattr(event, key)) if cuda else None
-    return {"profile": rows, "kernels": kernels}
+    return {"profile": slowest, "kernels": kernels}
 
 
 def load_weights(file: Path) -> dict:
