@@ -1,6 +1,9 @@
 """Count where a training step and an evaluation would wait for a CUDA device, without one.
 
-    python tests/simulated_cuda.py MODEL BATCH...
+    python tests/simulated_cuda.py fasterrcnn_resnet50_fpn fixed 2 4 16
+
+The way is `fixed`, with tensors of fixed shape as on CUDA, or `parts`, with torchvision's parts as
+on a CPU.
 
 Tensors say that they are on "cuda:0", while their values are on the CPU. So each `device=` and
 `.to(device)` does what it does on CUDA, and copies between host and device can be told from other
@@ -30,7 +33,7 @@ import models
 import utils
 from coco_utils import Categories
 from internals.batches import Batch
-from internals.fast import kernels
+from internals.fast import FastFasterRCNN, kernels
 from internals.fast.matching import match_plain
 from internals.fast.nms import nms_plain
 from internals.train_state import MovingAverage
@@ -276,5 +279,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     np.random.seed(0)
     simulate_cuda()
-    name, *sizes = sys.argv[1:]
+    name, way, *sizes = sys.argv[1:]
+    FastFasterRCNN.fixed_shapes = way == "fixed"
     print(json.dumps({size: count_waits(name, int(size)) for size in sizes}, indent=1))

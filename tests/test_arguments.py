@@ -66,6 +66,7 @@ def test_defaults_depend_on_other_flags(monkeypatch):
         ("--fixed-size 64 96 --min-size 512", "--fixed-size replaces --min-size"),
         ("--fixed-size 64", "expected 2 arguments"),
         ("--sync-bn", "--sync-bn needs torchrun"),
+        ("--cuda-graphs", "is for training on a CUDA device"),
         ("--ema 1", "1 is not between 0 and 1"),
         ("--weights-backbone none --freeze-backbone", "--freeze-backbone needs pretrained"),
         ("--freeze-backbone --trainable-backbone-layers 2", "trains no backbone layers"),
@@ -176,3 +177,23 @@ def test_every_flag_is_decided_for_resuming():
     flags = set(vars(arguments.parse_arguments([])))
     assert flags == MAY_CHANGE | {*arguments.MODEL_ARGS, *RESUME_INVARIANTS} & flags
     assert not MAY_CHANGE & {*arguments.MODEL_ARGS, *RESUME_INVARIANTS}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch-size 9", "no effect with more than 8 images"),
+        ("--accumulate-steps 2", "cannot accumulate gradients"),
+        ("--model fcos_resnet50_fpn", "is for Faster R-CNN"),
+        ("--test-only --weights COCO_V1", "is for training"),
+    ],
+)
+def test_cuda_graphs_need_small_batches_of_faster_rcnn(flags, message):
+    def validate(line: str) -> None:
+        args = arguments.parse_arguments(line.split())
+        arguments.resolve_defaults(args, None, torch.device("cuda"))
+        arguments.validate_args(args, torch.device("cuda"))
+
+    validate("--cuda-graphs")
+    with pytest.raises(UserError, match=message):
+        validate(f"--cuda-graphs {flags}")

@@ -17,19 +17,24 @@ OPERATORS_PER_IMAGE = 13
 MODEL = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
 
-@pytest.mark.slow
-def test_waits_for_the_device():
+def count_waits(way: str, *sizes: int) -> dict:
     script = ROOT / "tests/simulated_cuda.py"
-    result = run(sys.executable, script, MODEL, *SIZES, PYTHONPATH=str(ROOT))
+    result = run(sys.executable, script, MODEL, way, *sizes, PYTHONPATH=str(ROOT))
     assert not result.returncode, result.stderr
-    counts = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.slow
+def test_step_does_not_wait_and_evaluation_waits_once():
+    counts = count_waits("fixed", *SIZES)
     for size in map(str, SIZES):
         assert counts[size]["step"]["waits"] == {}
         (read,) = counts[size]["log step"]["waits"]
         assert "monitoring.py" in read
         (read,) = counts[size]["evaluation"]["waits"]
         assert "event" in read
-        assert sum(counts[size]["evaluation"]["waits"].values()) == 1
+        for kind in ("log step", "evaluation"):
+            assert sum(counts[size][kind]["waits"].values()) == 1
     for kind in ("step", "evaluation"):
         small, medium, large = (counts[str(size)][kind]["operators"] for size in SIZES)
         assert medium - small <= 2 * OPERATORS_PER_IMAGE
@@ -37,18 +42,8 @@ def test_waits_for_the_device():
 
 
 @pytest.mark.slow
-def test_a_wait_is_found():
-    """The counter itself: on torchvision's parts it finds waits that grow with the batch."""
-    code = """
-import simulated_cuda as s
-from internals.fast import FastFasterRCNN
-s.simulate_cuda()
-FastFasterRCNN.fixed_shapes = False
-counts = [s.count_waits("fasterrcnn_mobilenet_v3_large_320_fpn", n) for n in (2, 4)]
-print(*(sum(c["step"]["waits"].values()) for c in counts))
-"""
-    path = f"{ROOT}:{ROOT / 'tests'}"
-    result = run(sys.executable, "-c", code, PYTHONPATH=path)
-    assert not result.returncode, result.stderr
-    two, four = map(int, result.stdout.split())
+def test_waits_are_found():
+    """The counter itself: torchvision's parts wait more often for more images."""
+    counts = count_waits("parts", 2, 4)
+    two, four = (sum(counts[size]["step"]["waits"].values()) for size in ("2", "4"))
     assert 10 < two < four - 10

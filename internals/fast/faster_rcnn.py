@@ -46,8 +46,8 @@ class FastFasterRCNN(FasterRCNN):
         """
         if self.training and not isinstance(targets, BatchTargets):
             targets = BatchTargets.from_list(targets)
-        fixed = self.fixed_shapes
-        if images[0].is_cuda if fixed is None else fixed:
+        fixed = images[0].is_cuda if self.fixed_shapes is None else self.fixed_shapes
+        if fixed:
             return self._fixed_losses(images, targets) if self.training else self._detect(images)
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets_list = self.transform(images, targets if self.training else None)
