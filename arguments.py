@@ -432,6 +432,8 @@ def _validate_cuda_graphs(args: argparse.Namespace, device: torch.device) -> Non
     if args.batch_size > LARGEST_BATCH:
         raise UserError(f"--cuda-graphs has no effect with more than {LARGEST_BATCH} images: "
                         "remove it, or lower --batch-size")  # fmt: skip
+    if args.find_batch_size:
+        raise UserError("--find-batch-size measures steps without graphs: remove --cuda-graphs")
     if args.accumulate_steps > 1:
         raise UserError("--cuda-graphs cannot accumulate gradients: remove --accumulate-steps")
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import nms
 
 from coco_utils import Split
 
@@ -274,3 +275,13 @@ def weights_hash(file: Path) -> str:
 def launch(script: Path, *flags, **kwargs) -> subprocess.CompletedProcess:
     """Run a launcher with `SMALL_FLAGS` in the virtual environment of the tests."""
     return run("bash", script, *SMALL_FLAGS, *flags, VIRTUAL_ENV=sys.prefix, **kwargs)
+
+
+def stable_batched_nms(boxes, scores, labels, threshold):
+    """Suppress as torchvision's `batched_nms`, of which only the order of equal scores differs."""
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    for label in labels.unique():
+        rows = (labels == label).nonzero()[:, 0]
+        keep[rows[nms(boxes[rows], scores[rows], threshold)]] = True
+    rows = keep.nonzero()[:, 0]
+    return rows[scores[rows].sort(descending=True, stable=True)[1]]

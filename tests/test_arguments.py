@@ -184,6 +184,7 @@ def test_every_flag_is_decided_for_resuming():
     [
         ("--batch-size 9", "no effect with more than 8 images"),
         ("--accumulate-steps 2", "cannot accumulate gradients"),
+        ("--find-batch-size", "measures steps without graphs"),
         ("--model fcos_resnet50_fpn", "is for Faster R-CNN"),
         ("--test-only --weights COCO_V1", "is for training"),
     ],

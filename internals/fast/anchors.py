@@ -6,7 +6,7 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-MAX_CACHED = 16  # 6 MB each at 800 x 1333 pixels
+MAX_CACHED = 32  # 6 MB each at 800 x 1333 pixels
 _cache: dict[tuple, tuple["Anchors", AnchorGenerator]] = {}
 
 
@@ -30,7 +30,9 @@ def find_anchors(
     size = tuple(images.shape[-2:])
     maps = tuple(tuple(feature.shape[-2:]) for feature in features)
     key = (id(generator), size, maps, images.device)
-    if key not in _cache:
+    if key in _cache:
+        _cache[key] = _cache.pop(key)  # the last used one comes last
+    else:
         if len(_cache) >= MAX_CACHED:
             del _cache[next(iter(_cache))]
         with torch.inference_mode(False), torch.no_grad():  # for training, too

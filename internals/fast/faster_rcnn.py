@@ -83,7 +83,7 @@ class FastFasterRCNN(FasterRCNN):
         boxes = targets.boxes * scales[:, None]
         gt = GroundTruth(boxes, targets.labels, targets.counts, targets.seeds)
         if self.graphs and torch.is_grad_enabled():
-            return self.graphs.losses(self.losses, batch, sizes, gt)
+            return self.graphs.losses(batch, sizes, gt)
         return self.losses(batch, sizes, gt)
 
     def _transform(self, images: list, seeds: list[int] | None) -> tuple[torch.Tensor, ...]:

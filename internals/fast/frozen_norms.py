@@ -31,11 +31,16 @@ class FoldedConv2d(nn.Conv2d):
 
     This saves two reads and writes of the feature map in each direction, in float32 under autocast.
     Scale and bias are cached, and so are the scaled weights if they do not train; the cache is
-    invalidated when one of its source tensors or the epsilon changes.
+    invalidated when one of its source tensors or the epsilon changes, and by `train` and `eval`.
     """
 
     norm: tuple[FrozenBatchNorm2d]
     _folded = (None, None)
+
+    def train(self, mode: bool = True) -> "FoldedConv2d":
+        """Set the mode; forget the scaled weights, as a fused optimizer changes them unnoticed."""
+        self._folded = (None, None)
+        return super().train(mode)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve with the scaled weights and the bias of the norm."""

@@ -44,7 +44,11 @@ class FastRoIAlign(MultiScaleRoIAlign):
             elsewhere = (levels != level)[:, None] & is_coordinate
             on_level = rois.masked_fill(elsewhere, OUTSIDE)
             scale = self.scales[level]
-            return roi_align(feature, on_level, self.output_size, scale, self.sampling_ratio)
+            pooled = roi_align(feature, on_level, self.output_size, scale, self.sampling_ratio)
+            if torch.are_deterministic_algorithms_enabled():
+                # torchvision's deterministic version reads a corner instead of nothing.
+                pooled = pooled.masked_fill((levels != level)[:, None, None, None], 0.0)
+            return pooled
 
         features = [x[name] for name in self.featmap_names if name in x]
         return reduce(torch.add, (pool_level(*item) for item in enumerate(features)))

@@ -6,9 +6,9 @@ from textwrap import dedent
 
 import pytest
 import torch
-from helpers import ROOT, start
+from helpers import ROOT, stable_batched_nms, start
 from torch import nn
-from torchvision.ops import MultiScaleRoIAlign, boxes, nms
+from torchvision.ops import MultiScaleRoIAlign, boxes
 
 import models
 from internals.fast import FastFasterRCNN, roi_heads
@@ -61,16 +61,6 @@ def make_batch(case: str) -> tuple[list, list]:
         target = {"boxes": torch.cat([corners, corners + sides], dim=1), "labels": labels}
         targets.append({**target, "seed": 2**64 - 1 - n})
     return images, targets
-
-
-def stable_batched_nms(boxes, scores, labels, threshold):
-    """Suppress as torchvision's `batched_nms`, of which only the order of equal scores differs."""
-    keep = torch.zeros_like(scores, dtype=torch.bool)
-    for label in labels.unique():
-        rows = (labels == label).nonzero()[:, 0]
-        keep[rows[nms(boxes[rows], scores[rows], threshold)]] = True
-    rows = keep.nonzero()[:, 0]
-    return rows[scores[rows].sort(descending=True, stable=True)[1]]
 
 
 @pytest.fixture

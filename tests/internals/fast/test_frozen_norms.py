@@ -91,3 +91,19 @@ def test_trainable_norms_are_not_folded():
     before = [type(module) for module in model]
     fold_frozen_norms(model)
     assert [type(module) for module in model] == before
+
+
+def test_weights_of_a_fused_optimizer_are_noticed_by_the_next_evaluation():
+    """It changes weights in place without a new version; a CUDA graph runs no forward pass."""
+    stock, ours = stock_and_folded(True)
+    x = torch.randn(1, 3, 5, 5)
+    for model in (stock, ours):
+        with torch.no_grad():
+            model.eval()(x)
+        model.train()
+        optimizer = torch.optim.SGD([model[0].weight], lr=0.1, fused=True)
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        optimizer.step()
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), stock(x))
