@@ -31,7 +31,7 @@ class FoldedConv2d(nn.Conv2d):
 
     This saves two reads and writes of the feature map in each direction, in float32 under autocast.
     Scale and bias are cached, and so are the scaled weights if they do not train; the cache is
-    invalidated when one of its source tensors or the epsilon changes, and by `train` and `eval`.
+    invalidated when one of its source tensors or the epsilon changes, and by `eval`.
     """
 
     norm: tuple[FrozenBatchNorm2d]
@@ -39,7 +39,8 @@ class FoldedConv2d(nn.Conv2d):
 
     def train(self, mode: bool = True) -> "FoldedConv2d":
         """Set the mode; forget the scaled weights, as a fused optimizer changes them unnoticed."""
-        self._folded = (None, None)
+        if not (mode and torch.is_grad_enabled()):  # those are cached without gradients only
+            self._folded = (None, None)
         return super().train(mode)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
