@@ -95,18 +95,11 @@ def first_on_each_machine() -> Iterator[None]:
         barrier()
 
 
-def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    """Reduce `tensor` in place over all processes by "sum", "min" or "max", and return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()))
-    return tensor
-
-
 def start_max(value: int) -> Callable[[], int]:
     """Start to find the maximum over all processes; return a function that waits for it."""
     if not dist.is_initialized():
         return lambda: value
-    tensor = torch.tensor(value)
+    tensor = torch.tensor(int(value))
     work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
 
     def wait() -> int:

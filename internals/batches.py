@@ -32,7 +32,7 @@ class Batch:
         self.image_ids = [target["image_id"] for target in targets]
         self.sizes = [tuple(image.shape[-2:]) for image in images]
         self.box_counts = [len(target["boxes"]) for target in targets]
-        self.most_boxes = max(1, -(-max(self.box_counts) // BOX_MULTIPLE)) * BOX_MULTIPLE
+        self.most_boxes = _padded_length(self.box_counts)
         # In NumPy: PyTorch's operators take three times as long for a few boxes.
         labels = np.zeros((len(images), self.most_boxes), dtype=np.int64)
         boxes = np.zeros((len(images), self.most_boxes, 4), dtype=np.float32)
@@ -123,7 +123,7 @@ class BatchTargets(Sequence):
         device, counts = boxes[0].device, [len(rows) for rows in boxes]
         drawn = torch.randint(2**62, (len(targets),)).tolist()
         seeds = [target.get("seed", seed) for target, seed in zip(targets, drawn, strict=True)]
-        padding = boxes[0].new_zeros(max(1, -(-max(counts) // BOX_MULTIPLE)) * BOX_MULTIPLE, 4)
+        padding = boxes[0].new_zeros(_padded_length(counts), 4)
         return cls(
             boxes=pad_sequence([*boxes, padding], batch_first=True)[:-1],
             labels=pad_sequence([*labels, padding[:, 0].long()], batch_first=True)[:-1],
@@ -145,6 +145,10 @@ class BatchTargets(Sequence):
             "labels": self.labels[index, :count],
             "seed": self.image_seeds[index],
         }
+
+
+def _padded_length(counts: list[int]) -> int:
+    return max(1, -(-max(counts) // BOX_MULTIPLE)) * BOX_MULTIPLE
 
 
 def _as_int64(seeds: Sequence[int]) -> torch.Tensor:

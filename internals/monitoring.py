@@ -37,7 +37,7 @@ class StepMonitor:
     def add(self, losses: dict[str, torch.Tensor], step: int, image_ids: list[int]) -> None:
         """Add the losses of a step, or of one of its micro-batches."""
         values = torch.stack([loss.detach().double() for loss in losses.values()])
-        finite = torch.isfinite(values.sum().float())
+        finite = torch.isfinite(values.sum().float()).double()
         self.first_bad = self.first_bad.minimum(finite * self.NEVER + step)
         self.image_ids[step] = image_ids
         self.names = [loss_name(name) for name in losses]

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 import utils
 from internals.errors import StopRequested
 
@@ -101,7 +99,7 @@ def stop_requested() -> bool:
 
 def raise_if_stop_requested() -> None:
     """Raise StopRequested in every process if one has a stop request; all must call this."""
-    if utils.all_reduce(torch.tensor(int(stop_requested())), "max"):
+    if utils.start_max(stop_requested())():
         raise StopRequested
 
 

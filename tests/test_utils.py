@@ -17,7 +17,8 @@ def test_distributed_helpers_without_torchrun():
     rows = np.ones((3, 7))
     assert utils.gather_rows(rows) is rows
     assert utils.gather_objects("a") == ["a"]
-    assert utils.all_reduce(torch.tensor(3)).item() == 3
+    assert utils.start_max(3)() == 3
+    assert utils.gather_numbers(torch.tensor([1.0, 2.0])) == [[1.0, 2.0]]
     assert utils.run_on_rank_0(lambda: 5) == 5
     assert utils.wrap_ddp(torch.nn.Linear(1, 1), True) is None
     with utils.first_on_each_machine():

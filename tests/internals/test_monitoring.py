@@ -14,12 +14,14 @@ def make_monitor() -> StepMonitor:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e39])
-def test_non_finite_loss_is_reported(bad):
+@pytest.mark.parametrize("step", [8, 2**24])  # float32 has no 2**24 + 1
+def test_non_finite_loss_is_reported(bad, step):
     """Losses are float32: a larger sum is not finite, either."""
     monitor = make_monitor()
-    monitor.add({"a": torch.tensor(1e30), "b": torch.tensor(1.0)}, 7, [107, 207])
-    with pytest.raises(RunError, match=r"step 9 .*images \[108, 208\] on rank 0.*--lr"):
-        monitor.add({"a": torch.tensor(1.0), "b": torch.tensor(bad)}, 8, [108, 208])
+    monitor.add({"a": torch.tensor(1e30), "b": torch.tensor(1.0)}, step, [107, 207])
+    expected = rf"step {step + 2} .*images \[108, 208\] on rank 0.*--lr"
+    with pytest.raises(RunError, match=expected):
+        monitor.add({"a": torch.tensor(1.0), "b": torch.tensor(bad)}, step + 1, [108, 208])
 
 
 def test_losses_are_averaged_since_last_read():
