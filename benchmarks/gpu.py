@@ -39,13 +39,13 @@ import coco_utils
 import samplers
 import transforms
 from internals.batches import Batch
-from internals.fast import FastFasterRCNN, kernels, use_cuda_graphs
+from internals.fast import FastFasterRCNN, plain_kernels, roi_heads, rpn, use_cuda_graphs
+from internals.fast.kernels import kernels_for
 
 ROOT, RESULTS = common.ROOT, common.ROOT / "benchmarks/results"
 CUDA = torch.cuda.is_available()
 NUM_CLASSES = 91
 SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"  # for rehearsals
-USABLE_KERNELS = kernels.usable_kernels
 STEP_ARMS = ("stock", "parts", "fixed", "graphs", "plain")
 # Height and width: the most frequent sizes in COCO, as they alternate in a training.
 REAL_SHAPES = ((480, 640), (427, 640), (640, 480), (333, 500), (640, 427), (375, 500))
@@ -79,15 +79,14 @@ class Phase:
         print(f"  {name}: {text}", flush=True)
         self.file.write_text(json.dumps(self.results))
 
-    def attempt(self, name: str, run: Callable[[], dict | None]) -> None:
+    def attempt(self, name: str, run: Callable[[], dict]) -> None:
         """Record the result of `run`, or the error that it ends with."""
         try:
             values = run()
         except Exception as error:
             traceback.print_exc()
             values = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-        if values is not None:
-            self.record(name, **values)
+        self.record(name, **values)
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
@@ -119,7 +118,8 @@ class Phase:
             model.roi_heads.fg_bg_sampler.batch_size_per_image = 32
         if arm == "parts":
             model.fixed_shapes = False
-        kernels.usable_kernels = (lambda device: None) if arm == "plain" else USABLE_KERNELS
+        choose = (lambda device: plain_kernels) if arm == "plain" else kernels_for
+        rpn.kernels_for = roi_heads.kernels_for = choose
         if arm == "graphs":
             use_cuda_graphs(model)
         if arm == "compiled":
@@ -163,25 +163,26 @@ def machine(phase: Phase) -> None:
     """Measure what the hardware can do, and whether the Triton kernels run."""
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     phase.record("versions", card=name, **common.describe_machine())
-    phase.record("kernels", usable=kernels.usable_kernels(phase.device) is not None)
+    phase.record("kernels", triton=kernels_for(phase.device) is not plain_kernels)
     side = 256 if phase.tiny else 8192
     a = torch.randn(side, side, device=phase.device, dtype=torch.bfloat16)
-    host = torch.empty(2**20 if phase.tiny else 2**29, dtype=torch.uint8)
-    host = host.pin_memory() if CUDA else host
-    seconds = {}
-    for name, run in (("product", lambda: a @ a), ("copy", lambda: host.to(phase.device))):
+    flops = 2 * side**3
+    phase.record("matrix product", bfloat16_tflops=flops / _seconds(lambda: a @ a) / 1e12)
+    if CUDA:
+        host = torch.empty(2**29, dtype=torch.uint8).pin_memory()
+        seconds = _seconds(lambda: host.to(phase.device, non_blocking=True))
+        phase.record("copy from pinned memory", gb_per_s=len(host) / seconds / 1e9)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Return the duration of a call, of five after a first one."""
+    run()
+    wait_for_device()
+    start = time.perf_counter()
+    for _ in range(5):
         run()
-        wait_for_device()
-        start = time.perf_counter()
-        for _ in range(5):
-            run()
-        wait_for_device()
-        seconds[name] = max((time.perf_counter() - start) / 5, 1e-9)
-    phase.record(
-        "ceilings",
-        bfloat16_tflops=2 * side**3 / seconds["product"] / 1e12,
-        pinned_copy_gb_per_s=len(host) / seconds["copy"] / 1e9,
-    )
+    wait_for_device()
+    return (time.perf_counter() - start) / 5
 
 
 def tests(phase: Phase) -> None:
@@ -458,6 +459,8 @@ def run_phases(args: argparse.Namespace, work: Path, deadline: float) -> dict:
     found = {}
     for function, limit in PHASES.items():
         name = function.__name__
+        if args.phases and name not in args.phases:
+            continue
         left = deadline - time.monotonic()
         print(f"\n{name}: {function.__doc__.splitlines()[0]}", flush=True)
         if left < 5:
@@ -526,6 +529,8 @@ def main() -> int:
     add("--out", type=Path, metavar="FOLDER",
         help="where to write (default: benchmarks/results; not kept for a rehearsal)")  # fmt: skip
     add("--data-path", type=Path, metavar="FOLDER", help="data set for two epochs of training")
+    add("--phases", nargs="+", choices=[f.__name__ for f in PHASES], metavar="PHASE",
+        help=f"only these of: {', '.join(f.__name__ for f in PHASES)}")  # fmt: skip
     add("--phase", choices=[f.__name__ for f in PHASES], help=argparse.SUPPRESS)
     add("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

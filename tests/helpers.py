@@ -285,3 +285,11 @@ def stable_batched_nms(boxes, scores, labels, threshold):
         keep[rows[nms(boxes[rows], scores[rows], threshold)]] = True
     rows = keep.nonzero()[:, 0]
     return rows[scores[rows].sort(descending=True, stable=True)[1]]
+
+
+def coarse_boxes(count: int, seed: int) -> torch.Tensor:
+    """Return boxes on a coarse grid, so that there are ties."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.randint(0, 8, (count, 2), generator=generator).float()
+    sides = torch.randint(1, 5, (count, 2), generator=generator).float()
+    return torch.cat([corners, corners + sides], dim=1)

@@ -33,9 +33,7 @@ import models
 import utils
 from coco_utils import Categories
 from internals.batches import Batch
-from internals.fast import FastFasterRCNN, kernels
-from internals.fast.matching import match_plain
-from internals.fast.nms import nms_plain
+from internals.fast import FastFasterRCNN, plain_kernels, roi_heads, rpn
 from internals.train_state import MovingAverage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,8 +195,9 @@ def simulate_cuda() -> None:
     torch.Tensor.pin_memory = lambda tensor: tensor
     torch.Tensor.backward = lambda loss: None
     utils.peak_memory = lambda device: 0
-    stand_in = SimpleNamespace(match=on_values(match_plain), nms=on_values(nms_plain))
-    kernels.usable_kernels = lambda device: stand_in
+    names = ("match", "nms")
+    stand_in = SimpleNamespace(**{n: on_values(getattr(plain_kernels, n)) for n in names})
+    rpn.kernels_for = roi_heads.kernels_for = lambda device: stand_in
 
 
 def move_to_cuda(model: torch.nn.Module) -> None:

@@ -63,3 +63,25 @@ def test_parity(tmp_path):
     assert 0 <= ours["AP"] <= 1
     assert "difference, last third" in printed
     assert list(figures["same_weights"]) == ["stock, float32", "ours, float32"]
+
+
+def test_gpu_rehearsal(tmp_path):
+    """On a CPU; the other phases are rehearsed by hand, as they take two minutes."""
+    flags = ("--rehearse", "--out", tmp_path, "--phases", "machine", "waits", "evaluation")
+    done = run(sys.executable, ROOT / "benchmarks/gpu.py", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all phases are complete" in done.stdout
+    found = json.loads((tmp_path / "gpu_cpu.json").read_text())
+    assert list(found) == ["machine", "waits", "evaluation"]
+    arms = {name.partition(",")[0]: values for name, values in found["evaluation"].items()}
+    assert arms.keys() == {"stock", "parts", "fixed"}
+    assert all(values["detections_per_image"] > 0 for values in arms.values())
+    assert "| fixed, batch 1 |" in (tmp_path / "gpu_cpu.md").read_text()
+
+
+def test_gpu_phase_that_fails_is_named(tmp_path):
+    work = ("--data-path", tmp_path / "missing")
+    flags = ("--rehearse", "--out", tmp_path, "--phases", "machine", "commands", *work)
+    done = run(sys.executable, ROOT / "benchmarks/gpu.py", *flags)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "incomplete: commands"

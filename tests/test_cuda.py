@@ -29,9 +29,8 @@ import models
 import utils
 from internals.batches import Batch
 from internals.errors import RunError
-from internals.fast import kernels, use_cuda_graphs
-from internals.fast.matching import match_plain
-from internals.fast.nms import nms_plain
+from internals.fast import plain_kernels, use_cuda_graphs
+from internals.fast.kernels import kernels_for
 from internals.mixed_precision import autocast, initialize_momentum
 
 # Read once per process, at the first matrix product.
@@ -96,7 +95,7 @@ def random_boxes(rows: int, count: int) -> torch.Tensor:
 
 @needs_gpu
 def test_kernels_are_used():
-    assert kernels.usable_kernels(DEVICE) is not None
+    assert kernels_for(DEVICE) is not plain_kernels
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -107,8 +106,10 @@ def test_nms_at_full_size_equals_torchvision(labels):
     label = (boxes[..., 0] % 7).long() if labels else None
     limit = 100 if labels else None
     on_device = [None if x is None else x.to(DEVICE) for x in (boxes, valid)]
-    found = kernels.nms(*on_device, 0.7, None if label is None else label.to(DEVICE), limit)
-    expected = nms_plain(boxes, valid, 0.7, label, limit)
+    found = kernels_for(DEVICE).nms(
+        *on_device, 0.7, None if label is None else label.to(DEVICE), limit
+    )
+    expected = plain_kernels.nms(boxes, valid, 0.7, label, limit)
     # Each processor may round an IoU that equals the threshold otherwise.
     assert (found.cpu() != expected).sum() <= 4
 
@@ -118,8 +119,8 @@ def test_matching_at_full_size_equals_pytorch(matcher):
     """The anchors of an image of 800 x 1333 pixels, and up to 96 boxes."""
     anchors = random_boxes(1, 268_569).to(DEVICE)
     gt_boxes, counts = random_boxes(4, 96).to(DEVICE), torch.tensor([96, 0, 1, 40]).to(DEVICE)
-    matches, kinds = kernels.match(gt_boxes, counts, anchors, matcher)
-    expected_matches, expected_kinds = match_plain(gt_boxes, counts, anchors, matcher)
+    matches, kinds = kernels_for(DEVICE).match(gt_boxes, counts, anchors, matcher)
+    expected_matches, expected_kinds = plain_kernels.match(gt_boxes, counts, anchors, matcher)
     assert torch.equal(kinds, expected_kinds)
     assert torch.equal(matches[counts > 0], expected_matches[counts > 0])
 

@@ -1,4 +1,4 @@
-"""Matching and NMS: by Triton kernels where they run and are right, else in plain PyTorch."""
+"""Choose the kernels for matching and NMS: Triton's where they run and are right."""
 
 from functools import cache
 from types import ModuleType
@@ -7,38 +7,18 @@ import torch
 from torchvision.models.detection._utils import Matcher
 
 import utils
-from internals.fast.matching import match_plain
-from internals.fast.nms import nms_plain
-
-
-def match(
-    gt_boxes: torch.Tensor, counts: torch.Tensor, boxes: torch.Tensor, matcher: Matcher
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Match the boxes of a batch; see `matching.match_plain`."""
-    kernels = usable_kernels(boxes.device)
-    return (kernels.match if kernels else match_plain)(gt_boxes, counts, boxes, matcher)
-
-
-def nms(
-    boxes: torch.Tensor,
-    valid: torch.Tensor,
-    threshold: float,
-    labels: torch.Tensor | None = None,
-    limit: int | None = None,
-) -> torch.Tensor:
-    """Suppress overlapping boxes of a batch; see `nms.nms_plain`."""
-    kernels = usable_kernels(boxes.device)
-    return (kernels.nms if kernels else nms_plain)(boxes, valid, threshold, labels, limit)
+from internals.fast import plain_kernels
 
 
 @cache
-def usable_kernels(device: torch.device) -> ModuleType | None:
-    """Return `triton_kernels`, or None if they do not run on the device or give other results.
+def kernels_for(device: torch.device) -> ModuleType:
+    """Return the module with `match` and `nms` for a device.
 
-    The reason is logged, once per process.
+    On CUDA these are Triton kernels, unless they do not run or give other results; the reason is
+    logged, once per process.
     """
     if device.type != "cuda":
-        return None
+        return plain_kernels
     try:
         from internals.fast import triton_kernels
 
@@ -48,7 +28,7 @@ def usable_kernels(device: torch.device) -> ModuleType | None:
     if problem is None:
         return triton_kernels
     utils.log(f"matching and NMS are slower, as Triton kernels cannot be used ({problem})")
-    return None
+    return plain_kernels
 
 
 def find_difference(kernels: ModuleType, device: torch.device) -> str | None:
@@ -72,12 +52,12 @@ def find_difference(kernels: ModuleType, device: torch.device) -> str | None:
     valid[2] = False
     for options in ((0.7,), (0.5, labels), (0.5, labels, 20)):
         found = kernels.nms(*_to(device, boxes, valid, *options))
-        if not torch.equal(found.cpu(), nms_plain(boxes, valid, *options)):
+        if not torch.equal(found.cpu(), plain_kernels.nms(boxes, valid, *options)):
             return "NMS differs from PyTorch's"
     gt_boxes, counts = random_boxes(3, 16), torch.tensor([16, 0, 5])
     for matcher, candidates in ((Matcher(0.7, 0.3, True), boxes[:1]), (Matcher(0.5, 0.5), boxes)):
         found = kernels.match(*_to(device, gt_boxes, counts, candidates), matcher)
-        expected = match_plain(gt_boxes, counts, candidates, matcher)
+        expected = plain_kernels.match(gt_boxes, counts, candidates, matcher)
         with_boxes = (counts > 0)[:, None]
         for a, b in zip(found, expected, strict=True):
             if not torch.equal(a.cpu() * with_boxes, b * with_boxes):

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 from torchvision.models.detection.roi_heads import RoIHeads
 
+from internals.fast import plain_kernels
 from internals.fast.boxes import (
     GroundTruth,
     Proposals,
@@ -15,9 +16,8 @@ from internals.fast.boxes import (
     large_enough,
     take_rows,
 )
-from internals.fast.kernels import match, nms
+from internals.fast.kernels import kernels_for
 from internals.fast.keys import FIRST_GT_ID, PROPOSALS, random_keys
-from internals.fast.nms import nms_plain
 from internals.fast.rpn import L1_BETA
 from internals.fast.sampling import IGNORED, sample
 
@@ -53,7 +53,8 @@ def select_samples(heads: RoIHeads, proposals: Proposals, gt: GroundTruth) -> Sa
     )
     boxes = torch.cat([proposals.boxes, gt.boxes], dim=1)
     valid = torch.cat([proposals.valid, gt_rows < gt.counts[:, None]], dim=1)
-    matches, kinds = match(gt.boxes, gt.counts, boxes, heads.proposal_matcher)
+    kernels = kernels_for(boxes.device)
+    matches, kinds = kernels.match(gt.boxes, gt.counts, boxes, heads.proposal_matcher)
     positives, is_positive, negatives, is_negative = sample(
         kinds.masked_fill(~valid, IGNORED),
         random_keys(gt.seeds, torch.cat([ranks, FIRST_GT_ID + gt_rows]), PROPOSALS),
@@ -134,8 +135,10 @@ def detect(
     codes = take_rows(deltas.view(images, -1, 4), row * classes + label)
     found = clip(decode(codes, take_rows(proposals.boxes, row), heads.box_coder.weights), sizes)
     usable = (scores >= 0) & large_enough(found, MIN_SIDE)
-    suppress, limit = (nms if candidates else nms_plain), heads.detections_per_img
-    keep = suppress(found, usable, heads.nms_thresh, label, limit)
+    # The Triton kernel holds a whole list in registers, which is too much for all of them.
+    kernels = kernels_for(found.device) if candidates else plain_kernels
+    limit = heads.detections_per_img
+    keep = kernels.nms(found, usable, heads.nms_thresh, label, limit)
     scores, order = scores.masked_fill(~keep, -1.0).sort(dim=1, descending=True, stable=True)
     order = order[:, :limit]
     rows = torch.cat([take_rows(found, order), scores[:, :limit, None]], dim=2)

@@ -20,7 +20,7 @@ from internals.fast.boxes import (
     large_enough,
     take_rows,
 )
-from internals.fast.kernels import match, nms
+from internals.fast.kernels import kernels_for
 from internals.fast.keys import ANCHORS, random_keys
 from internals.fast.sampling import sample
 
@@ -63,7 +63,8 @@ def rpn_losses(
     objectness, deltas, (anchors, ids), _ = predictions
     sampler = rpn.fg_bg_sampler
     with torch.no_grad():
-        matches, kinds = match(gt.boxes, gt.counts, anchors[None], rpn.proposal_matcher)
+        kernels = kernels_for(anchors.device)
+        matches, kinds = kernels.match(gt.boxes, gt.counts, anchors[None], rpn.proposal_matcher)
         positives, is_positive, negatives, is_negative = sample(
             kinds,
             random_keys(gt.seeds, ids, ANCHORS),
@@ -130,6 +131,7 @@ def _nms_by_level(rpn: RegionProposalNetwork, levels: list[tuple]) -> torch.Tens
             [valid for *_, valid in levels],
         )
     )
-    keep = nms(boxes.flatten(0, 1), valid.flatten(0, 1), rpn.nms_thresh)
+    kernels = kernels_for(boxes.device)
+    keep = kernels.nms(boxes.flatten(0, 1), valid.flatten(0, 1), rpn.nms_thresh)
     keep = keep.view(valid.shape)
     return torch.cat([kept[:, :n] for kept, n in zip(keep, lengths, strict=True)], dim=1)

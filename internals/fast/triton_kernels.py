@@ -105,7 +105,7 @@ def match(
     matcher: Matcher,
     block: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Match as `matching.match_plain`, without a matrix of IoUs; `block` boxes per program."""
+    """Match as `plain_kernels.match`, without a matrix of IoUs; `block` boxes per program."""
     gt_boxes, counts, boxes = gt_boxes.contiguous(), counts.contiguous(), boxes.contiguous()
     images, padded, _ = gt_boxes.shape
     count = boxes.shape[1]
@@ -174,7 +174,7 @@ def nms(
     labels: torch.Tensor | None = None,
     limit: int | None = None,
 ) -> torch.Tensor:
-    """Suppress as `nms.nms_plain`, with one program per row, without waiting."""
+    """Suppress as `plain_kernels.nms`, with one program per row, without waiting."""
     rows, count, _ = boxes.shape
     keep = torch.empty(rows, count, dtype=torch.int8, device=boxes.device)
     block = triton.next_power_of_2(count)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import ROOT, run
 
-from internals.fast import kernels
+from internals.fast import kernels, plain_kernels
 
 
 def run_python(code: str, **environment) -> str:
@@ -23,9 +23,7 @@ def test_kernels_agree_with_pytorch_in_interpreter():
     code = """
         import torch
         from torchvision.models.detection._utils import Matcher
-        from internals.fast import kernels, triton_kernels
-        from internals.fast.matching import match_plain
-        from internals.fast.nms import nms_plain
+        from internals.fast import kernels, plain_kernels, triton_kernels
 
         assert kernels.find_difference(triton_kernels, torch.device("cpu")) is None
         torch.manual_seed(0)
@@ -34,13 +32,13 @@ def test_kernels_agree_with_pytorch_in_interpreter():
         valid, labels = torch.rand(3, 300) < 0.9, torch.randint(1, 4, (3, 300))
         for options in ((0.3,), (0.7,), (0.5, labels), (0.5, labels, 7)):
             found = triton_kernels.nms(boxes, valid, *options)
-            assert torch.equal(found, nms_plain(boxes, valid, *options)), options
+            assert torch.equal(found, plain_kernels.nms(boxes, valid, *options)), options
         gt_boxes, counts = boxes[:, :16], torch.tensor([16, 0, 3])
         gt_boxes[2, 0] += 1000  # overlaps nothing
         for matcher in (Matcher(0.7, 0.3, True), Matcher(0.5, 0.5)):
             for candidates in (boxes[1:2], boxes):
                 found = triton_kernels.match(gt_boxes, counts, candidates, matcher, block=128)
-                expected = match_plain(gt_boxes, counts, candidates, matcher)
+                expected = plain_kernels.match(gt_boxes, counts, candidates, matcher)
                 assert torch.equal(found[1], expected[1])
                 assert torch.equal(found[0][[0, 2]], expected[0][[0, 2]])
         # The check finds errors.
@@ -103,7 +101,7 @@ def fail(*_) -> None:
 def test_unusable_kernels_are_reported_in_one_line(monkeypatch, capsys, check, reason):
     monkeypatch.setattr(kernels, "find_difference", check)
     monkeypatch.setitem(sys.modules, "internals.fast.triton_kernels", object())
-    assert kernels.usable_kernels.__wrapped__(torch.device("cuda")) is None
+    assert kernels.kernels_for.__wrapped__(torch.device("cuda")) is plain_kernels
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("matching and NMS are slower")
     assert line.endswith(reason)
@@ -111,9 +109,9 @@ def test_unusable_kernels_are_reported_in_one_line(monkeypatch, capsys, check, r
 
 def test_missing_triton_is_reported(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "internals.fast.triton_kernels", None)
-    assert kernels.usable_kernels.__wrapped__(torch.device("cuda")) is None
+    assert kernels.kernels_for.__wrapped__(torch.device("cuda")) is plain_kernels
     assert "cannot be used (" in capsys.readouterr().out
 
 
 def test_cpu_needs_no_kernels():
-    assert kernels.usable_kernels(torch.device("cpu")) is None
+    assert kernels.kernels_for(torch.device("cpu")) is plain_kernels
