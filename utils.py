@@ -182,9 +182,11 @@ def ddp_sync(model: torch.nn.Module, enabled: bool):
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
-    """Copy rank 0's buffers to every process: BatchNorm's running statistics differ by process."""
+    """Copy rank 0's running statistics of BatchNorm, which differ by process, to every process."""
+    # Frozen norms are not written: CUDA graphs that have folded them would have to be made anew.
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     if dist.is_initialized():
-        for buffer in model.buffers():
+        for buffer in (buffer for norm in norms for buffer in norm.buffers()):
             dist.broadcast(buffer, src=0)
 
 

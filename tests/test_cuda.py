@@ -360,10 +360,13 @@ def test_one_process_with_nccl(monkeypatch):
         alone = [losses for losses, _ in train(make_state(copy.deepcopy(model)), batches)]
         use_cuda_graphs(model)
         state = make_state(model)
-        state.ddp_model = nn.parallel.DistributedDataParallel(
-            model, device_ids=[0], gradient_as_bucket_view=True
-        )
+        with monkeypatch.context() as patch:
+            patch.setattr(utils, "world_size", lambda: 2)
+            state.ddp_model = utils.wrap_ddp(model, sync_buffers=False)
         together = [losses for losses, _ in train(state, batches)]
+        assert len(model.graphs.graphs) == 1
+        utils.broadcast_buffers(model)  # as before an evaluation
+        train(state, batches[:1])
         assert len(model.graphs.graphs) == 1
         for a, b in zip(together, alone, strict=True):
             assert a == pytest.approx(b, rel=2e-2, abs=1e-3)
@@ -376,7 +379,7 @@ def test_one_process_with_nccl(monkeypatch):
 
 @needs_gpu
 def test_deterministic_algorithms_repeat_a_step():
-    """And have the losses of torchvision's parts in this mode."""
+    """And have the losses of torchvision's parts in this mode, which it compiles for a minute."""
     model, batch = build(), make_batch(2)
     torch.use_deterministic_algorithms(True)
     try:
