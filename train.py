@@ -31,7 +31,6 @@ import transforms
 import utils
 from arguments import (
     base_learning_rate,
-    default_workers,
     parse_arguments,
     resolve_defaults,
     to_plain_dict,
@@ -61,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     saved = load_resume_checkpoint(args)
     resolve_defaults(args, saved["args"] if saved else None, device)
     validate_args(args, device)
+    reject_too_narrow(args, indexes)
     amp_dtype, precision = choose_precision(args, device)
 
     # Data
@@ -157,7 +157,9 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
 def load_index(args: argparse.Namespace, split: str) -> coco_utils.CocoIndex:
     """Read the annotation file of a split, "train" or "val"."""
     paths = (getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images"))
-    return coco_utils.CocoIndex(coco_utils.find_split(args.data_path, split, *paths))
+    index = coco_utils.CocoIndex(coco_utils.find_split(args.data_path, split, *paths))
+    index.as_annotated = args.evaluate_as_annotated
+    return index
 
 
 def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
@@ -175,7 +177,10 @@ def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
         splits = ("val",) if args.test_only else ("val", "train")
         indexes = {split: load_index(args, split) for split in splits}
     for split, index in indexes.items():
-        data_checks.check_annotations(index, split, ignore_missing=args.max_bad_images > 0)
+        ignore_missing = args.max_bad_images > 0
+        data_checks.check_annotations(index, split, ignore_missing, args.trust_boxes)
+    for text in data_checks.compare_splits(indexes):
+        utils.log_field("", f"note: {text}")
     if not args.test_only:
         select_images(args, indexes["train"])  # for its errors, before the processes connect
     return indexes
@@ -184,7 +189,20 @@ def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
 def select_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.ndarray:
     """Return the positions of the images to train on; raise UserError if there are too few."""
     batch_size = args.batch_size * args.accumulate_steps
-    return samplers.select_train_images(index, args.keep_empty, batch_size, utils.world_size())
+    keep_empty = args.keep_empty is not False  # None: the default is not set yet
+    return samplers.select_train_images(index, keep_empty, batch_size, utils.world_size())
+
+
+def reject_too_narrow(args: argparse.Namespace, indexes: dict[str, coco_utils.CocoIndex]) -> None:
+    """Raise UserError if an augmentation or the model would leave no pixel of an image."""
+    fixed_size = bool(args.fixed_size) or not models.RECIPES[args.model].resizable
+    sizes = (args.min_size, args.max_size, fixed_size)
+    for split, index in indexes.items():
+        preset = "none" if split == "val" else args.data_augmentation
+        too_narrow = transforms.find_too_narrow(index.sizes, preset, *sizes)
+        settings = f"--min-size {args.min_size}, --max-size {args.max_size}"
+        settings += "" if preset == "none" else f" and --data-augmentation {preset}"
+        data_checks.reject_too_narrow(index, too_narrow, settings)
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -195,10 +213,11 @@ def check_data(args: argparse.Namespace) -> None:
     """
     if utils.rank() != 0:
         return
+    resolve_defaults(args, None, torch.device("cpu"))
     splits = ("val",) if args.test_only else ("train", "val")
     indexes = {split: load_index(args, split) for split in splits}
-    workers = default_workers() if args.workers is None else args.workers
-    data_checks.check_all(indexes, workers, args.max_bad_images)
+    data_checks.check_all(indexes, args.workers, args.max_bad_images, args.trust_boxes)
+    reject_too_narrow(args, indexes)
     if not args.test_only:
         select_images(args, indexes["train"])
     utils.log("data check passed")
