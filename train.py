@@ -40,7 +40,7 @@ from internals import batch_size as batch_size_search
 from internals import data_checks, failures, preemption, run_log
 from internals.command_line import prepare_output_dir
 from internals.devices import choose_device
-from internals.errors import UserError
+from internals.errors import DataError, UserError
 from internals.fast import use_cuda_graphs
 from internals.mixed_precision import initialize_momentum, resolve_precision
 from internals.train_state import MovingAverage, TrainState
@@ -196,13 +196,15 @@ def select_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.n
 def reject_too_narrow(args: argparse.Namespace, indexes: dict[str, coco_utils.CocoIndex]) -> None:
     """Raise UserError if an augmentation or the model would leave no pixel of an image."""
     fixed_size = bool(args.fixed_size) or not models.RECIPES[args.model].resizable
-    sizes = (args.min_size, args.max_size, fixed_size)
+    sizes, found = (args.min_size, args.max_size, fixed_size), []
     for split, index in indexes.items():
         preset = "none" if split == "val" else args.data_augmentation
         too_narrow = transforms.find_too_narrow(index.sizes, preset, *sizes)
         settings = f"--min-size {args.min_size}, --max-size {args.max_size}"
         settings += "" if preset == "none" else f" and --data-augmentation {preset}"
-        data_checks.reject_too_narrow(index, too_narrow, settings)
+        found.append(data_checks.describe_too_narrow(index, too_narrow, settings))
+    if any(found):
+        raise DataError("\n".join(filter(None, found)))
 
 
 def check_data(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from internals.errors import DataError
 
 MAX_EXAMPLES = 20
+MAX_EXAMPLES_IN_NOTES = 5
 # Larger integers are not exact in the float64 rows of detections.
 MAX_ID = 2**53
 # Boxes with a side below this, in pixels of the image, are not used: in float32, after resizing a
@@ -38,11 +39,12 @@ class DataIssue(NamedTuple):
     fatal: bool = True  # False: only logged
 
     def __str__(self) -> str:
-        is_long = len(self.examples) > 1 and max(map(len, self.examples)) >= 80
+        examples = self.examples if self.fatal else self.examples[:MAX_EXAMPLES_IN_NOTES]
+        is_long = len(examples) > 1 and max(map(len, examples)) >= 80
         start, separator, end = ("\n    ",) * 3 if is_long else (" ", ", ", ". ")
-        rest = self.count - len(self.examples)
-        more = f" and {rest} more" if rest else ""
-        listed = separator.join(self.examples)
+        rest = self.count - len(examples)
+        more = f" and {rest:,} more" if rest else ""
+        listed = separator.join(examples)
         return f"{self.kind} ({self.count:,}):{start}{listed}{more}{end}{self.remedy}"
 
 

@@ -299,24 +299,24 @@ def check_annotations(index, split: str, ignore_missing: bool, trust_boxes: bool
         utils.log_field("", line)
 
 
-def reject_too_narrow(index, too_narrow: np.ndarray, settings: str) -> None:
-    """Raise DataError if there are images that are too narrow for the model or augmentation.
+def describe_too_narrow(index, too_narrow: np.ndarray, settings: str) -> str | None:
+    """Describe the images that are too narrow for the model or an augmentation; None without any.
 
     Args:
         index: The data set.
         too_narrow: Of `transforms.find_too_narrow`.
-        settings: The flags that decide it, for the message.
+        settings: The flags that decide it.
     """
     images = np.flatnonzero(too_narrow)
     if not len(images):
-        return
+        return None
     examples = [
         f"{index.file_name(i)} (id {index.image_ids[i]}, {index.sizes[i, 0]} x {index.sizes[i, 1]})"
         for i in images[:MAX_EXAMPLES]
     ]
     kind = f"images that are too narrow: with {settings} no pixel of their shorter side is left"
     remedy = "Crop them, cut them into tiles, or remove them from the annotation file"
-    raise_if_fatal(index, [DataIssue(kind, examples, len(images), remedy)])
+    return f"{index.annotation_file}: {DataIssue(kind, examples, len(images), remedy)}"
 
 
 def compare_splits(indexes: dict) -> list[str]:
@@ -328,8 +328,8 @@ def compare_splits(indexes: dict) -> list[str]:
     train, val, found = indexes.get("train"), indexes["val"], []
     if not val.usable.any():
         found.append(
-            f"{val.annotation_file} has no box to find: there will be no AP, the newest weights "
-            "count as the best, and --early-stop-patience has no effect"
+            f"{val.annotation_file} has no box to find: AP cannot be measured. In a training the "
+            "newest weights then count as the best, and --early-stop-patience has no effect"
         )
     if train is None or train is val:
         return found

@@ -439,7 +439,7 @@ def test_data_without_boxes_is_rejected(tiny, tmp_path):
 def test_validation_without_boxes_is_said_and_keeps_the_newest_as_the_best(tiny, tmp_path):
     rewrite(split_of(tiny, "val"), lambda data: data.update(annotations=[]))
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out")
-    assert "has no box to find: there will be no AP" in train_in_process(*flags, "--check-data")
+    assert "has no box to find: AP cannot be measured" in train_in_process(*flags, "--check-data")
     text = train_in_process(*flags, "--epochs", "3", "--early-stop-patience", "1")
     assert text.index("has no box to find") < text.index("epoch 0")
     assert "epoch 2  no AP, as there is no box to find: the newest is the best" in text
