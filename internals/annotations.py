@@ -18,7 +18,7 @@ import numpy as np
 from internals.errors import DataError
 
 MAX_EXAMPLES = 20
-MAX_EXAMPLES_IN_NOTES = 5
+MAX_SHORT_EXAMPLES = 5  # of those that are listed in one line
 # Larger integers are not exact in the float64 rows of detections.
 MAX_ID = 2**53
 # Boxes with a side below this, in pixels of the image, are not used: in float32, after resizing a
@@ -39,8 +39,8 @@ class DataIssue(NamedTuple):
     fatal: bool = True  # False: only logged
 
     def __str__(self) -> str:
-        examples = self.examples if self.fatal else self.examples[:MAX_EXAMPLES_IN_NOTES]
-        is_long = len(examples) > 1 and max(map(len, examples)) >= 80
+        is_long = len(self.examples) > 1 and max(map(len, self.examples)) >= 80
+        examples = self.examples if is_long else self.examples[:MAX_SHORT_EXAMPLES]
         start, separator, end = ("\n    ",) * 3 if is_long else (" ", ", ", ". ")
         rest = self.count - len(examples)
         more = f" and {rest:,} more" if rest else ""

@@ -55,9 +55,25 @@ def find_issues(index, missing: bool = True, trust_boxes: bool = False) -> list[
         missing: Whether to include missing image files.
         trust_boxes: Whether boxes may look like shares of the image or corners (--trust-boxes).
     """
-    issues = [*index.issues, *_image_issues(index), *_file_issues(index)]
+    issues = [*index.issues, *_category_issues(index), *_image_issues(index), *_file_issues(index)]
     issues += _box_issues(index, trust_boxes)
     return [issue for issue in issues if issue.count and (missing or issue.kind != MISSING)]
+
+
+def _category_issues(index) -> Iterator[DataIssue]:
+    names = index.categories.names
+    repeated = [
+        f"{name!r} (id {i})"
+        for i, name in index.categories.id_to_name.items()
+        if names.count(name) > 1
+    ]
+    yield DataIssue(
+        "categories with the name of another one",
+        repeated[:MAX_EXAMPLES],
+        len(repeated),
+        "They are kept apart by their id: merge them, if they mean the same",
+        fatal=False,
+    )
 
 
 def _image_issues(index) -> Iterator[DataIssue]:
@@ -503,8 +519,9 @@ def describe(index) -> str:
         f"medium, {large:,} large (over 96 x 96)",
         "  boxes (without crowds) and images with such boxes, by category:",
     ]
-    width, image_of_rows = max(map(len, index.categories.names)), index.image_of_rows()
-    for category_id, name in index.categories.id_to_name.items():
+    names, image_of_rows = index.categories.display_names, index.image_of_rows()
+    width = max(map(len, names))
+    for category_id, name in zip(index.categories.ids, names, strict=True):
         rows = (index.category_ids == category_id) & ~index.iscrowd
         boxes, images = np.count_nonzero(rows), len(np.unique(image_of_rows[rows]))
         lines.append(f"    {name:<{width}} {boxes:9,} {images:9,}")

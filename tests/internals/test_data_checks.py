@@ -98,6 +98,14 @@ def test_dropped_and_clipped_boxes_are_counted_by_kind(tiny):
     assert "boxes without a size: 3" in data_checks.summarize(index)
 
 
+def test_categories_of_one_name_are_noted(tiny):
+    rewrite(split_of(tiny), lambda data: data["categories"].append({"id": 7, "name": "cat"}))
+    index = CocoIndex(split_of(tiny))
+    name = "categories with the name of another one"
+    assert kinds_of(index) == {name: ["'cat' (id 2)", "'cat' (id 7)"]}
+    assert "cat (id 7)         0         0" in data_checks.describe(index)
+
+
 def change_all(change):
     return lambda data: [change(row) for row in data["annotations"]]
 
@@ -195,7 +203,7 @@ def test_examples_are_limited_to_20(tmp_path):
     (issue,) = data_checks.find_issues(index)
     assert issue.count == 30
     assert len(issue.examples) == 20
-    assert re.search(r"^annotations .* \(30\): .* and 10 more\.", str(issue))
+    assert re.search(r"^annotations .* \(30\): (\d+ of image \d+,? ?){5} and 25 more\.", str(issue))
 
 
 def test_links_out_of_image_folder_are_rejected(tiny, tmp_path):
