@@ -170,6 +170,7 @@ MAY_CHANGE = {
     *("tensorboard", "no_report", "early_stop_patience", "max_steps"),
     *("dataset", "start_epoch"),
     *("max_bad_images", "overfit"),  # the content of the data is an invariant
+    "truncated_images",  # it changes no pixel of an image that both settings use
 }
 
 
