@@ -10,6 +10,7 @@ import coco_eval
 import models
 import transforms
 import utils
+from internals.bit_depth import BIT_DEPTHS
 from internals.command_line import (
     ArgumentParser,
     evaluator_name,
@@ -22,7 +23,6 @@ from internals.command_line import (
 )
 from internals.errors import UserError
 from internals.fast.cuda_graphs import LARGEST_BATCH
-from internals.images import BIT_DEPTHS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -263,7 +263,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # The flags that define the model and its input (an augmentation may set its sizes). Without a value
-# they come from the checkpoint to resume. What else must not change is in checkpoint.RESUME_INVARIANTS.
+# they come from the checkpoint to resume. What else must not change: checkpoint.RESUME_INVARIANTS.
 MODEL_ARGS = (
     "model",
     "weights",

@@ -21,7 +21,8 @@ from internals.batches import Batch
 from internals.data_checks import find_more_bad_images
 from internals.errors import DataError
 from internals.failures import image_error
-from internals.images import DEFAULT_RULES, ImageNote, read_image
+from internals.image_notes import ImageNote
+from internals.images import DEFAULT_RULES, read_image
 
 # COCO's 80 category ids are not contiguous; torchvision's COCO weights have an output for each
 # number from 0 (background) to 90.

@@ -13,7 +13,7 @@ import utils
 from coco_utils import Categories, CocoIndex
 from internals import preemption
 from internals.batches import BatchTargets
-from internals.images import log_notes
+from internals.image_notes import log_notes
 from internals.mixed_precision import autocast
 from internals.monitoring import StepMonitor, explain_oom, loss_name
 from internals.train_state import TrainState

@@ -37,15 +37,15 @@ import models
 import utils
 from coco_utils import Categories, CocoIndex, Split
 from internals.batches import Batch
+from internals.bit_depth import BIT_DEPTHS
 from internals.command_line import ArgumentParser, positive_int, prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import DataError, RunError, UserError
 from internals.failures import run_command
 from internals.image_arguments import find_images
+from internals.image_notes import ImageNote, log_notes
 from internals.images import (
-    BIT_DEPTHS,
     DEEP_SUFFIXES,
-    ImageNote,
     ImageRules,
     measure_bit_depth,
     read_image,
@@ -295,10 +295,9 @@ def prefetch_map(function: Callable, items: Iterable, threads: int, ahead: int) 
 
 
 def skip_unusable(images: Iterable[InputImage]) -> Iterator[InputImage]:
-    """Yield the images without an error; print notes and the errors of the others to stderr."""
+    """Yield the images without an error; print the errors of the others to stderr."""
     for image in images:
-        for note in image.notes:
-            tqdm.write(f"note: {note.kind}: {note.text}", file=sys.stderr)
+        log_notes(image.notes)
         if image.error:
             tqdm.write(f"skipped: {image.error}", file=sys.stderr)
         else:

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 import utils
 from internals.annotations import MAX_EXAMPLES, DataIssue
 from internals.errors import DataError
-from internals.images import DEEP_SUFFIXES, MAX_PIXELS, NOTE_REMEDIES, measure_bit_depth
+from internals.image_notes import NOTE_REMEDIES
+from internals.images import DEEP_SUFFIXES, MAX_PIXELS, measure_bit_depth
 
 MISSING = "image files that are missing"
 # In pixels: smaller excesses are rounding errors of the annotation tool.

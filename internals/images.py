@@ -4,19 +4,17 @@ import contextlib
 import errno
 import io
 import os
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-import utils
+from internals.bit_depth import Samples, bits_of, scale_gray
 from internals.errors import DataError
+from internals.image_notes import PAGES, TRUNCATED, UNTURNED, WARNED, ImageNote, warnings_as_notes
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 # The file name suffixes of these formats.
@@ -30,12 +28,13 @@ MAX_PIXELS, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
 
 # A cut JPEG is used if this share of its rows can be decoded (--truncated-images use).
 MIN_DECODED = 0.75
-# The bits that cameras and scanners record.
-BIT_DEPTHS = (8, 10, 12, 14, 16)
 # Only files with these suffixes are searched for 16-bit gray: other formats do not have it.
 DEEP_SUFFIXES = (".png", ".tif", ".tiff", ".pgm", ".pnm")
 # `measure_bit_depth` opens the first number of such files, and decodes the second.
 OPENED, DECODED = 256, 32
+# The first bytes of supported formats: JPEG, PNG, GIF, TIFF.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
+END_OF_IMAGE = b"\xff\xd9"  # of a JPEG
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -62,33 +61,6 @@ class ImageRules:
 
 
 DEFAULT_RULES = ImageRules()
-
-# The kinds of `ImageNote`, and what to do about them.
-TRUNCATED = "truncated image files that are used"
-WARNED = "image files with warnings of their decoder"
-CLIPPED = "16-bit images with values that need more bits than --bit-depth"
-OWN_DEPTH = "16-bit images scaled by their own largest value"
-DARK = "16-bit images that are nearly black"
-UNTURNED = "images used without their EXIF rotation"
-PAGES = "image files of several pages or frames"
-NOTE_REMEDIES = {
-    TRUNCATED: "Their missing part is gray",
-    WARNED: "They are used: check that they look right",
-    CLIPPED: "Such values are clipped: set --bit-depth",
-    OWN_DEPTH: "Their brightness cannot be compared: set --bit-depth",
-    DARK: "They use less than a sixteenth of the range of --bit-depth: store all images with the "
-    "same number of bits",
-    UNTURNED: "Only so they have the annotated size, but boxes drawn in the rotated image would "
-    "not fit: look at a few with predict.py --show-truth",
-    PAGES: "Only the first is used",
-}
-
-
-class ImageNote(NamedTuple):
-    """Something to know about an image that is used."""
-
-    kind: str  # a key of NOTE_REMEDIES
-    text: str  # with the path
 
 
 def read_image(
@@ -141,7 +113,7 @@ def _read(
 ) -> torch.Tensor:
     found = []
     try:
-        with _warnings_as_notes(path, found):
+        with warnings_as_notes(path, found):
             pixels = _decode(path, path, size, rules, found)
     except (DataError, MemoryError):
         raise
@@ -161,10 +133,19 @@ def _read(
 def _unreadable(path: Path, error: Exception) -> DataError:
     reason = getattr(error, "strerror", None) or error
     if isinstance(error, UnidentifiedImageError):
-        reason = "not in a supported format" if path.stat().st_size else "the file is empty"
+        reason = _why_unidentified(path)
     return DataError(
         f"{path} cannot be read as an image: {reason}", kind="image files that cannot be read"
     )
+
+
+def _why_unidentified(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        return "the file is empty"
+    known = start.startswith(SIGNATURES)
+    return "its header is damaged, or its end is missing" if known else "not in a supported format"
 
 
 def _decode(
@@ -184,7 +165,7 @@ def _decode(
             )
         if image.format not in ("JPEG", "MPO") and getattr(image, "is_animated", False):
             notes.append(ImageNote(PAGES, str(path)))
-        samples = _Samples.of(image)
+        samples = Samples.of(image)
         return _to_rgb(_apply_orientation(image, path, size, notes), path, samples, rules, notes)
 
 
@@ -212,33 +193,10 @@ def _apply_orientation(
 # --------------------------------------------------------------------------------------- 16 bits
 
 
-class _Samples(NamedTuple):
-    """How a file stores its samples, as far as Pillow's mode does not tell; see `_Samples.of`."""
-
-    has_16_bits: bool  # and Pillow has not scaled them by a maximum that the file states
-    stated_maximum: int  # 0: none
-    white_is_zero: bool
-
-    @classmethod
-    def of(cls, image: Image.Image) -> "_Samples":
-        """Describe the samples of an image that is not loaded yet."""
-        decoder, _, _, args = image.tile[0] if image.tile else ("", None, 0, "")
-        raw_mode = str(args[0] if isinstance(args, tuple) and args else args)
-        if image.format == "PPM":  # Pillow scales by the maximum, except where it is the format's
-            maximum = 65535 if ";16" in raw_mode else args[1] if decoder != "raw" else 255
-            return cls(maximum == 65535, 0, False)
-        if image.format != "TIFF":
-            return cls(";16" in raw_mode or image.mode.startswith("I"), 0, False)
-        maximum = image.tag_v2.get(281)  # MaxSampleValue
-        maximum = 4095 if raw_mode.endswith("I;12") else maximum if isinstance(maximum, int) else 0
-        deep = ";16" in raw_mode or image.mode.startswith("I")
-        return cls(deep, maximum, image.tag_v2.get(262) == 0)  # PhotometricInterpretation
-
-
 def _to_rgb(
     image: Image.Image,
     path: Path,
-    samples: _Samples,
+    samples: Samples,
     rules: ImageRules,
     notes: list[ImageNote],
 ) -> np.ndarray:
@@ -248,7 +206,7 @@ def _to_rgb(
             kind="image files that cannot be read",
         )
     if image.mode.startswith("I"):  # convert("RGB") would clip it at 255
-        gray = _scale_gray(np.asarray(image), path, samples, rules, notes)
+        gray = scale_gray(np.asarray(image), path, samples, rules.bit_depth, notes)
         return np.repeat(gray[:, :, None], 3, axis=2)
     image.info.pop("transparency", None)  # it is dropped, of which Pillow would warn
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -259,39 +217,6 @@ def _to_rgb(
             kind="image files that cannot be read",
         )
     return pixels
-
-
-def _scale_gray(
-    values: np.ndarray,
-    path: Path,
-    samples: _Samples,
-    rules: ImageRules,
-    notes: list[ImageNote],
-) -> np.ndarray:
-    """Scale gray values of more than 8 bits to 8 bits."""
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        raise DataError(
-            f"{path} has pixel values from {low:,} to {high:,}, whose range is unknown: store it "
-            "with 8 or 16 bits",
-            kind="image files that cannot be read",
-        )
-    depth = (rules.bit_depth or bits_of(high)) if samples.has_16_bits else 16
-    if samples.has_16_bits:
-        detail = f"{path}, up to {high:,}"
-        if rules.bit_depth is None:
-            notes.append(ImageNote(OWN_DEPTH, detail))
-        elif high >> depth:
-            notes.append(ImageNote(CLIPPED, detail))
-        elif not high >> (depth - 4):
-            notes.append(ImageNote(DARK, detail))
-    gray = (values >> (depth - 8)).clip(max=255).astype(np.uint8)
-    return 255 - gray if samples.white_is_zero else gray
-
-
-def bits_of(value: int) -> int:
-    """Return the smallest of BIT_DEPTHS whose range has a value from 0 to 65,535."""
-    return next(bits for bits in BIT_DEPTHS if value < 1 << bits)
 
 
 def measure_bit_depth(files: Sequence[Path]) -> tuple[int, str] | None:
@@ -310,8 +235,8 @@ def measure_bit_depth(files: Sequence[Path]) -> tuple[int, str] | None:
     file = max(largest, key=largest.get)
     depth = bits_of(largest[file])
     return depth, (
-        f"16-bit gray images hold {depth} bits: divided by {1 << (depth - 8)} (the largest value "
-        f"of {len(largest)} files is {largest[file]:,}, in {file})"
+        f"16-bit gray images hold {depth} bits: divided by {1 << (depth - 8)} (the largest value or stated "
+        f"maximum of {len(largest)} files is {largest[file]:,}, in {file})"
     )
 
 
@@ -327,10 +252,10 @@ def _largest_gray_value(file: Path, decode: bool = True) -> int:
     """
     with (
         contextlib.suppress(Exception),  # reading it will raise an error that names it
-        _warnings_as_notes(file, []),
+        warnings_as_notes(file, []),
         Image.open(file, formats=IMAGE_FORMATS) as image,
     ):
-        samples = _Samples.of(image)
+        samples = Samples.of(image)
         if not (samples.has_16_bits and image.mode.startswith("I")):
             return 0
         if not decode:
@@ -360,7 +285,7 @@ def _decode_truncated(
         if not content.startswith(b"\xff\xd8"):
             return None
         share = _decoded_share(content)
-        with _warnings_as_notes(path, notes):
+        with warnings_as_notes(path, notes):
             pixels = _decode(io.BytesIO(content + END_OF_IMAGE), path, size, rules, notes)
     except (DataError, MemoryError):
         raise
@@ -368,16 +293,15 @@ def _decode_truncated(
         return None
     enough = share >= MIN_DECODED
     if rules.use_truncated and enough:
-        notes.append(ImageNote(TRUNCATED, f"{path}, {share:.0%} of its rows"))
+        notes.append(ImageNote(TRUNCATED, f"{path}, {100 * share:.0f} % of its rows"))
         return pixels
-    remedy = "--truncated-images use takes such files" if enough else "replace the file"
+    remedy = "replace the file, as too little of it can be decoded"
+    if enough:
+        remedy = f"{100 * share:.0f} % of its rows are used with --truncated-images use"
     raise DataError(
-        f"{path} is truncated, {share:.0%} of its rows can be decoded: {remedy}",
+        f"{path} is truncated: {remedy}",
         kind="truncated image files",
     )
-
-
-END_OF_IMAGE = b"\xff\xd9"
 
 
 def _decoded_share(content: bytes) -> float:
@@ -397,57 +321,6 @@ def _is_refinement(content: bytes) -> bool:
     start = content.rfind(b"\xff\xda")
     components = content[start + 4]
     return content[start + 7 + 2 * components] >> 4 > 0
-
-
-# -------------------------------------------------------------------------------------- warnings
-
-_reading = threading.local()  # the file and the notes of the image that a thread is reading
-_hook_lock = threading.Lock()
-_show_elsewhere = warnings.showwarning
-
-
-@contextlib.contextmanager
-def _warnings_as_notes(path: Path, notes: list[ImageNote]) -> Iterator[None]:
-    """Turn Pillow's warnings in this thread into notes with the file's name.
-
-    `warnings.catch_warnings` is not safe with threads, and Python shows equal warnings only once.
-    """
-    global _show_elsewhere
-    with _hook_lock:
-        if warnings.showwarning is not _show_warning:
-            _show_elsewhere, warnings.showwarning = warnings.showwarning, _show_warning
-            warnings.filterwarnings("always", category=UserWarning, module="PIL")
-    _reading.file = (path, notes)
-    try:
-        yield
-    finally:
-        _reading.file = None
-
-
-def _show_warning(message, category, *details, **more) -> None:
-    path, notes = getattr(_reading, "file", None) or (None, None)
-    if path is None or not issubclass(category, UserWarning):
-        return _show_elsewhere(message, category, *details, **more)
-    note = ImageNote(WARNED, f"{path}: {' '.join(str(message).split())}")
-    return None if note in notes else notes.append(note)
-
-
-# Said during a training; the others in the report of --check-data only.
-LOGGED_KINDS = (TRUNCATED, WARNED, CLIPPED, OWN_DEPTH)
-MAX_LOGGED = 20  # of each kind, in each process
-_logged = {kind: set() for kind in LOGGED_KINDS}
-
-
-def log_notes(notes: Sequence[ImageNote]) -> None:
-    """Log each note once, with the number of such images so far."""
-    for note in notes:
-        known = _logged.get(note.kind)
-        if known is None or note.text in known:
-            continue
-        known.add(note.text)
-        rest = ". Further ones are not listed: see --check-data" if len(known) == MAX_LOGGED else ""
-        if len(known) <= MAX_LOGGED:
-            utils.log_everywhere(f"note: {note.kind} ({len(known)} so far): {note.text}{rest}")
 
 
 def image_files(folder: Path) -> list[Path]:
