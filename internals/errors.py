@@ -33,7 +33,8 @@ class ImageError(RunError):
 
     def __init__(self, message: str):
         # The DataLoader adds the traceback of the worker to the message: remove it.
-        self.worker_traceback, _, message = message.rpartition(f"{type(self).__name__}: ")
+        added, _, message = message.rpartition(f"{type(self).__name__}: ")
+        self.worker_traceback = "".join(added.rpartition("\n")[:2])
         super().__init__(message.strip())
 
 

@@ -106,7 +106,8 @@ def image_error(image: str, error: Exception) -> DataError | ImageError:
         return DataError(f"{image}: {error}")
     if is_out_of_memory(error):
         return ImageError(f"{image}: {OUT_OF_MEMORY}")
-    if message := explain_system_error(error):
+    is_lost_worker = isinstance(error, LOST_WORKER)  # not in the worker itself
+    if not is_lost_worker and (message := explain_system_error(error)):
         return ImageError(f"{image}: {message}")
     return UnexpectedImageError(f"{image} cannot be loaded: {type(error).__name__}: {error}")
 

@@ -235,8 +235,8 @@ def measure_bit_depth(files: Sequence[Path]) -> tuple[int, str] | None:
     file = max(largest, key=largest.get)
     depth = bits_of(largest[file])
     return depth, (
-        f"16-bit gray images hold {depth} bits: divided by {1 << (depth - 8)} (the largest value or stated "
-        f"maximum of {len(largest)} files is {largest[file]:,}, in {file})"
+        f"16-bit gray images hold {depth} bits: divided by {1 << (depth - 8)} (the largest value "
+        f"or stated maximum of {len(largest)} files is {largest[file]:,}, in {file})"
     )
 
 
