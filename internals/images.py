@@ -169,25 +169,37 @@ def _decode(
         return _to_rgb(_apply_orientation(image, path, size, notes), path, samples, rules, notes)
 
 
+def read_sizes(image: Image.Image) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Return (width, height) after EXIF rotation and as stored, and the EXIF orientation.
+
+    Args:
+        image: Opened, but not loaded: Pillow turns TIFFs on loading, and their size before that.
+    """
+    orientation, stored = image.getexif().get(ExifTags.Base.Orientation, 1), image.size
+    if image.format == "TIFF":
+        stored = (image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength])
+    if orientation not in TURNS:
+        orientation = 1
+    return (stored[::-1] if orientation >= 5 else stored), stored, orientation
+
+
 def _apply_orientation(
     image: Image.Image, path: Path, size: tuple[int, int] | None, notes: list[ImageNote]
 ) -> Image.Image:
-    """Apply the EXIF orientation, unless the result would not have the given `size`."""
-    if image.format == "TIFF":
-        image.load()  # applies it
+    """Apply the EXIF orientation, unless only the image without it has the given `size`."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        upright, stored, orientation = read_sizes(image)
     except Exception as error:  # the pixels do not depend on it
         notes.append(ImageNote(WARNED, f"{path}: unreadable EXIF data ({error})"))
         return image
-    upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
-    if orientation not in TURNS:
-        return image
-    if size is not None and upright != size:
-        if image.size == size:
-            notes.append(ImageNote(UNTURNED, str(path)))
-        return image
-    return image.transpose(TURNS[orientation])
+    unturned = size == stored != upright
+    if unturned:
+        notes.append(ImageNote(UNTURNED, str(path)))
+    if image.format == "TIFF":
+        image.load()
+        orientation = {6: 8, 8: 6}.get(orientation, orientation) if unturned else 1
+        unturned = False
+    return image if unturned or orientation == 1 else image.transpose(TURNS[orientation])
 
 
 # --------------------------------------------------------------------------------------- 16 bits

@@ -38,24 +38,25 @@ def test_16_bit_images_are_scaled_not_clipped(tmp_path):
     assert image[0].flatten().tolist() == (ramp.flatten() >> 8).tolist()
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_by_stated_size(tmp_path, orientation):
+def test_exif_orientation_is_applied_by_stated_size(tmp_path, orientation, suffix):
     pixels = np.zeros((20, 30, 3), dtype=np.uint8)
     pixels[:8, :8] = 255  # a white corner, to detect the rotation
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / f"x{suffix}", exif=exif)
     transposed = orientation >= 5
-    upright = images.read_image(tmp_path / "x.png", *((20, 30) if transposed else (30, 20)))
+    upright = images.read_image(tmp_path / f"x{suffix}", *((20, 30) if transposed else (30, 20)))
     corners = [upright[0, 0, 0], upright[0, 0, -1], upright[0, -1, -1], upright[0, -1, 0]]
     # Position of the first stored row and column, by the EXIF standard.
     where = {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
     assert [int(c) for c in corners].index(255) == where
     if transposed:  # with the stored size, the boxes belong to the stored image
-        raw = images.read_image(tmp_path / "x.png", 30, 20)
+        raw = images.read_image(tmp_path / f"x{suffix}", 30, 20)
         assert np.array_equal(raw.permute(1, 2, 0).numpy(), pixels)
     # Without a stated size the orientation is applied, as image viewers do.
-    assert torch.equal(images.read_upright(tmp_path / "x.png"), upright)
+    assert torch.equal(images.read_upright(tmp_path / f"x{suffix}"), upright)
 
 
 def test_exif_orientation_of_square_image(tmp_path):
@@ -361,13 +362,17 @@ def test_dropped_transparency_is_no_warning(tmp_path):
 def test_unapplied_exif_rotation_is_noted(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    for suffix in (".jpg", ".png", ".webp"):
+    for suffix in (".jpg", ".png", ".webp", ".tif"):
         file = tmp_path / f"x{suffix}"
         Image.new("RGB", (30, 20)).save(file, exif=exif)
         for size, expected in (((30, 20), [image_notes.UNTURNED]), ((20, 30), [])):
             notes = []
             images.read_image(file, *size, notes=notes)
             assert [note.kind for note in notes] == expected
+        with pytest.raises(DataError, match="20 x 30 pixels, but annotated as 40 x 30"):
+            images.read_image(file, 40, 30)
+        with Image.open(file) as image:
+            assert images.read_sizes(image) == ((20, 30), (30, 20), 6)
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".gif", ".webp", ".png"])
