@@ -315,12 +315,15 @@ def find_bit_depth(indexes: Iterable) -> tuple[int, str] | None:
     Returns:
         Of `internals.images.measure_bit_depth`.
     """
-    files = []
-    for index in indexes:
-        for i, name in enumerate(index.file_names.tolist()):
-            if name.lower().endswith(tuple(map(str.encode, DEEP_SUFFIXES))):
-                files.append(index.path(i))
-    return measure_bit_depth(files)
+    suffixes = tuple(suffix.encode() for suffix in DEEP_SUFFIXES)
+    return measure_bit_depth(
+        [
+            index.path(i)
+            for index in indexes
+            for i, name in enumerate(index.file_names.tolist())
+            if name.lower().endswith(suffixes)
+        ]
+    )
 
 
 def drop_bad_images(indexes: dict, workers: int, allowed: int) -> tuple[dict, list[int]]:

@@ -38,7 +38,7 @@ class ImageNote(NamedTuple):
 
 
 # Said when images are used; the others in the report of --check-data only.
-LOGGED_KINDS = (TRUNCATED, WARNED, CLIPPED, OWN_DEPTH, PAGES)
+LOGGED_KINDS = (TRUNCATED, WARNED, CLIPPED, OWN_DEPTH, DARK, PAGES)
 MAX_LOGGED = 20  # of each kind, in each process
 _logged = {kind: set() for kind in LOGGED_KINDS}
 

@@ -145,7 +145,7 @@ def _why_unidentified(path: Path) -> str:
     if not start:
         return "the file is empty"
     known = start.startswith(SIGNATURES)
-    return "its header is damaged, or its end is missing" if known else "not in a supported format"
+    return "the file is damaged or incomplete" if known else "not in a supported format"
 
 
 def _decode(

@@ -304,10 +304,10 @@ def test_bytes_behind_a_jpeg_do_not_matter(tmp_path):
     assert kinds == []
 
 
-def test_damaged_header_is_told_from_another_format(tmp_path):
+def test_damaged_file_is_told_from_another_format(tmp_path):
     for content, reason in (
-        (b"II*\0" + bytes(50), "its end is missing"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(50), "header is damaged"),
+        (b"II*\0" + bytes(50), "damaged or incomplete"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "damaged or incomplete"),
         (b"<html>404</html>", "not in a supported format"),
         (b"", "the file is empty"),
     ):
