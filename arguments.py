@@ -94,8 +94,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "drawn from 0.6 to 1 x --min-size; lsj: large-scale jitter in squares of --min-size (then "
         "1024 by default); ssd, ssdlite: crops, for ssd also colors and zoom-out; none "
         "(default: hflip; none with --overfit)")
-    add("--keep-empty", action="store_true",
-        help="train on images without usable boxes, too (default: skip them)")
+    add("--keep-empty", action=argparse.BooleanOptionalAction,
+        help="train on images without usable boxes, too, which reduces false detections; "
+        "--no-keep-empty skips them, as torchvision's references do (default: keep them)")
+    add("--trust-boxes", action="store_true",
+        help="train although the boxes look like shares of the image, or corners instead of sizes "
+        "(default: refuse)")
     add("--max-bad-images", type=non_negative_int, default=0, metavar="N",
         help="open every image first, and skip up to N that cannot be used (default: 0, do not "
         "open them; the first unusable one ends the run)")
@@ -166,6 +170,10 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         "(default: 8 on CUDA, 1 on a CPU)")
     add("--val-loss", action="store_true",
         help="compute the losses on the validation set, too (default: off)")
+    add("--evaluate-as-annotated", action="store_true",
+        help="score against all boxes and areas as they are in the file, for comparison with other "
+        "tools (default: against what training is shown: boxes clipped to their image, those "
+        "without a size dropped, impossible areas replaced by width x height)")
     add("--evaluator", type=evaluator_name, choices=coco_eval.EVALUATORS, default="hotcoco",
         help="library that computes COCO's metrics; both: fail if hotcoco and pycocotools differ "
         "(default: %(default)s)")
@@ -319,6 +327,8 @@ def resolve_defaults(args: argparse.Namespace, saved: dict | None, device: torch
     if args.workers is None:
         args.workers = default_workers()
     args.eval_batch_size = args.eval_batch_size or (8 if device.type == "cuda" else 1)
+    if args.keep_empty is None:
+        args.keep_empty = saved["keep_empty"] if saved else True
 
 
 def _take_model_args(args: argparse.Namespace, saved: dict) -> None:

@@ -18,7 +18,7 @@ import pycocotools.cocoeval
 import torch
 from torchvision.ops import box_convert
 
-from coco_utils import NO_CATEGORY, CocoIndex
+from coco_utils import NO_CATEGORY, Categories, CocoIndex
 from internals.errors import RunError, UserError
 
 EVALUATORS = ("hotcoco", "pycocotools", "both")
@@ -88,8 +88,8 @@ def evaluate_detections(index: CocoIndex, detections: np.ndarray, evaluator: str
         evaluator: One of `EVALUATORS`.
 
     Returns:
-        The twelve metrics by name (see `METRICS`), and `per_category`: AP by category name. A
-        metric without ground truth, such as APl if no box is large, is None.
+        The twelve metrics by name (see `METRICS`), and `per_category`: `name` and `AP` by category
+        id. A metric without ground truth, such as APl if no box is large, is None.
 
     Raises:
         RunError: The evaluator is "both", and the two differ.
@@ -127,9 +127,10 @@ def evaluate_with_curves(
     # precision: [IoU thresholds, recall thresholds, categories, area ranges, detection limits]
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     metrics["per_category"] = {}
-    for k, name in enumerate(index.categories.names):
+    for k, category_id in enumerate(index.categories.ids):
         measured = precision[:, :, k][precision[:, :, k] > -1]
-        metrics["per_category"][name] = float(measured.mean()) if measured.size else None
+        AP = float(measured.mean()) if measured.size else None
+        metrics["per_category"][category_id] = {"name": index.categories.names[k], "AP": AP}
     return metrics, np.where(precision > -1, precision, np.nan)
 
 
@@ -158,12 +159,13 @@ def _with_pycocotools(images: list, categories: list, truth: dict, found: dict):
 
 
 def _ground_truth_columns(index: CocoIndex) -> dict[str, np.ndarray]:
+    truth = index.ground_truth()
     columns = {
-        "image_id": index.image_ids[index.image_of_rows()],
-        "category_id": index.category_ids,
-        "bbox": index.boxes,
-        "area": index.areas,
-        "iscrowd": index.iscrowd.astype(np.int64),
+        "image_id": index.image_ids[index.image_of_rows()[truth.rows]],
+        "category_id": index.category_ids[truth.rows],
+        "bbox": truth.boxes,
+        "area": truth.areas,
+        "iscrowd": index.iscrowd[truth.rows].astype(np.int64),
     }
     return _renumber(index, columns)
 
@@ -200,7 +202,7 @@ def _check_equal(ours: dict, reference: dict) -> None:
     """Raise RunError unless the metrics of hotcoco and pycocotools have the same bits."""
     values, expected = (
         {name: metrics[name] for name in METRICS}
-        | {f"AP of {name!r}": value for name, value in metrics["per_category"].items()}
+        | {f"AP of category {i}": row["AP"] for i, row in metrics["per_category"].items()}
         for metrics in (ours, reference)
     )
     different = [
@@ -262,19 +264,32 @@ def read_results(file: Path) -> np.ndarray:
     return np.array(rows, dtype=np.float64).reshape(-1, 7)
 
 
+def ap_by_category(metrics: dict) -> dict[str, float | None]:
+    """Return the AP of each category by its name; where several have one name, with the id.
+
+    Args:
+        metrics: Of `evaluate_detections`, or read from `metrics.jsonl`, in which earlier versions
+            of this project had the AP by name.
+    """
+    per_category = metrics.get("per_category") or {}
+    if not all(isinstance(row, dict) for row in per_category.values()):
+        return per_category
+    names = Categories.from_names({int(i): row["name"] for i, row in per_category.items()})
+    aps = {int(i): row["AP"] for i, row in per_category.items()}
+    return {name: aps[i] for i, name in zip(names.ids, names.display_names, strict=True)}
+
+
 def table(metrics: dict) -> str:
     """Format the twelve metrics and the AP of categories as lines of at most 80 columns."""
     lines = []
     for names, meaning in ROWS.items():
         cells = [f"{name:<6}{_format(metrics[name])}" for name in names]
         lines.append(f"  {'  '.join(cells)}  {meaning}")
-    per_category = metrics["per_category"]
-    chosen = sorted(per_category, key=lambda name: per_category[name] or 0)[:MAX_CATEGORIES]
+    chosen = per_category = ap_by_category(metrics)
     heading = "AP by category:"
     if len(per_category) > MAX_CATEGORIES:
         heading = f"AP of the {MAX_CATEGORIES} lowest of {len(per_category)} categories:"
-    else:
-        chosen = list(per_category)
+        chosen = sorted(per_category, key=lambda name: per_category[name] or 0)[:MAX_CATEGORIES]
     texts = [f"{name} {_format(per_category[name]).strip()}" for name in chosen]
     lines += textwrap.wrap(
         f"{heading} {', '.join(texts)}", 80, initial_indent="  ", subsequent_indent="    "

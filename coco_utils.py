@@ -16,7 +16,15 @@ import torch
 from torch.utils.data import Dataset
 
 import transforms
-from internals.annotations import MAX_EXAMPLES, AnnotationColumns, DataIssue, read_annotations
+from internals.annotations import (
+    BORDER_TOLERANCE,
+    MAX_EXAMPLES,
+    MIN_BOX_SIDE,
+    AnnotationColumns,
+    DataIssue,
+    implausible_areas,
+    read_annotations,
+)
 from internals.batches import Batch
 from internals.data_checks import find_more_bad_images
 from internals.errors import DataError
@@ -121,6 +129,14 @@ class Categories:
         """Build from the rows of `to_list`, for example from a checkpoint."""
         return cls(*(tuple(row[key] for row in rows) for key in ("id", "name", "label")))
 
+    @property
+    def display_names(self) -> tuple[str, ...]:
+        """The name of each id; where several ids have one name, with the id."""
+        return tuple(
+            f"{name} (id {i})" if self.names.count(name) > 1 else name
+            for i, name in zip(self.ids, self.names, strict=True)
+        )
+
     def to_list(self) -> list[dict]:
         """Convert to plain types, for a checkpoint."""
         rows = zip(self.ids, self.names, self.labels, strict=True)
@@ -167,6 +183,22 @@ class Categories:
 # ------------------------------------------------------------------------------------- the index
 
 
+class GroundTruth(NamedTuple):
+    """What evaluation takes for true: `N` of the rows of an index.
+
+    Attributes:
+        rows: The rows of the index, int64 `[N]`, ascending.
+        boxes: float64 `[N, 4]`, x, y, width, height.
+        areas: float64 `[N]`, for the metrics of small, medium and large objects.
+        changed: How many were clipped, or have another area than in the file.
+    """
+
+    rows: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    changed: int
+
+
 class CocoIndex:
     """An annotation file as NumPy arrays; the boxes of image i are rows `box_range(i)`.
 
@@ -181,16 +213,20 @@ class CocoIndex:
         boxes: float64 `[M, 4]`, x, y, width and height as in the file.
         category_ids: int64 `[M]`.
         iscrowd: bool `[M]`.
-        rules: How the images are read.
-        areas: float64 `[M]`.
-        usable: bool `[M]`; crowds and boxes without a size are not used for training.
+        areas: float64 `[M]`, as in the file; width * height where it has none.
+        usable: bool `[M]`; crowds, and boxes of which no `MIN_BOX_SIDE` is in their image, are not
+            used for training.
         offsets: int64 `[I + 1]`, the first row of each image.
         issues: The rows of the file that had to be skipped.
+        as_annotated: Whether evaluation takes boxes and areas as they are in the file.
+        rules: How the images are read.
     """
+
+    as_annotated = False
+    rules = DEFAULT_RULES
 
     def __init__(self, split: Split):
         self.annotation_file, self.image_dir = split
-        self.rules = DEFAULT_RULES
         columns, self.issues = read_annotations(self.annotation_file)
         self.categories = self._make_categories(columns)
         if not len(columns.image_ids):
@@ -230,7 +266,8 @@ class CocoIndex:
         self.category_ids = columns.category_ids[rows]
         self.boxes, self.areas = columns.boxes[rows], columns.areas[rows]
         self.iscrowd = columns.iscrowd[rows]
-        self.usable = ~self.iscrowd & (self.boxes[:, 2:] > 0).all(axis=1)
+        sides = self.clipped_boxes()[:, 2:]
+        self.usable = ~self.iscrowd & (sides >= MIN_BOX_SIDE).all(axis=1)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -263,6 +300,41 @@ class CocoIndex:
     def image_of_rows(self) -> np.ndarray:
         """Return the position of the image of each annotation, int64 `[M]`."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def clipped_boxes(self) -> np.ndarray:
+        """Return the boxes clipped to their images, float64 `[M, 4]` of x, y, width, height."""
+        x, y, width, height = self.boxes.T
+        image_width, image_height = self.sizes[self.image_of_rows()].T
+        x1, x2 = np.clip([x, x + width], 0, image_width)
+        y1, y2 = np.clip([y, y + height], 0, image_height)
+        return np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
+
+    def true_boxes(self) -> np.ndarray:
+        """Return the boxes of evaluation, float64 `[M, 4]`: those that reach out are clipped."""
+        if self.as_annotated:
+            return self.boxes
+        clipped = self.clipped_boxes()
+        beyond = np.abs(self.boxes[:, :2] - clipped[:, :2])  # left and top
+        beyond = np.maximum(beyond, (self.boxes - clipped)[:, 2:] - beyond)  # right and bottom
+        reaches_out = self.usable & (beyond >= BORDER_TOLERANCE).any(axis=1)
+        return np.where(reaches_out[:, None], clipped, self.boxes)
+
+    def ground_truth(self) -> GroundTruth:
+        """Return what evaluation takes for true: what training is shown, and crowds as they are.
+
+        With `as_annotated` it is everything in the file.
+        """
+        boxes, areas = self.true_boxes(), self.areas
+        if self.as_annotated:
+            return GroundTruth(np.arange(len(boxes)), boxes, areas, changed=0)
+        size = boxes[:, 2] * boxes[:, 3]
+        clipped = (boxes != self.boxes).any(axis=1)
+        replaced = implausible_areas(self.boxes, self.areas)
+        areas = np.where(clipped, np.minimum(areas, size), areas)
+        areas = np.where(replaced, size, areas)
+        rows = np.flatnonzero(self.usable | self.iscrowd)
+        changed = int(np.count_nonzero((clipped | replaced)[rows]))
+        return GroundTruth(rows, boxes[rows], areas[rows], changed)
 
     def images_with_boxes(self) -> np.ndarray:
         """Return the positions of the images with a usable box, ascending."""
@@ -377,8 +449,7 @@ class CocoDetection(Dataset):
         xywh = self.index.boxes[rows]
         boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         boxes = boxes.clip(0, np.tile(self.index.sizes[i], 2)).astype(np.float32)
-        # After the conversion, as a thin box may have no size in float32.
-        keep = self.index.usable[rows] & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        keep = self.index.usable[rows]
         return {
             "boxes": torch.from_numpy(boxes[keep]),
             "labels": torch.from_numpy(self.labels[rows][keep]),

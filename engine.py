@@ -162,6 +162,13 @@ def evaluate(
             f"{len(index) / seconds:.2f} images/s\n  {len(detections):,} detections, scored by "
             f"{args.evaluator} in {time.perf_counter() - start:.1f} s"
         )
+        truth = index.ground_truth()
+        dropped = len(index.boxes) - len(truth.rows)
+        if truth.changed or dropped:
+            utils.log(
+                f"  against {len(truth.rows):,} boxes, {truth.changed:,} of them corrected, and "
+                f"{dropped:,} dropped (--check-data)"
+            )
         utils.log(coco_eval.table(metrics))
         if val_loss:
             terms = [f"{name.removeprefix('loss_')} {x:.4f}" for name, x in val_loss.items()]

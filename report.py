@@ -60,17 +60,17 @@ def category_table(history: RunHistory, results: DetectionResults | None) -> lis
     """Return AP and number of ground-truth boxes (None: unknown) by category, best AP first."""
     boxes = {}
     if results:
-        names = results.index.categories.names
+        names = results.index.categories.display_names
         of_usable = results.gt_category[results.index.usable]
         boxes = dict.fromkeys(names, 0) | Counter(names[k] for k in of_usable)
-    per_category = (history.last or {}).get("per_category") or {}
-    rows = [{"name": n, "ap": ap, "boxes": boxes.get(n)} for n, ap in per_category.items()]
+    aps = coco_eval.ap_by_category(history.last or {})
+    rows = [{"name": n, "ap": ap, "boxes": boxes.get(n)} for n, ap in aps.items()]
     return sorted(rows, key=lambda row: -1 if row["ap"] is None else row["ap"], reverse=True)
 
 
 def matrix_table(results: DetectionResults) -> dict | None:
     """Return the confusion matrix, None if there are neither boxes nor detections."""
-    matrix, names = results.confusion_matrix(), results.index.categories.names
+    matrix, names = results.confusion_matrix(), results.index.categories.display_names
     if not matrix.any():
         return None
     categories = most_confused_categories(matrix, MAX_MATRIX)

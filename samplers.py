@@ -42,12 +42,14 @@ def select_train_images(index, keep_empty: bool, batch_size: int, world_size: in
         DataError: The split has no usable box.
         UserError: The images do not fill one global batch.
     """
-    images = np.arange(len(index)) if keep_empty else index.images_with_boxes()
+    images = index.images_with_boxes()
     if not len(images):
         raise DataError(
             f"{index.annotation_file} has no usable box (crowds and boxes without a size are not): "
-            "export it again, with annotations"
+            "annotate some images"
         )
+    if keep_empty:
+        images = np.arange(len(index))
     if len(images) < batch_size * world_size:
         raise UserError(
             f"{index.annotation_file} has {len(images)} usable images, fewer than one global batch "

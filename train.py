@@ -31,7 +31,6 @@ import transforms
 import utils
 from arguments import (
     base_learning_rate,
-    default_workers,
     parse_arguments,
     resolve_defaults,
     to_plain_dict,
@@ -41,7 +40,7 @@ from internals import batch_size as batch_size_search
 from internals import data_checks, failures, preemption, run_log
 from internals.command_line import prepare_output_dir
 from internals.devices import choose_device
-from internals.errors import UserError
+from internals.errors import DataError, UserError
 from internals.fast import use_cuda_graphs
 from internals.images import ImageRules
 from internals.mixed_precision import initialize_momentum, resolve_precision
@@ -62,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     saved = load_resume_checkpoint(args)
     resolve_defaults(args, saved["args"] if saved else None, device)
     validate_args(args, device)
+    reject_too_narrow(args, indexes)
     amp_dtype, precision = choose_precision(args, device)
 
     # Data
@@ -159,7 +159,9 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
 def load_index(args: argparse.Namespace, split: str) -> coco_utils.CocoIndex:
     """Read the annotation file of a split, "train" or "val"."""
     paths = (getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images"))
-    return coco_utils.CocoIndex(coco_utils.find_split(args.data_path, split, *paths))
+    index = coco_utils.CocoIndex(coco_utils.find_split(args.data_path, split, *paths))
+    index.as_annotated = args.evaluate_as_annotated
+    return index
 
 
 def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
@@ -177,7 +179,10 @@ def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
         splits = ("val",) if args.test_only else ("val", "train")
         indexes = {split: load_index(args, split) for split in splits}
     for split, index in indexes.items():
-        data_checks.check_annotations(index, split, ignore_missing=args.max_bad_images > 0)
+        ignore_missing = args.max_bad_images > 0
+        data_checks.check_annotations(index, split, ignore_missing, args.trust_boxes)
+    for text in data_checks.compare_splits(indexes):
+        utils.log_field("", f"note: {text}")
     if not args.test_only:
         select_images(args, indexes["train"])  # for its errors, before the processes connect
     return indexes
@@ -185,13 +190,13 @@ def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
 
 def set_image_rules(args: argparse.Namespace, indexes: dict, saved: dict | None) -> None:
     """Set how all processes read 16-bit images and truncated ones; sets `args.bit_depth`."""
-    if args.bit_depth is None and (args.test_only or not saved):  # else as it was trained
+    if args.bit_depth is None and saved and not args.test_only:
+        args.bit_depth = saved["args"].get("bit_depth", 16)  # 16 in versions without the flag
+    elif args.bit_depth is None:
         found = utils.run_on_rank_0(partial(data_checks.find_bit_depth, list(indexes.values())))
         if found:
             args.bit_depth, text = found
             utils.log_field("bit depth", text)
-    elif saved and "bit_depth" not in saved["args"]:  # of an older version
-        args.bit_depth = 16
     for index in indexes.values():
         index.rules = ImageRules(args.bit_depth, args.truncated_images == "use")
 
@@ -199,7 +204,22 @@ def set_image_rules(args: argparse.Namespace, indexes: dict, saved: dict | None)
 def select_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.ndarray:
     """Return the positions of the images to train on; raise UserError if there are too few."""
     batch_size = args.batch_size * args.accumulate_steps
-    return samplers.select_train_images(index, args.keep_empty, batch_size, utils.world_size())
+    keep_empty = args.keep_empty is not False  # None: the default is not set yet
+    return samplers.select_train_images(index, keep_empty, batch_size, utils.world_size())
+
+
+def reject_too_narrow(args: argparse.Namespace, indexes: dict[str, coco_utils.CocoIndex]) -> None:
+    """Raise UserError if an augmentation or the model would leave no pixel of an image."""
+    fixed_size = bool(args.fixed_size) or not models.RECIPES[args.model].resizable
+    sizes, found = (args.min_size, args.max_size, fixed_size), []
+    for split, index in indexes.items():
+        preset = "none" if split == "val" else args.data_augmentation
+        too_narrow = transforms.find_too_narrow(index.sizes, preset, *sizes)
+        settings = f"--min-size {args.min_size}, --max-size {args.max_size}"
+        settings += "" if preset == "none" else f" and --data-augmentation {preset}"
+        found.append(data_checks.describe_too_narrow(index, too_narrow, settings))
+    if any(found):
+        raise DataError("\n".join(filter(None, found)))
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -210,11 +230,12 @@ def check_data(args: argparse.Namespace) -> None:
     """
     if utils.rank() != 0:
         return
+    resolve_defaults(args, None, torch.device("cpu"))
     splits = ("val",) if args.test_only else ("train", "val")
     indexes = {split: load_index(args, split) for split in splits}
     set_image_rules(args, indexes, None)
-    workers = default_workers() if args.workers is None else args.workers
-    data_checks.check_all(indexes, workers, args.max_bad_images)
+    data_checks.check_all(indexes, args.workers, args.max_bad_images, args.trust_boxes)
+    reject_too_narrow(args, indexes)
     if not args.test_only:
         select_images(args, indexes["train"])
     utils.log("data check passed")

@@ -5,6 +5,7 @@ the device small. The model itself resizes to `--min-size`, normalizes and pads 
 (torchvision's `GeneralizedRCNNTransform`).
 """
 
+import numpy as np
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -24,6 +25,31 @@ def training_sizes(preset: str, min_size: int) -> tuple[int, ...]:
     if preset != "multiscale":
         return (min_size,)
     return tuple(round(min_size * side / 800) for side in range(480, 801, 32))
+
+
+def find_too_narrow(
+    sizes: np.ndarray, preset: str, min_size: int, max_size: int, fixed_size: bool
+) -> np.ndarray:
+    """Find the images of which an augmentation or the model's resizing may leave no pixel.
+
+    Args:
+        sizes: int `[I, 2]`, width and height.
+        preset: One of `PRESETS`; "none" for evaluation.
+        min_size: See `training_sizes`.
+        max_size: The upper bound of the longer side in pixels.
+        fixed_size: Whether the model resizes all images to one size.
+
+    Returns:
+        bool `[I]`.
+    """
+    shorter, longer = sizes.min(axis=1), sizes.max(axis=1)
+    if preset == "lsj":  # scaled, then padded to a square
+        return np.floor(shorter * 0.1 * (min_size / longer)) < 1
+    smallest = min(training_sizes(preset, min_size))
+    scale = np.minimum(smallest / shorter, max_size / longer)
+    if preset in ("ssd", "ssdlite"):  # may zoom out, or cut to 0.3 of a side, and round down
+        return (shorter < 4) | ((np.floor((shorter - 1) * scale) < 1) & (not fixed_size))
+    return (np.floor(shorter * scale) < 1) & (not fixed_size)
 
 
 def training_preset(name: str, min_size: int) -> v2.Transform:

@@ -18,8 +18,15 @@ import numpy as np
 from internals.errors import DataError
 
 MAX_EXAMPLES = 20
+MAX_SHORT_EXAMPLES = 5  # of those that are listed in one line
 # Larger integers are not exact in the float64 rows of detections.
 MAX_ID = 2**53
+# Boxes with a side below this, in pixels of the image, are not used: in float32, after resizing a
+# large image, little of it may be left, and a side of 0 has an infinite loss.
+MIN_BOX_SIDE = 0.1
+# Evaluation uses boxes that reach out of their image by less than this, in pixels, as they are:
+# many tools round so, and the metrics are those of other evaluators.
+BORDER_TOLERANCE = 0.5
 
 
 class DataIssue(NamedTuple):
@@ -33,10 +40,11 @@ class DataIssue(NamedTuple):
 
     def __str__(self) -> str:
         is_long = len(self.examples) > 1 and max(map(len, self.examples)) >= 80
+        examples = self.examples if is_long else self.examples[:MAX_SHORT_EXAMPLES]
         start, separator, end = ("\n    ",) * 3 if is_long else (" ", ", ", ". ")
-        rest = self.count - len(self.examples)
-        more = f" and {rest} more" if rest else ""
-        listed = separator.join(self.examples)
+        rest = self.count - len(examples)
+        more = f" and {rest:,} more" if rest else ""
+        listed = separator.join(examples)
         return f"{self.kind} ({self.count:,}):{start}{listed}{more}{end}{self.remedy}"
 
 
@@ -151,6 +159,24 @@ def _to_columns(data: AnnotationFile) -> AnnotationColumns:
         areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
         iscrowd=column(annotations, "iscrowd", bool),
     )
+
+
+def implausible_areas(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
+    """Return which areas cannot be those of an object in its box, bool `[M]`.
+
+    Those that are not positive, or larger than twice the box (and a pixel around it); all, if half
+    of them are below a thousandth of their box, as areas in other units than pixels are.
+
+    Args:
+        boxes: `[M, 4]`, x, y, width, height.
+        areas: `[M]`.
+    """
+    width, height = boxes[:, 2:].T
+    size = width * height
+    ratios = areas[size > 0] / size[size > 0]
+    if len(ratios) and 0 < np.median(ratios) < 1e-3:
+        return np.ones(len(boxes), dtype=bool)
+    return ~(areas > 0) | (areas > 2 * (width + 1) * (height + 1))
 
 
 # ------------------------------------------------------------------ files that msgspec rejects

@@ -18,14 +18,21 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import utils
-from internals.annotations import MAX_EXAMPLES, DataIssue
+from internals.annotations import (
+    BORDER_TOLERANCE,
+    MAX_EXAMPLES,
+    MIN_BOX_SIDE,
+    DataIssue,
+    implausible_areas,
+)
 from internals.errors import DataError
 from internals.image_notes import NOTE_REMEDIES
 from internals.images import DEEP_SUFFIXES, MAX_PIXELS, measure_bit_depth
 
 MISSING = "image files that are missing"
-# In pixels: smaller excesses are rounding errors of the annotation tool.
-BORDER_TOLERANCE = 0.01
+# The shares of boxes from which on they are taken for something else than COCO's.
+MOST, SOME = 0.98, 0.05
+MAX_DETECTIONS = 100  # of an image, by COCO's metrics and torchvision's default
 
 
 def raise_if_fatal(index, issues: Iterable[DataIssue]) -> None:
@@ -39,7 +46,7 @@ def raise_if_fatal(index, issues: Iterable[DataIssue]) -> None:
 # ------------------------------------------------------------ the check without opening images
 
 
-def find_issues(index, missing: bool = True) -> list[DataIssue]:
+def find_issues(index, missing: bool = True, trust_boxes: bool = False) -> list[DataIssue]:
     """Find all issues that can be found without opening an image.
 
     An issue is fatal unless dropping or clipping boxes resolves it.
@@ -47,9 +54,27 @@ def find_issues(index, missing: bool = True) -> list[DataIssue]:
     Args:
         index: The data set.
         missing: Whether to include missing image files.
+        trust_boxes: Whether boxes may look like shares of the image or corners (--trust-boxes).
     """
-    issues = [*index.issues, *_image_issues(index), *_file_issues(index), *_box_issues(index)]
+    issues = [*index.issues, *_category_issues(index), *_image_issues(index), *_file_issues(index)]
+    issues += _box_issues(index, trust_boxes)
     return [issue for issue in issues if issue.count and (missing or issue.kind != MISSING)]
+
+
+def _category_issues(index) -> Iterator[DataIssue]:
+    names = index.categories.names
+    repeated = [
+        f"{name!r} (id {i})"
+        for i, name in index.categories.id_to_name.items()
+        if names.count(name) > 1
+    ]
+    yield DataIssue(
+        "categories with the name of another one",
+        repeated[:MAX_EXAMPLES],
+        len(repeated),
+        "They are kept apart by their id: merge them, if they mean the same",
+        fatal=False,
+    )
 
 
 def _image_issues(index) -> Iterator[DataIssue]:
@@ -61,6 +86,15 @@ def _image_issues(index) -> Iterator[DataIssue]:
         f"images of more than {MAX_PIXELS:,} pixels",
         sizes.prod(axis=1) > MAX_PIXELS,
         remedy="Downscale the images and their boxes",
+    )
+    boxes = np.bincount(index.image_of_rows()[index.usable], minlength=len(index))
+    yield _image_issue(
+        index,
+        f"images with more than {MAX_DETECTIONS} boxes, up to {boxes.max(initial=0):,}",
+        boxes > MAX_DETECTIONS,
+        remedy=f"The model returns at most {MAX_DETECTIONS} detections an image, and COCO's "
+        "metrics count no more: the others are missed. Cut such images into tiles",
+        fatal=False,
     )
 
 
@@ -135,40 +169,109 @@ def _is_inside(path: bytes, root: bytes) -> bool:
     return path == root or path.startswith(os.path.join(root, b""))
 
 
-def _box_issues(index) -> Iterator[DataIssue]:
+def _box_issues(index, trust_boxes: bool) -> Iterator[DataIssue]:
     has_id = index.annotation_ids >= 0
     repeated = has_id & _is_repeated(np.where(has_id, index.annotation_ids, -1))
     unknown = ~np.isin(index.category_ids, index.categories.ids)
     yield _row_issue(index, "annotations with a repeated id", np.flatnonzero(repeated))
     yield _row_issue(index, "annotations with an undefined category_id", np.flatnonzero(unknown))
-    rows = _rows_not_inside(index)
+    in_other_units = [] if trust_boxes else list(_unit_issues(index))
+    yield from in_other_units or _position_issues(index)
+    if in_other_units:
+        return
+    yield _row_issue(
+        index,
+        "areas that are not positive, larger than twice their box, or in other units",
+        np.flatnonzero(implausible_areas(index.boxes, index.areas) & index.usable),
+        remedy="Width x height is used instead, for the AP of small, medium and large objects",
+        fatal=False,
+    )
+    yield _row_issue(
+        index,
+        "boxes that repeat one of the same image and category",
+        _repeated_boxes(index),
+        remedy="They train and count twice: remove them, if the file was imported twice",
+        fatal=False,
+    )
+
+
+def _position_issues(index) -> Iterator[DataIssue]:
+    """Find boxes without a size, and those not in their image."""
+    rows = np.flatnonzero(~_is_inside_image(index))
     x, y, width, height = index.boxes[rows].T
     image_width, image_height = index.sizes[_images_of_rows(index, rows)].T
     broken = ~np.isfinite(index.boxes[rows]).all(axis=1)
     negative = ((width < 0) | (height < 0)) & ~broken
     empty = ((width == 0) | (height == 0)) & ~broken & ~negative
     beyond = (x >= image_width) | (y >= image_height) | (x + width <= 0) | (y + height <= 0)
-    outside = beyond & index.usable[rows] & ~broken
-    across = np.minimum(x, y) < -BORDER_TOLERANCE
-    across |= x + width > image_width + BORDER_TOLERANCE
-    across |= y + height > image_height + BORDER_TOLERANCE
-    across &= ~(broken | negative | empty | outside)
+    outside = beyond & ~index.iscrowd[rows] & ~broken & ~negative & ~empty
+    thin = ~index.usable[rows] & ~index.iscrowd[rows] & ~(broken | negative | empty | outside)
+    across = np.minimum(x, y) <= -BORDER_TOLERANCE
+    across |= x + width >= image_width + BORDER_TOLERANCE
+    across |= y + height >= image_height + BORDER_TOLERANCE
+    across &= ~(broken | negative | empty | outside | thin)
     yield _row_issue(index, "annotations with NaN or infinity in their bbox", rows[broken])
     yield _row_issue(index, "boxes wholly outside their image", rows[outside])
-    dropped = {"remedy": "They are dropped", "fatal": False}
+    dropped = {"remedy": "They neither train nor count", "fatal": False}
     yield _row_issue(index, "boxes of negative width or height", rows[negative], **dropped)
     yield _row_issue(index, "boxes of zero width or height", rows[empty], **dropped)
+    name = f"boxes thinner than {MIN_BOX_SIDE} pixels within their image"
+    yield _row_issue(index, name, rows[thin], **dropped)
     clipped = {"remedy": "They are clipped to it", "fatal": False}
     yield _row_issue(index, "boxes partly outside their image", rows[across], **clipped)
 
 
-def _rows_not_inside(index) -> np.ndarray:
-    """Find the few rows to check in detail: boxes without a size, or not inside their image."""
+def _is_inside_image(index) -> np.ndarray:
+    """Return for each box whether it has a size and is wholly inside its image, bool `[M]`."""
     x, y, width, height = index.boxes.T
     image_width, image_height = index.sizes[index.image_of_rows()].T
-    inside = (x >= 0) & (y >= 0) & (width > 0) & (height > 0)
-    inside &= (x + width <= image_width) & (y + height <= image_height)
-    return np.flatnonzero(~inside)
+    inside = (x >= 0) & (y >= 0) & (width >= MIN_BOX_SIDE) & (height >= MIN_BOX_SIDE)
+    return inside & (x + width <= image_width) & (y + height <= image_height)
+
+
+def _unit_issues(index) -> Iterator[DataIssue]:
+    """Find out whether boxes are in other units than pixels, or corners or centers."""
+    if not len(index.boxes):
+        return
+    x, y, width, height = index.boxes.T
+    image_width, image_height = index.sizes[index.image_of_rows()].T
+    shortest = np.minimum(image_width, image_height)
+    in_unit = ((index.boxes >= 0) & (index.boxes <= 1)).all(axis=1) & (shortest > 2)
+    in_percent = (np.maximum(x + width, y + height) <= 100) & (shortest >= 300)
+    for small, unit in ((in_unit, "1, as shares"), (in_percent, "100, as percentages")):
+        if small.mean() > MOST:
+            kind = f"boxes from 0 to {unit} of the image, {small.mean():.0%} of all"
+            remedy = "multiply them by the size of the image" + " / 100" * (small is in_percent)
+            yield _other_unit(index, kind, small, remedy)
+            return
+    beyond = (x + width > image_width) | (y + height > image_height)
+    corners = (width > x) & (height > y) & (width <= image_width) & (height <= image_height)
+    centers = (np.minimum(x - width / 2, y - height / 2) >= -1) & (x + width / 2 < image_width + 1)
+    centers &= y + height / 2 < image_height + 1
+    for inside, unit, remedy in (
+        (corners, "x1, y1, x2, y2", "subtract x1 and y1 from the last two"),
+        (centers, "center x, center y, width, height", "subtract half of the size from the center"),
+    ):
+        if inside.mean() > MOST and beyond.mean() > SOME:
+            kind = f"boxes that reach out of their image, {beyond.mean():.0%} of all, but would not"
+            yield _other_unit(index, f"{kind} as {unit}", beyond, remedy)
+            return
+
+
+def _other_unit(index, kind: str, rows: np.ndarray, remedy: str) -> DataIssue:
+    remedy = f"COCO's are x, y, width, height in pixels: {remedy}, or add --trust-boxes if they are"
+    return _row_issue(index, kind, np.flatnonzero(rows), remedy=remedy)
+
+
+def _repeated_boxes(index) -> np.ndarray:
+    """Return the rows that repeat a box of the same image and category, except for the first."""
+    rows = np.flatnonzero(index.usable)
+    keys = np.column_stack([index.image_of_rows(), index.category_ids, index.boxes])[rows]
+    # A sum for each row, as sorting by all columns would take a second for COCO.
+    sums = (keys * np.random.default_rng(0).random(keys.shape[1])).sum(axis=1)
+    candidates = np.flatnonzero(_is_repeated(sums))
+    _, first = np.unique(keys[candidates], axis=0, return_index=True)
+    return rows[np.setdiff1d(candidates, candidates[first])]
 
 
 def _is_repeated(values: np.ndarray) -> np.ndarray:
@@ -194,22 +297,74 @@ def _images_of_rows(index, rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(index.offsets, rows, side="right") - 1
 
 
-def check_annotations(index, split: str, ignore_missing: bool) -> None:
+def check_annotations(index, split: str, ignore_missing: bool, trust_boxes: bool) -> None:
     """Log the contents of a split and its issues, without opening an image.
 
     Args:
         index: The data set.
         split: Its name for the log.
         ignore_missing: Whether to ignore missing image files.
+        trust_boxes: See `find_issues`.
 
     Raises:
         DataError: There are fatal issues.
     """
-    issues = find_issues(index, missing=not ignore_missing)
+    issues = find_issues(index, not ignore_missing, trust_boxes)
     raise_if_fatal(index, issues)
     utils.log_field(split, index.annotation_file)
     for line in [*textwrap.wrap(summarize(index), 68), *issues]:
         utils.log_field("", line)
+
+
+def describe_too_narrow(index, too_narrow: np.ndarray, settings: str) -> str | None:
+    """Describe the images that are too narrow for the model or an augmentation; None without any.
+
+    Args:
+        index: The data set.
+        too_narrow: Of `transforms.find_too_narrow`.
+        settings: The flags that decide it.
+    """
+    images = np.flatnonzero(too_narrow)
+    if not len(images):
+        return None
+    examples = [
+        f"{index.file_name(i)} (id {index.image_ids[i]}, {index.sizes[i, 0]} x {index.sizes[i, 1]})"
+        for i in images[:MAX_EXAMPLES]
+    ]
+    kind = f"images that are too narrow: with {settings} no pixel of their shorter side is left"
+    remedy = "Crop them, cut them into tiles, or remove them from the annotation file"
+    return f"{index.annotation_file}: {DataIssue(kind, examples, len(images), remedy)}"
+
+
+def compare_splits(indexes: dict) -> list[str]:
+    """Return what makes the evaluation of a training meaningless, as sentences.
+
+    Args:
+        indexes: A `CocoIndex` for each split, by name; "train" may be missing.
+    """
+    train, val, found = indexes.get("train"), indexes["val"], []
+    if not val.usable.any():
+        found.append(
+            f"{val.annotation_file} has no box to find: AP cannot be measured. In a training the "
+            "newest weights then count as the best, and --early-stop-patience has no effect"
+        )
+    if train is None or train is val:
+        return found
+    if os.path.realpath(train.annotation_file) == os.path.realpath(val.annotation_file):
+        found.append(
+            f"train and val are the same file, {val.annotation_file}: AP is that of known images, "
+            "and says little about new ones. To split it: python datasets/split.py"
+        )
+        return found
+    if os.path.realpath(train.image_dir) == os.path.realpath(val.image_dir):
+        shared = np.intersect1d(train.file_names, val.file_names)
+        if len(shared):
+            examples = ", ".join(name.decode() for name in shared[:3].tolist())
+            found.append(
+                f"{len(shared):,} of {len(val):,} validation images are training images, too, such "
+                f"as {examples}: AP is too good by what they add. Remove them from one of the files"
+            )
+    return found
 
 
 # -------------------------------------------------------------------------------- opening images
@@ -359,7 +514,9 @@ def drop_bad_images(indexes: dict, workers: int, allowed: int) -> tuple[dict, li
 # ---------------------------------------------------------------------------------- --check-data
 
 
-def examine(index, split: str, workers: int) -> tuple[list[DataIssue], list[tuple[int, str, str]]]:
+def examine(
+    index, split: str, workers: int, trust_boxes: bool
+) -> tuple[list[DataIssue], list[tuple[int, str, str]]]:
     """Log the contents of a split and all its issues; open every image.
 
     Returns:
@@ -367,7 +524,7 @@ def examine(index, split: str, workers: int) -> tuple[list[DataIssue], list[tupl
         `find_unreadable_images`.
     """
     utils.log(f"{split}: {index.annotation_file}\n{describe(index)}")
-    issues, start = find_issues(index, missing=False), time.perf_counter()
+    issues, start = find_issues(index, False, trust_boxes), time.perf_counter()
     unreadable, notes = open_images(index, workers)
     utils.log(f"  opened {len(index):,} images in {time.perf_counter() - start:.1f} s")
     for issue in (*issues, *group_by_kind(unreadable), *group_by_kind(notes)):
@@ -375,17 +532,19 @@ def examine(index, split: str, workers: int) -> tuple[list[DataIssue], list[tupl
     return [issue for issue in issues if issue.fatal], unreadable
 
 
-def check_all(indexes: dict, workers: int, allowed: int) -> None:
-    """Examine all splits; up to `allowed` images may be bad.
+def check_all(indexes: dict, workers: int, allowed: int, trust_boxes: bool) -> None:
+    """Examine all splits; up to `allowed` images may be bad (see also `find_issues`).
 
     Raises:
         DataError: There are errors to correct before a training.
     """
     fatal, bad = [], []
     for split, index in indexes.items():
-        issues, unreadable = examine(index, split, workers)
+        issues, unreadable = examine(index, split, workers, trust_boxes)
         fatal += issues
         bad += unreadable
+    for text in compare_splits(indexes):
+        utils.log(f"note: {text}")
     known, val = next(iter(indexes.values())).categories, indexes["val"]
     known.check_contains(val.categories, val.annotation_file)  # raises: log the issues first
     if len(bad) > allowed:
@@ -419,8 +578,9 @@ def describe(index) -> str:
         f"medium, {large:,} large (over 96 x 96)",
         "  boxes (without crowds) and images with such boxes, by category:",
     ]
-    width, image_of_rows = max(map(len, index.categories.names)), index.image_of_rows()
-    for category_id, name in index.categories.id_to_name.items():
+    names, image_of_rows = index.categories.display_names, index.image_of_rows()
+    width = max(map(len, names))
+    for category_id, name in zip(index.categories.ids, names, strict=True):
         rows = (index.category_ids == category_id) & ~index.iscrowd
         boxes, images = np.count_nonzero(rows), len(np.unique(image_of_rows[rows]))
         lines.append(f"    {name:<{width}} {boxes:9,} {images:9,}")

@@ -197,10 +197,12 @@ def record_evaluation(  # noqa: PLR0913 (the first four are bound by the caller)
 
 
 def log_best(state: TrainState, AP: float | None, is_best: bool) -> None:
-    """Log the AP of an epoch and the best one so far; nothing without ground truth."""
-    if AP is not None:
-        best = "the best so far" if is_best else f"the best is {state.best_AP:.3f}"
-        utils.log(f"epoch {state.epoch}  AP {AP:.3f}, {best}")
+    """Log the AP of an epoch and the best one so far."""
+    if AP is None:
+        utils.log(f"epoch {state.epoch}  no AP, as there is no box to find: the newest is the best")
+        return
+    best = "the best so far" if is_best else f"the best is {state.best_AP:.3f}"
+    utils.log(f"epoch {state.epoch}  AP {AP:.3f}, {best}")
 
 
 def log_time_left(steps: int, seconds_per_step: float) -> None:

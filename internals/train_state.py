@@ -79,8 +79,11 @@ class TrainState:
         return rate
 
     def update_best(self, AP: float | None) -> bool:
-        """Record the AP of an evaluation (None: no ground truth); return whether it is the best."""
-        is_best = AP is not None and (self.best_AP is None or self.best_AP < AP)
+        """Record the AP of an evaluation; return whether it is the best.
+
+        Without ground truth, when AP is None, the newest is the best.
+        """
+        is_best = self.best_AP is None or (AP is not None and self.best_AP < AP)
         if is_best:
             self.best_AP = AP
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1

@@ -243,6 +243,8 @@ def load_evaluated_index(start: dict) -> CocoIndex:
     data_path = Path(flags.get("data_path") or ".")
     index = CocoIndex(find_split(data_path, split, annotations, images))
     index.rules = ImageRules(flags.get("bit_depth"), flags.get("truncated_images") == "use")
+    # Runs of earlier versions without this flag evaluated so.
+    index.as_annotated = flags.get("evaluate_as_annotated", True)
     if flags.get("overfit"):
         return index.first_with_boxes(flags["overfit"])
     left_out = np.array(start.get("val_images_left_out") or [], dtype=np.int64)
@@ -270,6 +272,7 @@ def match_detections(
     """
     matched_gt = np.full(len(detections), UNMATCHED)
     matched_detection = np.where(index.usable, UNMATCHED, IGNORED)
+    gt_boxes = index.true_boxes()
     by_score = np.argsort(-detections[:, 5], kind="stable")
     images = index.positions_of(detections[by_score, 0].astype(np.int64))
     by_image = by_score[np.argsort(images, kind="stable")]  # within an image by score
@@ -280,7 +283,7 @@ def match_detections(
             continue
         iscrowd = index.iscrowd[gt]
         # For crowds: the share of the detection inside.
-        iou = bbox_iou(detections[rows, 1:5], index.boxes[gt], iscrowd)
+        iou = bbox_iou(detections[rows, 1:5], gt_boxes[gt], iscrowd)
         same = detections[rows, 6][:, None] == index.category_ids[gt]
         in_crowd = (iscrowd & same & (iou >= IOU_THRESHOLD)).any(axis=1)
         matched_gt[rows[in_crowd]] = IGNORED

@@ -64,7 +64,8 @@ def _draw_categories(
 ) -> torch.Tensor:
     """Draw boxes with the colors and names of their categories, the first box on top."""
     positions = np.searchsorted(categories.ids, category_ids).tolist()
-    texts = [categories.names[k] + suffix for k, suffix in zip(positions, suffixes, strict=True)]
+    names = categories.display_names
+    texts = [names[k] + suffix for k, suffix in zip(positions, suffixes, strict=True)]
     colors = [category_color(k) for k in positions]
     return draw_boxes(image, xywh_to_xyxy(xywh).flip(0), texts[::-1], colors[::-1])
 

@@ -76,7 +76,7 @@ def label_ground_truth(results: DetectionResults, i: int) -> tuple[list[tuple], 
     index, boxes, missed = results.index, [], []
     rows = index.box_range(i)
     for row in range(rows.start, rows.stop):
-        name = index.categories.names[results.gt_category[row]]
+        name = index.categories.display_names[results.gt_category[row]]
         if index.iscrowd[row]:
             boxes.append((index.boxes[row], f"{name}, crowd", CROWD))
         elif results.missed[row]:
@@ -90,7 +90,7 @@ def label_ground_truth(results: DetectionResults, i: int) -> tuple[list[tuple], 
 
 def label_detections(results: DetectionResults, i: int) -> tuple[list[tuple], dict]:
     """Return the detections of image i as (box, text, color), and their texts by kind."""
-    names, boxes = results.index.categories.names, []
+    names, boxes = results.index.categories.display_names, []
     texts_by_kind = {"correct": [], "false positive": [], "wrong category": []}
     for row in np.flatnonzero(results.confident[:, 0] == results.index.image_ids[i]):
         match, box = results.matched_gt[row], results.confident[row, 1:5]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+import coco_eval
 from coco_utils import CocoIndex
 from internals.errors import UserError
 from reporting import drawing
@@ -29,6 +30,8 @@ class TensorBoardWriter:
             return
         for name, value in values.items():
             numbers = value if isinstance(value, dict) else {"": value}
+            if name == "per_category":
+                numbers = coco_eval.ap_by_category(values)
             for key, number in numbers.items():
                 if number is not None and name not in ("step", "epoch"):
                     tag = f"{kind}/{name}/{key}".rstrip("/")

@@ -169,6 +169,7 @@ MAY_CHANGE = {
     *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "print_freq"),
     *("tensorboard", "no_report", "early_stop_patience", "max_steps"),
     *("dataset", "start_epoch"),
+    *("trust_boxes", "evaluate_as_annotated"),
     *("max_bad_images", "overfit"),  # the content of the data is an invariant
     "truncated_images",  # it changes no pixel of an image that both settings use
 }

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import coco_eval
-from coco_utils import NO_CATEGORY, CocoIndex, Split
+from coco_utils import NO_CATEGORY, CocoDetection, CocoIndex, Split
 from internals.errors import RunError, UserError
 
 BOTH = ("hotcoco", "pycocotools")
@@ -68,12 +68,13 @@ def test_metrics_equal_pycocotools(tiny, seed, evaluator, tmp_path):
     coco_eval.write_results(detections, tmp_path / "detections.json")
     results = json.loads((tmp_path / "detections.json").read_text())
     expected = pycocotools_metrics(index.annotation_file, results)
+    index.as_annotated = True
     metrics = coco_eval.evaluate_detections(index, detections, evaluator)
     assert expected[0] > 0
     for name, value in zip(coco_eval.METRICS, expected, strict=True):
         assert metrics[name] == (None if value < 0 else value)
-    averages = [ap for ap in metrics["per_category"].values() if ap is not None]
-    assert metrics["per_category"]["unseen"] is None
+    averages = [row["AP"] for row in metrics["per_category"].values() if row["AP"] is not None]
+    assert metrics["per_category"][9] == {"name": "unseen", "AP": None}
     assert np.mean(averages) == pytest.approx(metrics["AP"])
 
 
@@ -88,10 +89,11 @@ def test_metrics_without_detections(tiny, evaluator):
     assert "cat" in table
 
 
-def random_index(file, rng) -> CocoIndex:
-    """Return a random index: unordered images, crowds, boxes without a size, odd category ids.
+def random_index(file, rng, sound: bool) -> CocoIndex:
+    """Return a random index: unordered images, crowds, odd category ids.
 
-    Some images have no boxes; one index in ten has no ground truth at all.
+    Some images have no boxes; one index in ten has no ground truth at all. Boxes reach out of
+    their image by less than half a pixel, or, if not `sound`, by any length, or have no size.
     """
     ids = rng.choice([-7, -1, 0, 1, 2, 5, 90, 2**40], int(rng.integers(1, 8)), replace=False)
     image_ids = rng.choice(1000, int(rng.integers(1, 25)), replace=False) - 100
@@ -100,7 +102,10 @@ def random_index(file, rng) -> CocoIndex:
     for image in images:
         for _ in range(0 if no_ground_truth else rng.integers(0, 12)):
             x, y, w, h = rng.uniform(0, 300), rng.uniform(0, 200), *np.exp(rng.uniform(1, 5.5, 2))
-            w = 0.0 if rng.random() < 0.05 else w
+            if not sound:
+                x, w = x + 200, 0.0 if rng.random() < 0.05 else w
+            elif rng.random() < 0.1:
+                x, y, h = -rng.uniform(0, 0.49), 480.49 - h, h
             row = {"id": len(annotations) + 1, "image_id": image["id"], "bbox": [x, y, w, h]}
             row["iscrowd"] = int(rng.random() < 0.15)
             row["area"] = w * h * rng.uniform(0.4, 1)
@@ -134,7 +139,9 @@ def random_results(index: CocoIndex, rng) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(60))
 def test_hotcoco_equals_pycocotools(tmp_path, seed):
     rng = np.random.default_rng(seed)
-    index = random_index(tmp_path / "random.json", rng)
+    sound = seed % 2 == 0
+    index = random_index(tmp_path / "random.json", rng, sound)
+    index.as_annotated = not sound
     detections = random_results(index, rng) if seed % 10 else np.empty((0, 7))
     expected, expected_curves = coco_eval.evaluate_with_curves(index, detections, "pycocotools")
     metrics, curves = coco_eval.evaluate_with_curves(index, detections, "hotcoco")
@@ -145,6 +152,78 @@ def test_hotcoco_equals_pycocotools(tmp_path, seed):
         assert [metrics[name] for name in coco_eval.METRICS] == [
             None if value < 0 else value for value in stats
         ]
+
+
+def perfect_detections(index: CocoIndex) -> np.ndarray:
+    """Return what training is shown as detections."""
+    shown, rows = CocoDetection(index, index.categories), []
+    for i in range(len(index)):
+        target = shown.target(i)
+        boxes = target["boxes"].numpy().astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        ids = index.categories.ids_of_labels()[target["labels"].numpy()]
+        rows += [[target["image_id"], *box, 0.9, i] for box, i in zip(boxes, ids, strict=True)]
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("evaluator", BOTH)
+@pytest.mark.parametrize(
+    ("bbox", "area"),
+    [
+        ([50.0, 30.0, 90.0, 18.0], 1620),  # beyond the right border of 64 pixels
+        ([-40.0, -9.0, 60.0, 29.0], 1740),
+        ([10.0, 8.0, 0.0, 20.0], 0),
+        ([10.0, 8.0, 20.0, -20.0], 400),
+        ([10.0, 8.0, 1e-4, 20.0], 0.002),
+        ([10.0, 8.0, 20.0, 20.0], -400),
+        ([10.0, 8.0, 20.0, 20.0], 1e11),
+        ([-0.4, 8.0, 20.0, 20.4], 400),
+    ],
+)
+def test_a_perfect_detector_has_an_ap_of_1(tiny, bbox, area, evaluator):
+    split = split_of(tiny)
+    assert CocoIndex(split).ground_truth().changed == 0
+    rewrite(split, lambda data: data["annotations"][0].update(bbox=bbox, area=area))
+    index = CocoIndex(split)
+    metrics = coco_eval.evaluate_detections(index, perfect_detections(index), evaluator)
+    assert metrics["AP"] == metrics["AR100"] == pytest.approx(1)
+    truth = index.ground_truth()
+    repaired = truth.changed + len(index.boxes) - len(truth.rows)
+    assert repaired == (bbox[0] != -0.4)
+    if bbox[0] in (50, -40) or bbox[2] == 0:
+        index.as_annotated = True
+        metrics = coco_eval.evaluate_detections(index, perfect_detections(index), evaluator)
+        assert metrics["AP"] < 0.95
+
+
+def test_size_of_clipped_boxes_and_impossible_areas(tiny):
+    """Of 40 x 20 pixels inside, small; areas in shares of the image are replaced."""
+
+    def change(data):
+        data["annotations"][0].update(bbox=[24, 20, 500, 20], area=10_000)
+        data["annotations"][1].update(bbox=[0, 0, 40, 40], area=0)
+
+    rewrite(split_of(tiny), change)
+    assert CocoIndex(split_of(tiny)).ground_truth().areas[:2].tolist() == [800, 1600]
+    rewrite(split_of(tiny), lambda d: [x.update(area=x["area"] / 1e6) for x in d["annotations"]])
+    index = CocoIndex(split_of(tiny))
+    truth = index.ground_truth()
+    assert truth.areas.tolist() == truth.boxes[:, 2:].prod(axis=1).tolist()
+
+
+def test_categories_of_one_name_are_kept_apart(tiny):
+    rewrite(split_of(tiny), lambda d: d["categories"].append({"id": 7, "name": "cat"}))
+    rewrite(split_of(tiny), lambda d: [x.update(category_id=7) for x in d["annotations"][::3]])
+    index = CocoIndex(split_of(tiny))
+    detections = perfect_detections(index)
+    detections[detections[:, 6] == 7, 1] += 300
+    metrics = coco_eval.evaluate_detections(index, detections, "hotcoco")
+    assert metrics["per_category"][2] == {"name": "cat", "AP": pytest.approx(1)}
+    assert metrics["per_category"][7] == {"name": "cat", "AP": 0}
+    assert "cat (id 2) 1.000, dog 1.000, cat (id 7) 0.000" in coco_eval.table(metrics)
+    read = json.loads(json.dumps(metrics))
+    assert coco_eval.ap_by_category(read) == coco_eval.ap_by_category(metrics)
+    assert coco_eval.ap_by_category({"per_category": {"cat": 0.5}}) == {"cat": 0.5}
 
 
 def test_unknown_categories_and_images_are_ignored(tiny):
@@ -172,7 +251,7 @@ def test_both_evaluators_must_agree(tiny, monkeypatch):
 
     monkeypatch.setattr(coco_eval, "_with_hotcoco", score_with_error)
     with pytest.raises(
-        RunError, match=r"pycocotools differ: AP: 0\.\d+ and 0\.\d+.*AP of 'cat': 0"
+        RunError, match=r"pycocotools differ: AP: 0\.\d+ and 0\.\d+.*AP of category 2: 0"
     ):
         coco_eval.evaluate_detections(index, detections, "both")
 

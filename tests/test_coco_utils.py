@@ -209,11 +209,14 @@ def test_boxes_are_clipped_to_image(tiny):
     assert dataset_of(tiny)[0][1]["boxes"].tolist() == [[0, 10, 64, 48]]
 
 
-def test_target_excludes_boxes_empty_in_float32(tiny):
-    rewrite(split_of(tiny), lambda d: d["annotations"][1].update(bbox=[30, 8, 1e-9, 9]))
+@pytest.mark.parametrize("thin", [[30, 8, 0.09, 9], [63.95, 8, 20, 9], [30, 8, 9, 1e-9]])
+def test_slivers_neither_train_nor_count(tiny, thin):
+    rewrite(split_of(tiny), lambda d: d["annotations"][1].update(bbox=thin))
     dataset = dataset_of(tiny)
-    assert dataset.index.usable.all()
     assert dataset[1][1]["boxes"].tolist() == [[0, 0, 12, 16]]
+    assert 1 not in dataset.index.ground_truth().rows
+    dataset.index.as_annotated = True
+    assert 1 in dataset.index.ground_truth().rows
 
 
 def test_worker_error_has_no_traceback(tiny):

@@ -298,7 +298,9 @@ def test_other_model_errors_are_unchanged():
 
 def test_best_ap_and_early_stopping():
     state = tiny_state()
-    assert not state.update_best(None)
+    assert state.update_best(None)  # without ground truth the newest is the best
+    assert state.update_best(None)
+    assert not state.should_stop_early(1)
     assert [state.update_best(AP) for AP in (0.1, 0.3, 0.3, 0.2)] == [True, True, False, False]
     assert state.best_AP == 0.3
     assert not state.should_stop_early(None)
@@ -377,7 +379,8 @@ def test_evaluation_of_ground_truth(tiny, tmp_path, capsys):
     line = eval_line(tmp_path)
     assert (line["kind"], line["epoch"], line["step"]) == ("eval", 1, 8)
     assert line["AP"] == pytest.approx(1)
-    assert line["per_category"] == pytest.approx({"cat": 1, "dog": 1})
+    assert {i: row["name"] for i, row in line["per_category"].items()} == {"2": "cat", "5": "dog"}
+    assert [row["AP"] for row in line["per_category"].values()] == pytest.approx([1, 1])
     assert "val_loss" not in line
     rows = json.loads((tmp_path / "detections.json").read_text())
     first = {"image_id": 100, "category_id": 2, "bbox": [4, 4, 30, 20], "score": 0.9}

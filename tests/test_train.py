@@ -27,7 +27,7 @@ from helpers import (
 from PIL import Image
 
 import coco_utils
-from internals.errors import UserError
+from internals.errors import DataError, UserError
 from internals.images import ImageRules
 from reporting.analysis import load_evaluated_index
 
@@ -436,8 +436,53 @@ def test_data_without_boxes_is_rejected(tiny, tmp_path):
     for rejected in (flags, flags[:4]):
         with pytest.raises(UserError, match=message):
             train_in_process(*rejected)
-    for accepted in ("--keep-empty", "--test-only"):
-        assert "data check passed" in train_in_process(*flags, accepted)
+    assert "data check passed" in train_in_process(*flags, "--test-only")
+
+
+def test_validation_without_boxes_is_said_and_keeps_the_newest_as_the_best(tiny, tmp_path):
+    rewrite(split_of(tiny, "val"), lambda data: data.update(annotations=[]))
+    flags = ("--data-path", tiny, "--output-dir", tmp_path / "out")
+    assert "has no box to find: AP cannot be measured" in train_in_process(*flags, "--check-data")
+    text = train_in_process(*flags, "--epochs", "3", "--early-stop-patience", "1")
+    assert text.index("has no box to find") < text.index("epoch 0")
+    assert "epoch 2  no AP, as there is no box to find: the newest is the best" in text
+    newest, best = (tmp_path / "out" / name for name in ("checkpoint.pth", "model_best.pth"))
+    assert newest.samefile(best)
+
+
+def test_empty_images_train_unless_told_otherwise(tiny, tmp_path):
+    rewrite(split_of(tiny), lambda data: data.update(annotations=data["annotations"][:6]))
+    flags = ("--data-path", tiny, "--max-steps", "1")
+    for count, extra in ((8, ()), (4, ("--no-keep-empty",))):
+        text = train_in_process(*flags, *extra, "--output-dir", tmp_path / f"out{count}")
+        assert f"steps each, of {count} images" in text
+
+
+def test_too_narrow_images_are_rejected_before_the_first_step(tiny, tmp_path):
+    image = split_of(tiny).images / "0.png"
+    Image.new("RGB", (1200, 1)).save(image)
+    rewrite(split_of(tiny), lambda data: data["images"][0].update(width=1200, height=1))
+    rewrite(split_of(tiny), lambda data: data["annotations"][0].update(bbox=[5, 0, 90, 1], area=90))
+    flags = ("--data-path", tiny, "--output-dir", tmp_path / "out")
+    message = r"too narrow: with --min-size 64.*0\.png \(id 100, 1200 x 1\).*Crop"
+    for extra in ((), ("--check-data",)):
+        with pytest.raises(DataError, match=message):
+            train_in_process(*flags, *extra)
+    assert "epoch 0" in train_in_process(*flags, "--max-size", "1200", "--max-steps", "1")
+
+
+def test_train_and_val_from_one_file_are_noticed(tiny):
+    split = split_of(tiny)
+    flags = ("--train-annotations", split.annotations, "--train-images", split.images)
+    flags += ("--val-annotations", split.annotations, "--val-images", split.images)
+    assert "train and val are the same file" in train_in_process(*flags, "--check-data")
+    other = split.annotations.with_name("other.json")
+    content = json.loads(split.annotations.read_text())
+    content["images"] = content["images"][:2]
+    content["annotations"] = [x for x in content["annotations"] if x["image_id"] < 102]
+    other.write_text(json.dumps(content))
+    text = train_in_process(*flags, "--val-annotations", other, "--check-data")
+    assert "2 of 2 validation images are training images, too, such as 0.png" in text
 
 
 def test_max_bad_images_skips_unreadable_images(tiny, tmp_path):

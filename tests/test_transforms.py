@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import transforms
 
@@ -77,6 +79,33 @@ def test_multiscale_training_sizes():
     sizes = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     assert transforms.training_sizes("multiscale", 800) == sizes
     assert transforms.training_sizes("hflip", 800) == (800,)
+
+
+@pytest.mark.parametrize("name", transforms.PRESETS)
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_too_narrow_images_are_those_that_fail(name, fixed_size):
+    """For each preset the narrowest image that is accepted passes, and a narrower one may not."""
+    sides = np.arange(1, 600)
+    sizes = np.stack([np.full_like(sides, 3000), sides], axis=1)
+    narrow = transforms.find_too_narrow(sizes, name, 60, 100, fixed_size)
+    first = int(sides[~narrow][0])
+    assert narrow[: first - 1].all()
+    assert not narrow[first - 1 :].any()
+    assert fixed_size or first > 1
+    preset = transforms.training_preset(name, 60)
+    resize = GeneralizedRCNNTransform(
+        transforms.training_sizes(name, 60),
+        100,
+        [0] * 3,
+        [1] * 3,
+        fixed_size=(64, 64) if fixed_size else None,
+    )
+    target = {"boxes": torch.tensor([[5.0, 0, 900, first]]), "labels": torch.ones(1).long()}
+    target |= {"iscrowd": torch.zeros(1).long(), "area": torch.ones(1)}
+    for seed in range(60):
+        image = torch.zeros(3, first, 3000, dtype=torch.uint8)
+        image, _ = transforms.augment(preset, image, target, seed)
+        resize([image.float()])
 
 
 def test_unknown_preset_is_rejected():

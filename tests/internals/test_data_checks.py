@@ -78,10 +78,10 @@ def test_dropped_and_clipped_boxes_are_counted_by_kind(tiny):
     def change(data):
         for row, box in zip(
             data["annotations"],
-            ([1, 1, 0, 5], [1, 1, 5, -2], [-3, 0, 10, 10], [56, 20, 8.005, 20]),
+            ([1, 1, 0, 5], [1, 1, 5, -2], [-3, 0, 10, 10], [56, 20, 8.4, 20], [47.95, 20, 30, 20]),
             strict=False,
         ):
-            row["bbox"] = box
+            row.update(bbox=box, area=20)
 
     rewrite(split, change)
     index = CocoIndex(split)
@@ -92,9 +92,100 @@ def test_dropped_and_clipped_boxes_are_counted_by_kind(tiny):
         "boxes of zero width or height": ["0 of image 100"],
         "boxes of negative width or height": ["1000 of image 101"],
         "boxes partly outside their image": ["1001 of image 101"],
+        "boxes thinner than 0.1 pixels within their image": ["3000 of image 103"],
     }
-    assert index.usable[:4].tolist() == [False, False, True, True]
-    assert "boxes without a size: 2" in data_checks.summarize(index)
+    assert index.usable[:5].tolist() == [False, False, True, True, False]
+    assert "boxes without a size: 3" in data_checks.summarize(index)
+
+
+def test_categories_of_one_name_are_noted(tiny):
+    rewrite(split_of(tiny), lambda data: data["categories"].append({"id": 7, "name": "cat"}))
+    index = CocoIndex(split_of(tiny))
+    name = "categories with the name of another one"
+    assert kinds_of(index) == {name: ["'cat' (id 2)", "'cat' (id 7)"]}
+    assert "cat (id 7)         0         0" in data_checks.describe(index)
+
+
+def change_all(change):
+    return lambda data: [change(row) for row in data["annotations"]]
+
+
+def as_corners(row: dict) -> None:
+    x, y, width, height = row["bbox"]
+    row["bbox"] = [x, y, x + width, y + height]
+
+
+def as_shares(row: dict) -> None:
+    row["bbox"] = [value / 64 for value in row["bbox"]]
+    row["area"] = row["bbox"][2] * row["bbox"][3]
+
+
+def as_centers(row: dict) -> None:
+    x, y, width, height = row["bbox"]
+    row["bbox"] = [x + width / 2, y + height / 2, width, height]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (as_shares, "boxes from 0 to 1, as shares of the image, 100% of all"),
+        (as_corners, "boxes that reach out of their image, 25% of all, but would not as x1, y1"),
+        (as_centers, "boxes that reach out of their image, 25% of all, but would not as center x"),
+    ],
+)
+def test_boxes_in_other_units_are_rejected_once(tiny, change, message):
+    rewrite(split_of(tiny), lambda data: data["annotations"][0].update(bbox=[30, 20, 20, 20]))
+    rewrite(split_of(tiny), lambda data: data["annotations"][3].update(bbox=[10, 20, 20, 20]))
+    rewrite(split_of(tiny), lambda data: data["annotations"][4].update(bbox=[25, 30, 20, 20]))
+    assert not any(issue.fatal for issue in data_checks.find_issues(CocoIndex(split_of(tiny))))
+    rewrite(split_of(tiny), change_all(change))
+    index = CocoIndex(split_of(tiny))
+    (issue,) = data_checks.find_issues(index)
+    assert issue.fatal
+    assert issue.kind.startswith(message)
+    assert not any(issue.fatal for issue in data_checks.find_issues(index, trust_boxes=True))
+
+
+def test_boxes_in_percent_are_rejected(tmp_path):
+    boxes = [[[2, 1, 1, 50, 50]], [[2, 60, 30, 40, 70]]]
+    split = Split(write_split(tmp_path, "train", [(640, 480)] * 2, boxes), tmp_path / "train2017")
+    (issue,) = data_checks.find_issues(CocoIndex(split))
+    assert issue.kind == "boxes from 0 to 100, as percentages of the image, 100% of all"
+    assert "image / 100" in issue.remedy
+
+
+@pytest.mark.parametrize("area", [-600, 0, 1e6, float("nan")])
+def test_impossible_areas_are_named(tiny, area):
+    split = split_of(tiny)
+    rewrite(split, change_annotation(area=area))
+    kinds = kinds_of(CocoIndex(split))
+    if not np.isnan(area):  # NaN stands for a missing area
+        assert list(kinds.values()) == [["1001 of image 101"]]
+        assert next(iter(kinds)).startswith("areas that are not positive")
+
+
+def test_repeated_boxes_are_counted(tiny):
+    def double(data):
+        copies = [{**row, "id": row["id"] + 9000} for row in data["annotations"][:3]]
+        copies[0]["category_id"] = 9 - copies[0]["category_id"] - 2  # another category, no copy
+        data["annotations"] += copies
+
+    rewrite(split_of(tiny), double)
+    kinds = kinds_of(CocoIndex(split_of(tiny)))
+    name = "boxes that repeat one of the same image and category"
+    assert kinds == {name: ["10000 of image 101", "10001 of image 101"]}
+
+
+def test_images_with_more_boxes_than_detections_are_counted(tiny):
+    def change(data):
+        row = data["annotations"][0]
+        boxes = [[x, y, 3, 3] for x in range(0, 60, 4) for y in range(0, 40, 4)]
+        for n, box in enumerate(boxes):
+            data["annotations"].append({**row, "id": 10000 + n, "bbox": box, "area": 9})
+
+    rewrite(split_of(tiny), change)
+    kinds = kinds_of(CocoIndex(split_of(tiny)))
+    assert kinds == {"images with more than 100 boxes, up to 151": ["0.png (id 100)"]}
 
 
 def test_images_with_same_file_are_reported(tiny):
@@ -112,7 +203,7 @@ def test_examples_are_limited_to_20(tmp_path):
     (issue,) = data_checks.find_issues(index)
     assert issue.count == 30
     assert len(issue.examples) == 20
-    assert re.search(r"^annotations .* \(30\): .* and 10 more\.", str(issue))
+    assert re.search(r"^annotations .* \(30\): (\d+ of image \d+,? ?){5} and 25 more\.", str(issue))
 
 
 def test_links_out_of_image_folder_are_rejected(tiny, tmp_path):
@@ -226,7 +317,7 @@ def test_unapplied_rotations_are_counted_in_the_report(tiny, capsys):
     folder = split_of(tiny).images
     for n in range(4):
         save_turned(folder / f"{n}.png")
-    fatal, bad = data_checks.examine(CocoIndex(split_of(tiny)), "train", 0)
+    fatal, bad = data_checks.examine(CocoIndex(split_of(tiny)), "train", 0, False)
     assert (fatal, bad) == ([], [])
     printed = capsys.readouterr().out
     assert "note: images used without their EXIF rotation (4):" in printed

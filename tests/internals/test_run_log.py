@@ -54,8 +54,8 @@ def test_best_ap_is_logged(capsys, is_best):
     run_log.log_best(make_state(8, epoch=1), 0.25, is_best)
     expected = "the best so far" if is_best else "the best is 0.500"
     assert capsys.readouterr().out == f"epoch 1  AP 0.250, {expected}\n"
-    run_log.log_best(make_state(8), None, is_best=False)
-    assert capsys.readouterr().out == ""
+    run_log.log_best(make_state(8), None, is_best=True)
+    assert "no AP, as there is no box to find" in capsys.readouterr().out
 
 
 def test_commit_is_that_of_the_project():
