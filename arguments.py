@@ -10,6 +10,7 @@ import coco_eval
 import models
 import transforms
 import utils
+from internals.bit_depth import BIT_DEPTHS
 from internals.command_line import (
     ArgumentParser,
     evaluator_name,
@@ -102,6 +103,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-bad-images", type=non_negative_int, default=0, metavar="N",
         help="open every image first, and skip up to N that cannot be used (default: 0, do not "
         "open them; the first unusable one ends the run)")
+    add("--truncated-images", choices=("refuse", "use"), default="refuse",
+        help="what to do with a JPEG whose end is missing: refuse it as a bad image, or use it if "
+        "three quarters of its rows can be decoded; the rest is gray (default: %(default)s)")
+    add("--bit-depth", type=int, choices=BIT_DEPTHS, metavar="BITS",
+        help="the bits that 16-bit gray images hold: 8, 10, 12, 14 or 16 (default: those of the "
+        "largest value in a sample of the images)")
     add("--overfit", type=positive_int, metavar="N",
         help="train and evaluate on the first N training images with boxes, as a test: AP near 1 "
         "shows that data and code work (default: off)")
@@ -263,8 +270,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# The flags that define the model (an augmentation may set its sizes). Without a value they come
-# from the checkpoint to resume. What else must not change is in checkpoint.RESUME_INVARIANTS.
+# The flags that define the model and its input (an augmentation may set its sizes). Without a value
+# they come from the checkpoint to resume. What else must not change: checkpoint.RESUME_INVARIANTS.
 MODEL_ARGS = (
     "model",
     "weights",
@@ -275,6 +282,7 @@ MODEL_ARGS = (
     "max_size",
     "fixed_size",
     "rpn_score_thresh",
+    "bit_depth",
 )
 
 

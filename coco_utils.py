@@ -26,8 +26,11 @@ from internals.annotations import (
     read_annotations,
 )
 from internals.batches import Batch
+from internals.data_checks import find_more_bad_images
 from internals.errors import DataError
-from internals.images import read_image
+from internals.failures import image_error
+from internals.image_notes import ImageNote
+from internals.images import DEFAULT_RULES, read_image
 
 # COCO's 80 category ids are not contiguous; torchvision's COCO weights have an output for each
 # number from 0 (background) to 90.
@@ -216,9 +219,11 @@ class CocoIndex:
         offsets: int64 `[I + 1]`, the first row of each image.
         issues: The rows of the file that had to be skipped.
         as_annotated: Whether evaluation takes boxes and areas as they are in the file.
+        rules: How the images are read.
     """
 
     as_annotated = False
+    rules = DEFAULT_RULES
 
     def __init__(self, split: Split):
         self.annotation_file, self.image_dir = split
@@ -271,14 +276,22 @@ class CocoIndex:
         """Return the file name of the image at a position of the index."""
         return self.file_names[image].decode()
 
-    def read_image(self, image: int) -> torch.Tensor:
+    def path(self, image: int) -> Path:
+        """Return the file of the image at a position of the index."""
+        return self.image_dir / self.file_name(image)
+
+    def read_image(self, image: int, notes: list[ImageNote] | None = None) -> torch.Tensor:
         """Read the image at a position of the index as RGB, uint8 `[3, H, W]`.
+
+        Args:
+            image: The position.
+            notes: What is to be known about the image is appended.
 
         Raises:
             DataError: The file cannot be read, or has another size than in the index.
         """
         width, height = self.sizes[image].tolist()
-        return read_image(self.image_dir / self.file_name(image), width, height)
+        return read_image(self.path(image), width, height, self.rules, notes)
 
     def box_range(self, image: int) -> slice:
         """Return the rows of the annotations of an image."""
@@ -404,19 +417,30 @@ class CocoDetection(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, dict]:
         position, seed = key if isinstance(key, tuple) else (key, None)
-        i = self.images[position]
+        i, notes = self.images[position], []
         try:
-            image = self.index.read_image(i)
+            image, target = self._read(i, notes), self.target(i)
+            if seed is not None and self.augmentation is not None:
+                image, target = transforms.augment(self.augmentation, image, target, seed)
+        except DataError:
+            raise
+        except Exception as error:
+            name = f"{self.index.path(i)} (id {self.index.image_ids[i]})"
+            raise image_error(name, error) from error
+        if notes:
+            target["notes"] = notes
+        return image, target
+
+    def _read(self, i: int, notes: list[ImageNote]) -> torch.Tensor:
+        try:
+            return self.index.read_image(i, notes)
         except DataError as error:
+            more, also_bad = find_more_bad_images(self.index, i)
             raise DataError(
                 f"{error}. Correct it, or remove image {self.index.image_ids[i]} from "
-                f"{self.index.annotation_file}, or skip it with --max-bad-images 1; --check-data "
-                "finds all such images"
+                f"{self.index.annotation_file}, or skip it with --max-bad-images {1 + more}; "
+                f"--check-data finds all such images{also_bad}"
             ) from None
-        target = self.target(i)
-        if seed is not None and self.augmentation is not None:
-            image, target = transforms.augment(self.augmentation, image, target, seed)
-        return image, target
 
     def target(self, i: int) -> dict:
         """Return the target of image i of the index, before augmentation."""

@@ -13,6 +13,7 @@ import utils
 from coco_utils import Categories, CocoIndex
 from internals import preemption
 from internals.batches import BatchTargets
+from internals.image_notes import log_notes
 from internals.mixed_precision import autocast
 from internals.monitoring import StepMonitor, explain_oom, loss_name
 from internals.train_state import TrainState
@@ -90,6 +91,7 @@ def train_one_epoch(
     )
     with explain_oom(progress, "--batch-size"), StepMonitor(optimizer, state.device) as monitor:
         for batch in progress:
+            log_notes(batch.notes)
             seeds = utils.seed_step(args.seed, state.step, len(batch))
             images, targets = batch.to(state.device, seeds)
             rate = state.set_learning_rate()
@@ -199,6 +201,7 @@ def detect(
         for batch in progress:
             if preemption.stop_requested():
                 break
+            log_notes(batch.notes)
             images, _ = batch.to(device)
             with autocast(device, amp_dtype):
                 pending.append((model(images), batch.image_ids))

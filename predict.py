@@ -20,7 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -37,12 +37,20 @@ import models
 import utils
 from coco_utils import Categories, CocoIndex, Split
 from internals.batches import Batch
+from internals.bit_depth import BIT_DEPTHS
 from internals.command_line import ArgumentParser, positive_int, prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import DataError, RunError, UserError
 from internals.failures import run_command
 from internals.image_arguments import find_images
-from internals.images import read_image, read_upright
+from internals.image_notes import ImageNote, log_notes
+from internals.images import (
+    DEEP_SUFFIXES,
+    ImageRules,
+    measure_bit_depth,
+    read_image,
+    read_upright,
+)
 from internals.mixed_precision import autocast, resolve_precision
 from reporting import drawing
 
@@ -94,6 +102,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=models.MODELS, metavar="NAME",
         help=f"use a detector of torchvision with its weights: {', '.join(models.MODELS)} "
         "(default: the model of the checkpoint)")
+    add("--truncated-images", choices=("refuse", "use"), default="refuse",
+        help="skip a JPEG whose end is missing, or use it if three quarters of its rows can be "
+        "decoded (default: %(default)s)")
+    add("--bit-depth", type=int, choices=BIT_DEPTHS, metavar="BITS",
+        help="the bits that 16-bit gray images hold: 8, 10, 12, 14 or 16 (default: as in training, "
+        "or else those of the largest value in a sample of the images)")
     add("--device", metavar="DEVICE", help="cuda, cuda:N or cpu (default: cuda if available)")
     add("--batch-size", type=positive_int, metavar="N",
         help="run up to N consecutive images of one size together; affects only speed and memory "
@@ -122,6 +136,7 @@ class InputImage:
     size: tuple[int, int] | None = None  # width and height
     pixels: torch.Tensor | None = None  # uint8 [3, H, W], until it is drawn
     error: str | None = None  # why it cannot be used
+    notes: list[ImageNote] = field(default_factory=list)
     detections: np.ndarray | None = None  # rows of coco_eval.detection_rows, highest score first
 
 
@@ -164,11 +179,14 @@ def match_annotations(images: list[InputImage], file: Path, categories: Categori
     return index
 
 
-def read_input(image: InputImage, max_aspect_ratio: float) -> InputImage:
+def read_input(image: InputImage, max_aspect_ratio: float, rules: ImageRules) -> InputImage:
     """Set the pixels and size of an image, or its error."""
     try:
         size = image.annotated_size
-        pixels = read_image(image.path, *size) if size else read_upright(image.path)
+        if size:
+            pixels = read_image(image.path, *size, rules, image.notes)
+        else:
+            pixels = read_upright(image.path, rules, image.notes)
     except DataError as error:
         image.error = str(error)
         return image
@@ -186,19 +204,34 @@ def read_input(image: InputImage, max_aspect_ratio: float) -> InputImage:
 # --------------------------------------------------------------------------------- inference
 
 
-def load_model(weights: str, name: str | None) -> tuple[nn.Module, Categories]:
-    """Load a model and its categories from a checkpoint, or a model of torchvision by `name`."""
+def load_model(weights: str, name: str | None) -> tuple[nn.Module, Categories, int | None]:
+    """Load a model from a checkpoint, or one of torchvision by `name`.
+
+    Returns:
+        The model, its categories, and the bits of the 16-bit images that it was trained on, if any.
+    """
     path = Path(weights)
     if name:
         if path.exists():
             raise UserError(f"--model is for torchvision's weights: remove it, {path} is a file")
-        return models.torchvision_detector(name, weights)
+        return (*models.torchvision_detector(name, weights), None)
     if path.is_dir():
         raise UserError(f"{path} is a folder: use a checkpoint in it, {path / checkpoint.BEST}")
     if not path.exists():
         raise UserError(f"{path}: no such file. For torchvision's weights add --model NAME")
     saved = checkpoint.load(path)
-    return models.from_checkpoint(saved), Categories.from_list(saved["categories"])
+    categories = Categories.from_list(saved["categories"])
+    return models.from_checkpoint(saved), categories, saved["args"].get("bit_depth")
+
+
+def choose_rules(images: list[InputImage], bit_depth: int | None, truncated: str) -> ImageRules:
+    """Decide how images are read: 16-bit ones as in training, else by the largest value of all."""
+    if bit_depth is None:
+        files = [image.path for image in images if image.path.suffix.lower() in DEEP_SUFFIXES]
+        bit_depth, text = measure_bit_depth(files) or (None, "")
+        if text:
+            utils.log(text)
+    return ImageRules(bit_depth, truncated == "use")
 
 
 @dataclass
@@ -227,7 +260,11 @@ class Detector:
 
 
 def run_inference(
-    images: list[InputImage], detector: Detector, draw: Callable, batch_size: int
+    images: list[InputImage],
+    rules: ImageRules,
+    detector: Detector,
+    draw: Callable,
+    batch_size: int,
 ) -> Iterator[InputImage]:
     """Read, detect and draw; threads read and draw images while the model runs on others.
 
@@ -238,7 +275,7 @@ def run_inference(
     transform = detector.model.transform
     # Resized to max_size, the shorter side of a narrower image would round to 0 pixels.
     max_aspect_ratio = math.inf if transform.fixed_size else transform.max_size
-    load = partial(read_input, max_aspect_ratio=max_aspect_ratio)
+    load = partial(read_input, max_aspect_ratio=max_aspect_ratio, rules=rules)
     loaded = prefetch_map(load, images, threads, batch_size + threads)
     batches = batch_by_size(skip_unusable(loaded), batch_size)
     detected = chain.from_iterable(map(detector, batches))
@@ -260,6 +297,7 @@ def prefetch_map(function: Callable, items: Iterable, threads: int, ahead: int) 
 def skip_unusable(images: Iterable[InputImage]) -> Iterator[InputImage]:
     """Yield the images without an error; print the errors of the others to stderr."""
     for image in images:
+        log_notes(image.notes)
         if image.error:
             tqdm.write(f"skipped: {image.error}", file=sys.stderr)
         else:
@@ -371,17 +409,18 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     paths_and_names = find_images(args.images)
     images = [InputImage(*row, image_id) for image_id, row in enumerate(paths_and_names, start=1)]
-    model, categories = load_model(args.checkpoint, args.model)
+    model, categories, bit_depth = load_model(args.checkpoint, args.model)
     index = match_annotations(images, args.show_truth, categories) if args.show_truth else None
     prepare_output_dir(args.output_dir, must_be_empty=True)
     amp_dtype, precision = resolve_precision(device, args.amp)
     utils.log(f"{args.checkpoint}: {len(categories.ids)} categories; on {device}, {precision}")
 
+    rules = choose_rules(images, args.bit_depth or bit_depth, args.truncated_images)
     detector = Detector(model.to(device), categories, device, amp_dtype, args.score_threshold)
     folder = args.output_dir / "pictures"
     draw = partial(draw_image, folder=folder, categories=categories, index=index)
     batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-    finished = run_inference(images, detector, draw, batch_size)
+    finished = run_inference(images, rules, detector, draw, batch_size)
     done, interrupted = [], False
     start = time.perf_counter()
     try:

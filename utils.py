@@ -229,6 +229,14 @@ def log(message: str = "") -> None:
             sys.stdout = None
 
 
+def log_everywhere(message: str) -> None:
+    """Print a line on any rank, on others than 0 with its number."""
+    if rank() == 0:
+        log(message)
+    elif sys.stdout is not None:
+        print(f"rank {rank()}: {message}", flush=True)
+
+
 def log_field(label: str, text: object) -> None:
     """Log a line of the setup; the texts are aligned."""
     log(f"{label:<11}{text}")

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 # `python datasets/split.py` puts only this folder on the module path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from internals.command_line import ArgumentParser
 from internals.errors import UserError
-from internals.images import IMAGE_FORMATS, MAX_PIXELS
+from internals.images import IMAGE_FORMATS, MAX_PIXELS, read_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,13 +164,13 @@ def read_image_sizes(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     """
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
-            stored, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+            upright, stored, _ = read_sizes(image)
     except Exception as error:  # a broken file can make a decoder fail in many ways
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{file} cannot be read as an image: {reason}") from None
     if stored[0] * stored[1] > MAX_PIXELS:
         raise UserError(f"{file} has more than {MAX_PIXELS:,} pixels: reduce its size")
-    return (stored[::-1] if orientation in (5, 6, 7, 8) else stored), stored
+    return upright, stored
 
 
 def convert(parser: ArgumentParser, argv: list[str] | None, read: Callable) -> None:

@@ -17,6 +17,7 @@ class Batch:
 
     Attributes:
         image_ids: The id of each image.
+        notes: What is to be known about the images, mostly nothing.
         sizes: Height and width of each image.
         box_counts: The number of boxes of each image.
         buffer: uint8; a seed and a number of boxes for each image, labels and boxes padded to
@@ -26,10 +27,11 @@ class Batch:
     def __init__(self, images: Sequence[torch.Tensor], targets: Sequence[dict] | None = None):
         """Pack images, each uint8 `[3, H, W]`, and targets of `coco_utils.CocoDetection`, if any.
 
-        Of the targets `image_id`, `boxes` and `labels` are packed.
+        Of the targets `image_id`, `boxes` and `labels` are packed, and `notes` kept.
         """
         targets = targets or [{"image_id": None, "boxes": (), "labels": ()} for _ in images]
         self.image_ids = [target["image_id"] for target in targets]
+        self.notes = [note for target in targets for note in target.get("notes", ())]
         self.sizes = [tuple(image.shape[-2:]) for image in images]
         self.box_counts = [len(target["boxes"]) for target in targets]
         self.most_boxes = _padded_length(self.box_counts)

@@ -11,7 +11,7 @@ import os
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from internals.annotations import (
     implausible_areas,
 )
 from internals.errors import DataError
-from internals.images import MAX_PIXELS
+from internals.image_notes import NOTE_REMEDIES
+from internals.images import DEEP_SUFFIXES, MAX_PIXELS, measure_bit_depth
 
 MISSING = "image files that are missing"
 # The shares of boxes from which on they are taken for something else than COCO's.
@@ -369,8 +370,11 @@ def compare_splits(indexes: dict) -> list[str]:
 # -------------------------------------------------------------------------------- opening images
 
 
+Finding = tuple[int, str, str]  # position, kind and message of an error or note of an image
+
+
 class _ImageCheck(Dataset):
-    """`dataset[i]` is None, or the error of image i as (i, kind, message)."""
+    """`dataset[i]` is the error of image i, if any, and what is to be known about it."""
 
     def __init__(self, index):
         self.index = index
@@ -378,21 +382,23 @@ class _ImageCheck(Dataset):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, i: int) -> tuple[int, str, str] | None:
+    def __getitem__(self, i: int) -> tuple[list[Finding], list[Finding]]:
+        name, notes = f"image {self.index.image_ids[i]}", []
         try:
-            self.index.read_image(i)
+            self.index.read_image(i, notes)
         except DataError as error:
-            return i, error.kind, f"image {self.index.image_ids[i]}: {error}"
-        return None
+            return [(i, error.kind, f"{name}: {error}")], []
+        return [], [(i, note.kind, f"{name}: {note.text}") for note in notes]
 
 
-def find_unreadable_images(index, workers: int) -> list[tuple[int, str, str]]:
+def open_images(index, workers: int) -> tuple[list[Finding], list[Finding]]:
     """Open every image of the index, distributed over the processes.
 
     Files outside the image folder are not opened: `find_issues` reports them.
 
     Returns:
-        (position, kind, message) of the images that cannot be used, the same on every process.
+        The errors of images that cannot be used, and the notes on others, in the order of images,
+        the same on every process.
     """
     _, outside = _check_files(index)
     share = np.flatnonzero(~outside)[utils.rank() :: utils.world_size()].tolist()
@@ -404,22 +410,75 @@ def find_unreadable_images(index, workers: int) -> list[tuple[int, str, str]]:
         collate_fn=list,
         generator=torch.Generator(),  # or the loader would draw from the global generator
     )
-    errors = []
+    errors, notes = [], []
     for batch in utils.Progress(loader, len(loader), 0, "opening images"):
-        errors += [result for result in batch if result is not None]
-    return sorted(chain.from_iterable(utils.gather_objects(errors)))
+        for image_errors, image_notes in batch:
+            errors += image_errors
+            notes += image_notes
+    errors, notes = zip(*utils.gather_objects((errors, notes)), strict=True)
+    return sorted(chain.from_iterable(errors)), sorted(chain.from_iterable(notes))
 
 
-def group_by_kind(unreadable: Sequence[tuple[int, str, str]]) -> list[DataIssue]:
-    """Group the result of `find_unreadable_images` by kind."""
+def find_unreadable_images(index, workers: int) -> list[Finding]:
+    """Return the errors of `open_images`."""
+    return open_images(index, workers)[0]
+
+
+def find_more_bad_images(index, image: int, count: int = 500, seconds: float = 10) -> tuple:
+    """Open the images behind a bad one, so that its error message can list more than one.
+
+    Args:
+        index: The data set.
+        image: The position of the bad image.
+        count: Open so many images at most.
+        seconds: Stop after this time.
+
+    Returns:
+        How many of them are bad, and a text that lists them, which may be empty.
+    """
+    check, deadline, bad, opened = _ImageCheck(index), time.monotonic() + seconds, [], 0
+    for i in islice(chain(range(image + 1, len(index)), range(image)), count):
+        if time.monotonic() > deadline or len(bad) == MAX_EXAMPLES:
+            break
+        bad += [message for _, _, message in check[i][0]]
+        opened += 1
+    listed = "".join(f"\n    {message}" for message in bad)
+    return len(bad), f".\nOf the next {opened:,} images {len(bad)} more:{listed}" if bad else ""
+
+
+def group_by_kind(findings: Sequence[Finding]) -> list[DataIssue]:
+    """Group errors or notes of `open_images` by kind."""
     kinds = {}
-    for _, kind, message in unreadable:
+    for _, kind, message in findings:
         kinds.setdefault(kind, []).append(message)
-    remedy = "Repair them, or remove them from the annotation file"
+    repair = "Repair them, or remove them from the annotation file"
     return [
-        DataIssue(kind, messages[:MAX_EXAMPLES], len(messages), remedy)
+        DataIssue(
+            kind,
+            messages[:MAX_EXAMPLES],
+            len(messages),
+            NOTE_REMEDIES.get(kind, repair),
+            fatal=kind not in NOTE_REMEDIES,
+        )
         for kind, messages in kinds.items()
     ]
+
+
+def find_bit_depth(indexes: Iterable) -> tuple[int, str] | None:
+    """Find how many bits the 16-bit gray images of a data set hold, of all its splits together.
+
+    Returns:
+        Of `internals.images.measure_bit_depth`.
+    """
+    suffixes = tuple(suffix.encode() for suffix in DEEP_SUFFIXES)
+    return measure_bit_depth(
+        [
+            index.path(i)
+            for index in indexes
+            for i, name in enumerate(index.file_names.tolist())
+            if name.lower().endswith(suffixes)
+        ]
+    )
 
 
 def drop_bad_images(indexes: dict, workers: int, allowed: int) -> tuple[dict, list[int]]:
@@ -466,9 +525,9 @@ def examine(
     """
     utils.log(f"{split}: {index.annotation_file}\n{describe(index)}")
     issues, start = find_issues(index, False, trust_boxes), time.perf_counter()
-    unreadable = find_unreadable_images(index, workers)
+    unreadable, notes = open_images(index, workers)
     utils.log(f"  opened {len(index):,} images in {time.perf_counter() - start:.1f} s")
-    for issue in (*issues, *group_by_kind(unreadable)):
+    for issue in (*issues, *group_by_kind(unreadable), *group_by_kind(notes)):
         utils.log(f"  {'error' if issue.fatal else 'note'}: {issue}")
     return [issue for issue in issues if issue.fatal], unreadable
 

@@ -28,5 +28,19 @@ class RunError(RuntimeError):
     """
 
 
+class ImageError(RunError):
+    """A failure while an image was loaded that is not the fault of its file, such as of memory."""
+
+    def __init__(self, message: str):
+        # The DataLoader adds the traceback of the worker to the message: remove it.
+        added, _, message = message.rpartition(f"{type(self).__name__}: ")
+        self.worker_traceback = "".join(added.rpartition("\n")[:2])
+        super().__init__(message.strip())
+
+
+class UnexpectedImageError(ImageError):
+    """An unknown error while an image was loaded or augmented; shown with its traceback."""
+
+
 class StopRequested(Exception):  # noqa: N818 - no error
     """A requested stop; raised by all processes after saving: exit code 75."""

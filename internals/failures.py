@@ -15,13 +15,22 @@ import torch
 
 import utils
 from internals import preemption
-from internals.errors import RunError, StopRequested, UserError
+from internals.errors import (
+    DataError,
+    ImageError,
+    RunError,
+    StopRequested,
+    UnexpectedImageError,
+    UserError,
+)
 
 FAILED, WRONG_USE, STOPPED = 1, 2, 75  # 75 is EX_TEMPFAIL of BSD: try again later
 
 # What receiving from a killed worker may raise, before PyTorch notices. Not BrokenPipeError, which
 # is what writing to a closed pipe raises, such as the standard output of `... | head`.
 LOST_WORKER = (ConnectionResetError, ConnectionRefusedError, EOFError)
+# In PyTorch's messages: of a worker that was killed, and of an exception that a worker raised.
+KILLED_WORKER, RAISED_IN_WORKER = "DataLoader worker (pid", "in DataLoader worker process"
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -33,6 +42,8 @@ def run_command(main: Callable[[], None]) -> None:
         exit_with_code(STOPPED)
     except UserError as error:
         abort(str(error), WRONG_USE)
+    except UnexpectedImageError as error:
+        abort(str(error), FAILED, error.worker_traceback or traceback.format_exc())
     except RunError as error:
         abort(str(error), FAILED)
     except KeyboardInterrupt:
@@ -57,7 +68,8 @@ def _await_worker_error(main: Callable[[], None]) -> None:
 def explain_system_error(error: Exception) -> str | None:
     """Return a message on what to do about a common system error, None for other errors."""
     text = str(error)
-    if "DataLoader worker" in text or isinstance(error, LOST_WORKER):
+    raised_in_worker = RAISED_IN_WORKER in text
+    if KILLED_WORKER in text or (isinstance(error, LOST_WORKER) and not raised_in_worker):
         return (
             f"{text or 'pipe closed'}. A loading process was killed, most often because memory or "
             "shared memory (/dev/shm) ran out: lower --workers or --batch-size, or start the "
@@ -68,6 +80,8 @@ def explain_system_error(error: Exception) -> str | None:
             f"{error}. Raise the limit with ulimit -n 65536, or lower --workers, and continue "
             "with --resume auto"
         )
+    if is_out_of_memory(error) and raised_in_worker:
+        return f"a loading process is {OUT_OF_MEMORY}"
     if is_out_of_memory(error):
         return f"out of memory: lower --batch-size, or use --device cpu ({text.splitlines()[0]})"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -78,10 +92,32 @@ def explain_system_error(error: Exception) -> str | None:
     return None
 
 
+OUT_OF_MEMORY = "out of memory: lower --workers or --batch-size, then continue with --resume auto"
+
+
+def image_error(image: str, error: Exception) -> DataError | ImageError:
+    """Return an error that names the image during whose loading or augmentation `error` occurred.
+
+    Args:
+        image: Its file and id.
+        error: Any error.
+    """
+    if isinstance(error, UserError):
+        return DataError(f"{image}: {error}")
+    if is_out_of_memory(error):
+        return ImageError(f"{image}: {OUT_OF_MEMORY}")
+    is_lost_worker = isinstance(error, LOST_WORKER)  # not in the worker itself
+    if not is_lost_worker and (message := explain_system_error(error)):
+        return ImageError(f"{image}: {message}")
+    return UnexpectedImageError(f"{image} cannot be loaded: {type(error).__name__}: {error}")
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Check for out of memory, on a device or on the CPU (whose allocator has no error class)."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+        isinstance(error, RuntimeError)
+        and not isinstance(error, RunError)
+        and "allocate memory" in str(error)
     )
 
 

@@ -109,7 +109,8 @@ def explain_oom(progress: utils.Progress, batch_flag: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if progress.batch is None or not failures.is_out_of_memory(error):
+        in_worker = failures.RAISED_IN_WORKER in str(error)
+        if progress.batch is None or in_worker or not failures.is_out_of_memory(error):
             raise
         batch = progress.batch
         shapes = ", ".join(

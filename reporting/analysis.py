@@ -11,6 +11,7 @@ from hotcoco.primitives import bbox_iou
 import coco_eval
 from coco_utils import CocoIndex, find_split
 from internals.errors import UserError
+from internals.images import ImageRules
 
 SCORE_THRESHOLD = 0.5  # of all figures but the curves and the dashed recall by size
 IOU_THRESHOLD = 0.5
@@ -241,6 +242,7 @@ def load_evaluated_index(start: dict) -> CocoIndex:
     )
     data_path = Path(flags.get("data_path") or ".")
     index = CocoIndex(find_split(data_path, split, annotations, images))
+    index.rules = ImageRules(flags.get("bit_depth"), flags.get("truncated_images") == "use")
     # Runs of earlier versions without this flag evaluated so.
     index.as_annotated = flags.get("evaluate_as_annotated", True)
     if flags.get("overfit"):

@@ -171,6 +171,7 @@ MAY_CHANGE = {
     *("dataset", "start_epoch"),
     *("trust_boxes", "evaluate_as_annotated"),
     *("max_bad_images", "overfit"),  # the content of the data is an invariant
+    "truncated_images",  # it changes no pixel of an image that both settings use
 }
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 import coco_utils
 from coco_utils import Categories, CocoDetection, CocoIndex, Split
 from internals import preemption
-from internals.errors import DataError
+from internals.errors import DataError, ImageError, UnexpectedImageError
+from internals.image_notes import PAGES
 
 
 def dataset_of(root, split="train") -> CocoDetection:
@@ -231,3 +232,62 @@ def test_worker_error_has_no_traceback(tiny):
     assert message.startswith(str(tiny / "train2017/0.png"))
     assert "Traceback" not in message
     assert "--max-bad-images" in message
+
+
+def error_of_loader(dataset: CocoDetection, workers: int) -> Exception:
+    """Return what a loader raises for the first image, as in training."""
+    loader = torch.utils.data.DataLoader(dataset, num_workers=workers, sampler=[(0, 1)])
+    try:
+        list(loader)
+    except Exception as error:
+        return error
+    finally:
+        preemption.kill_workers()
+        gc.collect()
+    raise AssertionError("no error")
+
+
+class Reject(torch.nn.Module):
+    """An augmentation that raises an error."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+    def forward(self, *_):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_of_augmentation_names_the_image(tiny, workers):
+    dataset, name = dataset_of(tiny), f"{tiny / 'train2017/0.png'} (id 100)"
+    dataset.augmentation = Reject(KeyError("bbox"))
+    error = error_of_loader(dataset, workers)
+    assert type(error) is UnexpectedImageError
+    assert str(error) == f"{name} cannot be loaded: KeyError: 'bbox'"
+    assert ("in forward" in error.worker_traceback) == (workers > 0)
+    dataset.augmentation = Reject(MemoryError())
+    error = error_of_loader(dataset, workers)
+    assert type(error) is ImageError
+    assert str(error).startswith(f"{name}: out of memory: lower --workers")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_image_is_reported_with_others(tiny, workers):
+    for n in (0, 3, 5):
+        (tiny / f"train2017/{n}.png").write_bytes(b"no image")
+    message = str(error_of_loader(dataset_of(tiny), workers))
+    assert message.startswith(f"{tiny / 'train2017/0.png'} cannot be read")
+    assert "--max-bad-images 3" in message
+    listed = message.partition("Of the next 7 images 2 more:")[2].strip().splitlines()
+    assert [line.split(":")[0].strip() for line in listed] == ["image 103", "image 105"]
+
+
+def test_notes_on_images_reach_the_batch(tiny):
+    file = tiny / "train2017/0.png"
+    image = Image.open(file)
+    image.save(file, save_all=True, append_images=[image])
+    dataset = dataset_of(tiny)
+    samples = [dataset[0], dataset[1]]
+    assert "notes" not in samples[1][1]
+    assert coco_utils.collate(samples).notes == [(PAGES, str(file))]

@@ -407,3 +407,58 @@ def test_help_lists_flags_files_and_exit_codes(command):
     assert code == 0
     for words in ("CHECKPOINT", "--show-truth FILE", "images.json", "Exit codes"):
         assert words in output
+
+
+# ------------------------------------------------------------------------------- odd image files
+
+
+def write_deep(file: Path, largest: int) -> Path:
+    ramp = np.linspace(0, largest, 64 * 48).astype(np.uint16).reshape(48, 64)
+    Image.fromarray(ramp).save(file)
+    return file
+
+
+def drawn_brightness(file: Path) -> float:
+    return np.asarray(Image.open(file)).mean()
+
+
+def test_16_bit_images_are_read_as_in_training(model, tmp_path, capsys):
+    """A checkpoint without a rule: the images given decide, together."""
+    files = [write_deep(tmp_path / f"{n}.png", n) for n in (255, 4095)]
+    flags = ("--score-threshold", "1")
+    detect(model, *files, "--output-dir", tmp_path / "out", *flags)
+    assert "16-bit gray images hold 12 bits: divided by 16" in capsys.readouterr().out
+    pictures = tmp_path / "out/pictures"
+    assert abs(drawn_brightness(pictures / "4095.jpg") - 127) < 2
+    assert abs(drawn_brightness(pictures / "255.jpg") - 127 / 16) < 2
+    saved = torch.load(model, weights_only=True)
+    saved["args"]["bit_depth"] = 16
+    torch.save(saved, tmp_path / "m.pth")
+    detect(tmp_path / "m.pth", *files, "--output-dir", tmp_path / "trained", *flags)
+    assert "16-bit gray images" not in capsys.readouterr().out
+    assert abs(drawn_brightness(tmp_path / "trained/pictures/4095.jpg") - 127 / 16) < 2
+    flags = (*flags, "--bit-depth", "12")
+    detect(tmp_path / "m.pth", *files, "--output-dir", tmp_path / "given", *flags)
+    assert abs(drawn_brightness(tmp_path / "given/pictures/4095.jpg") - 127) < 2
+
+
+def test_truncated_images_are_skipped_or_used(model, tmp_path, command):
+    file = write_image(tmp_path / "x.jpg")
+    file.write_bytes(file.read_bytes()[:-20])
+    code, _, errors = command(model, file, "--output-dir", tmp_path / "out")
+    assert code == 2
+    assert "x.jpg is truncated" in errors
+    flags = ("--output-dir", tmp_path / "used", "--truncated-images", "use")
+    code, output, _ = command(model, file, *flags)
+    assert code == 0
+    assert "note: truncated image files that are used" in output
+    assert f"{file}, 100 % of its rows" in output
+
+
+def test_warnings_of_the_decoder_name_the_file(model, tmp_path, command):
+    bad_exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x09\0\0\0\x01\0\x06"
+    files = [write_image(tmp_path / f"{n}.jpg", exif=bad_exif) for n in range(3)]
+    code, output, errors = command(model, *files, "--output-dir", tmp_path / "out")
+    assert (code, "Warning" in errors) == (0, False)
+    for file in files:
+        assert output.count(f"{file}: Corrupt EXIF data") == 1

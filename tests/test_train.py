@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -27,6 +28,8 @@ from PIL import Image
 
 import coco_utils
 from internals.errors import DataError, UserError
+from internals.images import ImageRules
+from reporting.analysis import load_evaluated_index
 
 BCCD = ROOT.parent / "shared/data/bccd"
 FROM_WEIGHTS = [flag for flag in SMALL_FLAGS if flag not in ("--weights-backbone", "none")]
@@ -514,3 +517,77 @@ def test_training_on_real_images(tmp_path):
     )
     assert "292 images, 3,943 boxes in 3 categories, boxes without a size: 2" in output
     assert len(read_losses(tmp_path / "out")) == 2
+
+
+# ------------------------------------------------------------------------------- odd image files
+
+
+def make_deep(root: Path, bits: int) -> Path:
+    """Turn the images of `make_tiny` into 16-bit gray of `bits` bits."""
+    for file in make_tiny(root).glob("*/*.png"):
+        gray = np.asarray(Image.open(file).convert("L")).astype(np.uint16)
+        Image.fromarray(gray << (bits - 8)).save(file)
+    return root
+
+
+def test_bit_depth_is_one_rule_for_the_run(tmp_path):
+    """The pixels are those of 8-bit images, also when resumed, evaluated and drawn."""
+    results = {}
+    for bits in (8, 12):
+        data, out = make_deep(tmp_path / f"{bits}", bits), tmp_path / f"out{bits}"
+        flags = ("--data-path", data, "--output-dir", out, "--epochs", "2")
+        printed = train_in_process(*flags, "--max-steps", "4")
+        assert f"16-bit gray images hold {bits} bits" in printed
+        train_in_process(*flags, "--resume", "auto")
+        results[bits] = weights_hash(out / "checkpoint.pth")
+        assert load_state(out / "checkpoint.pth")["args"]["bit_depth"] == bits
+        index = load_evaluated_index(read_metrics(out, "start")[-1])
+        assert index.rules == ImageRules(bits)
+    assert results[8] == results[12]
+    with pytest.raises(UserError, match="--bit-depth 16 differs from 12, with which"):
+        train_in_process(*flags, "--resume", "auto", "--bit-depth", "16")
+
+
+def test_resumed_run_of_an_older_version_keeps_16_bits(tmp_path):
+    data, out = make_deep(tmp_path / "data", 12), tmp_path / "out"
+    flags = ("--data-path", data, "--output-dir", out, "--epochs", "2")
+    train_in_process(*flags, "--max-steps", "4", "--bit-depth", "16")
+    file = out / "checkpoint.pth"
+    state = load_state(file)
+    del state["args"]["bit_depth"]
+    for path in out.glob("*.pth"):
+        torch.save(state, path)
+    train_in_process(*flags, "--resume", "auto")
+    assert load_state(file)["args"]["bit_depth"] == 16
+
+
+def truncate(file: Path, share: float) -> None:
+    """Turn an image into a JPEG, under the same name, of which only the start is there."""
+    Image.open(file).save(file, "JPEG", quality=95)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+
+
+def test_truncated_images_are_refused_or_used(tiny, tmp_path):
+    for n in (1, 2):
+        truncate(tiny / f"train2017/{n}.png", 0.97)
+    with pytest.raises(UserError, match=r"(?s)is truncated: .*--truncated-images use.*1 more"):
+        train_in_process("--data-path", tiny, "--output-dir", tmp_path / "refused")
+    hashes = set()
+    for workers in (2, 0):
+        out = tmp_path / f"used{workers}"
+        flags = ("--data-path", tiny, "--output-dir", out, "--truncated-images", "use")
+        printed = train_in_process(*flags, "--epochs", "2", "-j", workers)
+        lines = [line for line in printed.splitlines() if "truncated image files" in line]
+        assert len(lines) == (2 if workers else 0)  # once in this process, which is the same
+        hashes.add(weights_hash(out / "checkpoint.pth"))
+    assert len(hashes) == 1
+    checked = main_in_process("--data-path", tiny, "--check-data", "--truncated-images", "use")
+    assert "note: truncated image files that are used (2):" in checked
+
+
+def test_more_than_the_end_must_not_be_missing(tiny, tmp_path):
+    truncate(tiny / "train2017/1.png", 0.5)
+    flags = ("--data-path", tiny, "--output-dir", tmp_path, "--truncated-images", "use")
+    with pytest.raises(UserError, match=r"1\.png is truncated: .*too little of it"):
+        train_in_process(*flags)

@@ -301,3 +301,46 @@ def test_valid_annotation_variants_have_no_issues(tiny):
     index = CocoIndex(split)
     assert data_checks.find_issues(index) == []
     assert "0 boxes" in data_checks.describe(index)
+
+
+# ------------------------------------------------------------------- notes on images that are used
+
+
+def save_turned(file) -> None:
+    """Store the image with an EXIF rotation."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(file).save(file, exif=exif)
+
+
+def test_unapplied_rotations_are_counted_in_the_report(tiny, capsys):
+    folder = split_of(tiny).images
+    for n in range(4):
+        save_turned(folder / f"{n}.png")
+    fatal, bad = data_checks.examine(CocoIndex(split_of(tiny)), "train", 0, False)
+    assert (fatal, bad) == ([], [])
+    printed = capsys.readouterr().out
+    assert "note: images used without their EXIF rotation (4):" in printed
+    assert f"image 100: {folder}/0.png" in printed
+    assert "look at a few with predict.py --show-truth" in printed
+
+
+def test_bit_depth_is_that_of_all_splits_together(tiny):
+    indexes = [CocoIndex(split_of(tiny, split)) for split in ("train", "val")]
+    assert data_checks.find_bit_depth(indexes) is None
+    for split, largest in (("train", 255), ("val", 4095)):
+        file = split_of(tiny, split).images / "0.png"
+        Image.fromarray(np.full((48, 64), largest, dtype=np.uint16)).save(file)
+    depth, text = data_checks.find_bit_depth(indexes)
+    assert depth == 12
+    assert "of 2 files is 4,095" in text
+    assert data_checks.find_bit_depth(indexes[:1])[0] == 8
+
+
+def test_search_for_more_bad_images_is_bounded(tiny):
+    for n in range(8):
+        (split_of(tiny).images / f"{n}.png").write_bytes(b"no image")
+    index = CocoIndex(split_of(tiny))
+    assert data_checks.find_more_bad_images(index, 6)[0] == 7
+    assert data_checks.find_more_bad_images(index, 6, count=3)[0] == 3
+    assert data_checks.find_more_bad_images(index, 6, seconds=-1) == (0, "")

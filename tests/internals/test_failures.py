@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from internals import failures, preemption
-from internals.errors import CheckpointError, DataError, RunError, StopRequested, UserError
+from internals.errors import (
+    CheckpointError,
+    DataError,
+    ImageError,
+    RunError,
+    StopRequested,
+    UnexpectedImageError,
+    UserError,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +28,9 @@ def signal_handlers(monkeypatch):
     yield
     for name, handler in before.items():
         signal.signal(getattr(signal, name), handler)
+
+
+IN_WORKER = "in DataLoader worker process 0.\nOriginal Traceback ..."
 
 
 def end_with(error: BaseException) -> int:
@@ -51,6 +62,9 @@ def test_command_that_returns_does_not_exit():
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory: lower --batch-size"),
         (OSError("[Errno 24] Too many open files"), 1, "ulimit -n 65536"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), 1, "--shm-size"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 1, "--shm-size"),
+        (MemoryError(f"Caught MemoryError {IN_WORKER}"), 1, "loading process is out of memory"),
+        (ImageError("f.png: out of memory"), 1, "f.png: out of memory"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1, "--shm-size"),
     ],
 )
@@ -67,6 +81,33 @@ def test_unknown_errors_have_traceback(capsys):
     errors = capsys.readouterr().err
     assert errors.startswith("Traceback")
     assert errors.endswith("train.py: error: OverflowError: too much\n")
+
+
+@pytest.mark.parametrize("kind", [KeyError, EOFError, ConnectionResetError, ValueError])
+def test_exception_in_worker_is_not_a_killed_worker(capsys, kind):
+    """PyTorch raises an exception of the same type, with the traceback as its message."""
+    assert end_with(kind(f"Caught {kind.__name__} {IN_WORKER}")) == 1
+    errors = capsys.readouterr().err
+    assert "was killed" not in errors
+    assert kind.__name__ in errors
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (KeyError("bbox"), UnexpectedImageError, "a.png (id 5) cannot be loaded: KeyError: 'bbox'"),
+        (EOFError("x"), UnexpectedImageError, "a.png (id 5) cannot be loaded: EOFError: x"),
+        (MemoryError(), ImageError, "a.png (id 5): out of memory: lower --workers"),
+        (RuntimeError("cannot allocate memory"), ImageError, "a.png (id 5): out of memory"),
+        (OSError(errno.EMFILE, "Too many open files"), ImageError, "ulimit -n 65536"),
+        (UserError("wrong"), DataError, "a.png (id 5): wrong"),
+    ],
+)
+def test_errors_of_loading_name_the_image(error, kind, message):
+    named = failures.image_error("a.png (id 5)", error)
+    assert type(named) is kind
+    assert message in str(named)
+    assert not failures.is_out_of_memory(named)  # of the device, with the sizes of a batch
 
 
 def test_stop_request_exit_code(capsys):
