@@ -13,7 +13,6 @@ With torchvision's weights for the 80 categories of COCO:
 import argparse
 import csv
 import json
-import math
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from tqdm import tqdm
 
 import checkpoint
@@ -42,7 +42,7 @@ from internals.devices import choose_device
 from internals.errors import DataError, RunError, UserError
 from internals.failures import run_command
 from internals.image_arguments import find_images
-from internals.images import read_image, read_upright
+from internals.images import narrowness, read_image, read_upright
 from internals.mixed_precision import autocast, resolve_precision
 from reporting import drawing
 
@@ -164,7 +164,7 @@ def match_annotations(images: list[InputImage], file: Path, categories: Categori
     return index
 
 
-def read_input(image: InputImage, max_aspect_ratio: float) -> InputImage:
+def read_input(image: InputImage, transform: GeneralizedRCNNTransform) -> InputImage:
     """Set the pixels and size of an image, or its error."""
     try:
         size = image.annotated_size
@@ -173,11 +173,8 @@ def read_input(image: InputImage, max_aspect_ratio: float) -> InputImage:
         image.error = str(error)
         return image
     height, width = pixels.shape[1:]
-    if max(width, height) > max_aspect_ratio * min(width, height):
-        image.error = (
-            f"{image.path}: {width} x {height} pixels are too narrow for this model, which resizes "
-            f"the longest side to {max_aspect_ratio}: cut the image into parts"
-        )
+    if problem := narrowness(height, width, transform):
+        image.error = f"{image.path}: {problem}"
     else:
         image.pixels, image.size = pixels, (width, height)
     return image
@@ -235,10 +232,7 @@ def run_inference(
         The usable images. The errors of the others are printed to stderr.
     """
     threads = min(4, os.cpu_count() or 1)
-    transform = detector.model.transform
-    # Resized to max_size, the shorter side of a narrower image would round to 0 pixels.
-    max_aspect_ratio = math.inf if transform.fixed_size else transform.max_size
-    load = partial(read_input, max_aspect_ratio=max_aspect_ratio)
+    load = partial(read_input, transform=detector.model.transform)
     loaded = prefetch_map(load, images, threads, batch_size + threads)
     batches = batch_by_size(skip_unusable(loaded), batch_size)
     detected = chain.from_iterable(map(detector, batches))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from internals.errors import DataError
 
@@ -91,6 +92,25 @@ def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
         gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def narrowness(height: int, width: int, transform: GeneralizedRCNNTransform) -> str | None:
+    """Return why an image of this size is too narrow for a model, None if it is not.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        transform: That of the model, which must not resize a side to 0 pixels.
+    """
+    if transform.fixed_size:
+        return None
+    shorter, longer = sorted((height, width))
+    if shorter * min(transform.min_size[-1] / shorter, transform.max_size / longer) >= 1:
+        return None
+    return (
+        f"{width} x {height} pixels are too narrow for this model, which resizes the longest side "
+        f"to {transform.max_size}: cut the image into parts"
+    )
 
 
 def image_files(folder: Path) -> list[Path]:

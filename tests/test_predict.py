@@ -253,6 +253,7 @@ def test_exif_orientation_is_applied(model, tmp_path):
 def test_unusable_images_are_skipped(command, model, tmp_path):
     write_image(tmp_path / "in/good.png")
     write_image(tmp_path / "in/narrow.png", 2000, 2)
+    write_image(tmp_path / "in/pixel.png", 1, 1)
     (tmp_path / "in/broken.jpg").write_bytes(b"no image")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "in/huge.png")
     code, output, errors = command(model, tmp_path / "in", "--output-dir", tmp_path / "x")
@@ -260,14 +261,14 @@ def test_unusable_images_are_skipped(command, model, tmp_path):
     for line, words in zip(
         errors.splitlines(),
         ("broken.jpg cannot be read", "huge.png: 10000 x 10000 pixels", "narrow.png: 2000 x 2",
-         "error: 3 of 4 images could not be used"),
+         "error: 3 of 5 images could not be used"),
         strict=True,
     ):  # fmt: skip
         assert words in line
-    assert "images: 1; " in output
+    assert "images: 2; " in output
     images = read(tmp_path / "x/images.json")["images"]
-    assert [image["file_name"] for image in images] == ["good.png"]
-    assert files_in(tmp_path / "x/pictures") == ["good.jpg"]
+    assert [image["file_name"] for image in images] == ["good.png", "pixel.png"]
+    assert files_in(tmp_path / "x/pictures") == ["good.jpg", "pixel.jpg"]
 
 
 def test_results_without_usable_images(command, model, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from internals import images
 from internals.errors import DataError
@@ -105,3 +106,23 @@ def test_image_files_are_sorted_and_unique(tmp_path):
     names = [str(path.relative_to(tmp_path)) for path in images.image_files(tmp_path)]
     assert names == ["a.PNG", "b.jpg", "broken.png", "c d/[1].tiff"]
     assert images.image_files(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "too_narrow"),
+    [
+        *((1, 160, False), (1, 161, True), (161, 1, True), (8, 12_000, True), (1, 1, False)),
+        (49, 49 * 160, True),  # by the rounding of torchvision's computation
+    ],
+)
+def test_too_narrow_images_are_those_that_torchvision_cannot_resize(height, width, too_narrow):
+    transform = GeneralizedRCNNTransform(96, 160, [0.5] * 3, [0.5] * 3).eval()
+    assert (images.narrowness(height, width, transform) is not None) == too_narrow
+    try:
+        transform([torch.zeros(3, height, width)])
+    except RuntimeError:
+        assert too_narrow
+    else:
+        assert not too_narrow
+    transform.fixed_size = (64, 64)
+    assert images.narrowness(height, width, transform) is None
