@@ -191,7 +191,7 @@ def load(path: Path) -> dict:
     if missing:
         raise CheckpointError(
             f"{path} is not a checkpoint of this recipe (it has no {', '.join(sorted(missing))}): "
-            "to fine-tune its weights use --weights instead of --resume"
+            f"to fine-tune its weights use train.py --weights {path}, without --resume"
         )
     if state["format"] != FORMAT:
         raise CheckpointError(

@@ -231,7 +231,7 @@ class RunsCode:
         (None, "no such file"),
         (b"", "cannot be read"),
         (b"no checkpoint at all", "cannot be read"),
-        ({"w": torch.ones(1)}, "not a checkpoint of this recipe .*--weights instead"),
+        ({"w": torch.ones(1)}, "not a checkpoint of this recipe .*use train.py --weights"),
         ([1, 2], "holds a list"),
         ({**STATE, "format": 99}, "format 99"),
         ("runs code", "cannot be read"),
