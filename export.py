@@ -398,7 +398,9 @@ def match_detections(
 
 def describe(result: Agreement, images: list[torch.Tensor]) -> str:
     """Describe the agreement of the detections in these images."""
-    where = f"on {len(images)} images of {len({image.shape for image in images})} sizes"
+    where = (
+        f"on {len(images)} images of {len({image.shape for image in images})} sizes and a black one"
+    )
     if not result.matched and not result.unmatched:
         return f"{where}, but nothing was detected in them: use --check-images with objects"
     return (

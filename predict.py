@@ -44,7 +44,7 @@ from internals.failures import run_command
 from internals.image_arguments import find_images
 from internals.images import narrowness, read_image, read_upright
 from internals.mixed_precision import autocast, resolve_precision
-from reporting import drawing
+from reporting import drawing, fonts
 
 MAX_JPEG_SIDE = 65_500  # pixels: the limit of libjpeg
 EPILOG = """\
@@ -91,6 +91,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--show-truth", type=Path, metavar="FILE",
         help="draw the boxes of this COCO annotation file on the left, and use its image ids "
         "(default: draw detections only, and number the images from 1)")
+    add("--font", type=Path, metavar="FILE",
+        help="a .ttf or .otf font for the names in the images (default: one of the system that has "
+        "their characters; names that no font has are drawn as 'category ID')")
     add("--model", choices=models.MODELS, metavar="NAME",
         help=f"use a detector of torchvision with its weights: {', '.join(models.MODELS)} "
         "(default: the model of the checkpoint)")
@@ -315,7 +318,8 @@ def write_coco(folder: Path, images: list[InputImage], categories: Categories) -
 
 def write_csv(folder: Path, images: list[InputImage], categories: Categories) -> Path:
     """Write `detections.csv`: one line per box, x and y of its upper left corner, in pixels."""
-    file, names = folder / "detections.csv", categories.id_to_name
+    file = folder / "detections.csv"
+    names = {i: fonts.one_line(name) for i, name in categories.id_to_name.items()}
     # File names on Linux need not be UTF-8: their bytes are written unchanged.
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
         writer = csv.writer(opened)
@@ -342,7 +346,9 @@ def write_yolo(folder: Path, images: list[InputImage], categories: Categories) -
             numbers = " ".join(f"{number:.6f}" for number in (*relative, score))
             lines.append(f"{categories.ids.index(i)} {numbers}\n")
         file.write_text("".join(lines), encoding="utf-8")
-    names = "".join(f"{name}\n" for name in categories.names)
+    names = "".join(
+        f"{fonts.one_line(name) or f'category {i}'}\n" for i, name in categories.id_to_name.items()
+    )
     (folder / "classes.txt").write_text(names, encoding="utf-8")
     return folder / "labels"
 
@@ -353,7 +359,9 @@ WRITERS = {"coco": write_coco, "csv": write_csv, "yolo": write_yolo}
 def summarize(images: list[InputImage], categories: Categories) -> str:
     """Return the number of detections by category, the most frequent first, as a line."""
     counts = Counter(i for image in images for i in image.detections[:, 6])
-    names = [f"{count:,} {categories.id_to_name[i]}" for i, count in counts.most_common()]
+    names = [
+        f"{count:,} {fonts.one_line(categories.id_to_name[i])}" for i, count in counts.most_common()
+    ]
     more = f" and {len(names) - 10} more categories" if names[10:] else ""
     by_category = f" ({', '.join(names[:10])}{more})" if names else ""
     return f"images: {len(images):,}; detections: {counts.total():,}{by_category}"
@@ -362,6 +370,7 @@ def summarize(images: list[InputImage], categories: Categories) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args = parse_arguments(argv)
+    fonts.prefer_font(args.font)
     device = choose_device(args.device)
     paths_and_names = find_images(args.images)
     images = [InputImage(*row, image_id) for image_id, row in enumerate(paths_and_names, start=1)]

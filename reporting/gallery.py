@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
 from internals.errors import DataError
-from reporting import drawing
+from reporting import drawing, fonts
 from reporting.analysis import IGNORED, DetectionResults, shorten
 
 MAX_IMAGES = {"worst": 6, "best": 4, "random": 4}
@@ -74,14 +74,16 @@ def build_card(results: DetectionResults, i: int) -> dict:
 def label_ground_truth(results: DetectionResults, i: int) -> tuple[list[tuple], list[str]]:
     """Return the ground-truth boxes of image i as (box, text, color), and the missed names."""
     index, boxes, missed = results.index, [], []
+    drawn = fonts.readable_names(index.categories)
     rows = index.box_range(i)
     for row in range(rows.start, rows.stop):
-        name = index.categories.names[results.gt_category[row]]
+        category = results.gt_category[row]
+        name = drawn[category]
         if index.iscrowd[row]:
             boxes.append((index.boxes[row], f"{name}, crowd", CROWD))
         elif results.missed[row]:
             boxes.append((index.boxes[row], f"{name}, missed", WRONG))
-            missed.append(name)
+            missed.append(index.categories.names[category])
         elif (detection := results.matched_detection[row]) != IGNORED:  # ignored: without a size
             color = CORRECT if results.correct[detection] else WRONG_CATEGORY
             boxes.append((index.boxes[row], name, color))

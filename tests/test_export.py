@@ -147,7 +147,7 @@ def test_check_uses_validation_images(saved, exporting):
     file, output, errors = exporting
     assert errors == ""  # no warnings of the exporter either
     assert f"validation images of {saved.parent / 'data/val2017'}" in output
-    assert "on 3 images of 3 sizes: " in output
+    assert "on 3 images of 3 sizes and a black one: " in output
     assert [p.name for p in file.parent.iterdir()] == ["model.onnx"]
 
 
