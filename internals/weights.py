@@ -67,16 +67,13 @@ def load_weights_file(path: Path, foreign: bool = False) -> dict:
     except pickle.UnpicklingError as error:  # its message suggests weights_only=False
         raise CheckpointError(
             f"{path} cannot be read: it is not a file of torch.save, or it holds more than tensors "
-            "and plain types, which is rejected because loading it could run code. "
-            + ("Save model.state_dict() alone" if foreign else "Another loop's: train.py --weights")
+            "and plain types, which is rejected because loading it could run code: save "
+            "model.state_dict() alone"
         ) from error
     except CheckpointError:
         raise
     except Exception as error:  # damaged zip archives raise errors of many types
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        if "TorchScript" in reason:
-            reason = "it is a TorchScript program, save model.state_dict() instead"
-        raise CheckpointError(f"{path} cannot be read, it may be damaged: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read: {_reason(path, error)}") from error
     if isinstance(state, Ignored):
         raise CheckpointError(
             f"{path} holds an object, such as a whole model: save model.state_dict() instead"
@@ -84,6 +81,16 @@ def load_weights_file(path: Path, foreign: bool = False) -> dict:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     return state
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Return why torch.load failed."""
+    text = str(error).partition("\n")[0] or type(error).__name__
+    if "TorchScript" in text:
+        return "it is a TorchScript program, save model.state_dict() instead"
+    if zipfile.is_zipfile(path):
+        return f"it may be damaged: {text}"
+    return "it is not a file of torch.save, or it is damaged"
 
 
 def _other_globals(path: Path) -> list[str]:
@@ -108,7 +115,7 @@ def find_state_dict(content: dict, expected: Iterable[str], path: Path) -> dict[
     Raises:
         CheckpointError: There is no state_dict.
     """
-    state = _search(content)
+    state = search_state_dict(content)
     if state is None and {"state", "param_groups"} <= content.keys():
         raise CheckpointError(f"{path} holds the state of an optimizer: use the file of the model")
     if state is None:
@@ -119,10 +126,11 @@ def find_state_dict(content: dict, expected: Iterable[str], path: Path) -> dict[
     return _strip_prefix(state, set(expected))
 
 
-def _search(content: dict) -> dict[str, torch.Tensor] | None:
+def search_state_dict(content: dict) -> dict[str, torch.Tensor] | None:
+    """Return the first state_dict in the dicts of a checkpoint; None if there is none."""
     for key in STATE_DICT_KEYS:
         inner = content.get(key)
-        found = _search(inner) if isinstance(inner, dict) else None
+        found = search_state_dict(inner) if isinstance(inner, dict) else None
         if found:
             return found
     tensors = {
