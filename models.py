@@ -231,7 +231,7 @@ def backbone_weights(model_name: str, weights: str) -> dict[str, torch.Tensor]:
     if is_file(weights):
         content = load_weights_file(Path(weights), foreign=True)
         expected = classifier_state(RECIPES[model_name].backbone)
-        return find_state_dict(content, expected, Path(weights))
+        return find_state_dict(content, expected, Path(weights))[0]
     hint = "or start from random weights with --weights-backbone none"
     return download(find_weights(type(RECIPES[model_name].backbone), weights), hint)
 
@@ -254,13 +254,14 @@ def load_pretrained_detector(
     """
     if is_file(weights):
         content = load_weights_file(Path(weights), foreign=True)
-        state = find_state_dict(content, model.state_dict(), Path(weights))
+        state, where = find_state_dict(content, model.state_dict(), Path(weights))
         rows = content.get("categories")
         same = rows == categories.to_list() if rows else same_classes(model, state)
     else:
         choices = torchvision.models.get_model_weights(name)
         hint = "or use --weights-backbone none instead"
         state, same = download(find_weights(choices, weights), hint), categories.is_coco
+        where = weights
     if head_required and not same:
         raise UserError(
             f"--weights {weights} was trained on other categories than the data's: fine-tune it "
@@ -268,7 +269,7 @@ def load_pretrained_detector(
         )
     load_detector(model, state, same, f"--weights {weights}")
     new_head = f"with a new head for {len(categories.ids)} categories"
-    utils.log_field("weights", f"{weights}, {'with its head' if same else new_head}")
+    utils.log_field("weights", f"{where}, {'with its head' if same else new_head}")
 
 
 def same_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:

@@ -101,7 +101,9 @@ def _other_globals(path: Path) -> list[str]:
         return ["argparse.Namespace"]
 
 
-def find_state_dict(content: dict, expected: Iterable[str], path: Path) -> dict[str, torch.Tensor]:
+def find_state_dict(
+    content: dict, expected: Iterable[str], path: Path
+) -> tuple[dict[str, torch.Tensor], str]:
     """Find the weights of a model in a file of any training loop.
 
     They are searched in the dicts of a checkpoint, and what wrappers of the model, such as DDP, put
@@ -112,51 +114,52 @@ def find_state_dict(content: dict, expected: Iterable[str], path: Path) -> dict[
         expected: The names in the state_dict of the model.
         path: The file, for messages.
 
+    Returns:
+        The state_dict, and where it was and what was left out, for the log.
+
     Raises:
         CheckpointError: There is no state_dict.
     """
-    state = search_state_dict(content)
-    if state is None and {"state", "param_groups"} <= content.keys():
+    found = search_state_dict(content)
+    if found is None and {"state", "param_groups"} <= content.keys():
         raise CheckpointError(f"{path} holds the state of an optimizer: use the file of the model")
-    if state is None:
+    if found is None:
         keys = ", ".join(repr(key) for key in list(content)[:8]) or "nothing"
         raise CheckpointError(
             f"{path} holds no weights under a known name, but {keys}: save model.state_dict() alone"
         )
-    return _strip_prefix(state, set(expected))
+    keys, state = found
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    prefix = _find_prefix(state, set(expected))
+    others = [key for key in state if not key.startswith(prefix)]
+    where = f"{path}: {' '.join(map(repr, keys))}" if keys else str(path)
+    if others:
+        more = f" and {len(others) - 1:,} more" if others[1:] else ""
+        where += f" without {others[0]}{more}, not of the model"
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, where
 
 
-def search_state_dict(content: dict) -> dict[str, torch.Tensor] | None:
-    """Return the first state_dict in the dicts of a checkpoint; None if there is none."""
+def search_state_dict(content: dict) -> tuple[list[str], dict[str, torch.Tensor]] | None:
+    """Return the keys of the first state_dict in a checkpoint, and the state_dict, if any."""
     for key in STATE_DICT_KEYS:
         inner = content.get(key)
         found = search_state_dict(inner) if isinstance(inner, dict) else None
         if found:
-            return found
+            return [key, *found[0]], found[1]
     tensors = {
         key: value
         for key, value in content.items()
         if isinstance(key, str) and isinstance(value, torch.Tensor)
     }
-    return tensors if any("." in key for key in tensors) else None
+    return ([], tensors) if any("." in key for key in tensors) else None
 
 
-def _strip_prefix(state: dict[str, torch.Tensor], expected: set[str]) -> dict[str, torch.Tensor]:
-    """Remove what wrappers of a model put before its names; drop what is not of the model.
-
-    These are "module." of DDP, "model." of a LightningModule (which may have other parts, such as
-    a loss), and "_orig_mod." of a compiled module.
-    """
-    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+def _find_prefix(state: dict[str, torch.Tensor], expected: set[str]) -> str:
+    """Find what a wrapper has put before the names of a model, such as "module." of DDP."""
     prefixes = Counter(
         key.removesuffix(name) for key in state for name in _endings(key) if name in expected
     )
-    if not prefixes:
-        return state
-    prefix = max(prefixes, key=lambda text: (prefixes[text], -len(text)))
-    if not prefix:
-        return state
-    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+    return max(prefixes, key=lambda text: (prefixes[text], -len(text)), default="")
 
 
 def _endings(key: str) -> Iterator[str]:

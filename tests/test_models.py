@@ -386,7 +386,12 @@ def test_weights_of_other_loops_are_taken(loop, tmp_path, capsys):
     flags = (SMALL, str(tmp_path / "weights.pth"), OTHER)
     models.load_pretrained_detector(model, *flags, head_required=False)
     assert all((value == 1).all() for value in model.state_dict().values())
-    assert "with its head" in capsys.readouterr().out
+    output = " ".join(capsys.readouterr().out.split())
+    assert "with its head" in output
+    assert ("'model_ema' without n_averaged, not of the model, with" in output) == (
+        loop == "average"
+    )
+    assert ("'ema' 'module', with" in output) == (loop == "nested average")
 
 
 def test_weights_of_other_loops_get_a_new_head_for_other_categories(tmp_path, capsys):
