@@ -31,7 +31,10 @@ WEIGHTS_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
 
 
 class Ignored:
-    """Stands for an object of any class but tensors and plain types in a file of another loop."""
+    """Stands for an object of any class but tensors and plain types in a file of another loop.
+
+    torch.load gets it under the names of these classes, which it neither imports nor calls.
+    """
 
     def __init__(self, *args):
         pass
