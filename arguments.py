@@ -56,8 +56,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", choices=models.MODELS, metavar="NAME",
         help=f"one of {', '.join(models.MODELS)} (default: {models.MODELS[0]})")
     add("--weights", metavar="NAME|FILE",
-        help="fine-tune a whole detector: COCO_V1, or a .pth file; its head is replaced if the "
-        "categories differ (default: none, see --weights-backbone)")
+        help="fine-tune a whole detector: COCO_V1, or a file of this or another training loop; "
+        "its head is replaced if the categories differ (default: none, see --weights-backbone)")
     add("--epochs", type=positive_int, default=26, metavar="N",
         help="passes over the training images (default: %(default)s)")
     add("-b", "--batch-size", type=positive_int, default=2, metavar="N",

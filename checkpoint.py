@@ -16,7 +16,7 @@ import utils
 from coco_utils import CocoIndex
 from internals.errors import CheckpointError, RunError, UserError
 from internals.train_state import TrainState
-from internals.weights import load_weights_file
+from internals.weights import load_weights_file, search_state_dict
 from samplers import TrainingPlan
 
 FORMAT = 1
@@ -186,12 +186,20 @@ def load(path: Path) -> dict:
     Raises:
         CheckpointError: The file cannot be read, is damaged, or is not a checkpoint.
     """
-    state = load_weights_file(path)
-    missing = {"format", "model", "optimizer", "epoch", "step", "categories", "args"} - state.keys()
-    if missing:
+    required = {"format", "model", "optimizer", "epoch", "step", "categories", "args"}
+    try:
+        state = load_weights_file(path)
+    except CheckpointError:
+        state = load_weights_file(path, foreign=True)
+        if required <= state.keys() or not search_state_dict(state):
+            raise
+    if missing := required - state.keys():
+        remedy = "use a file that train.py saved in --output-dir"
+        if search_state_dict(state):
+            remedy = f"to fine-tune its weights use train.py --weights {path}, without --resume"
         raise CheckpointError(
             f"{path} is not a checkpoint of this recipe (it has no {', '.join(sorted(missing))}): "
-            "to fine-tune its weights use --weights instead of --resume"
+            f"{remedy}"
         )
     if state["format"] != FORMAT:
         raise CheckpointError(

@@ -15,6 +15,8 @@ import importlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from tqdm import tqdm
 
 import checkpoint
@@ -31,7 +34,7 @@ import utils
 from internals.command_line import ArgumentParser
 from internals.errors import DataError, RunError, UserError
 from internals.failures import run_command
-from internals.images import image_files, read_upright
+from internals.images import image_files, narrowness, read_upright
 
 PACKAGES = {".onnx": ("onnx", "onnxruntime"), ".safetensors": ("safetensors",)}
 OPSET = 17  # the newest opset of the TorchScript exporter that older runtimes support
@@ -164,7 +167,7 @@ def write_onnx(args: argparse.Namespace, saved: dict, file: Path) -> str:
     import onnxruntime
 
     model = SingleImageDetector(models.from_checkpoint(saved, stock=True)).eval()
-    images, source = load_check_images(args.check_images, saved["args"])
+    images, source = load_check_images(args.check_images, saved["args"], model.model.transform)
     utils.log(f"exporting {saved['args']['model']}, check on {source}")
     half_names = round_to_half(model) if args.half else set()
     export_graph(model, file)
@@ -176,6 +179,7 @@ def write_onnx(args: argparse.Namespace, saved: dict, file: Path) -> str:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+    check_black_image(model, session, images[0].shape)
     result = compare(model, session, images)
     summary = describe(result, images)
     if result.unmatched:
@@ -196,10 +200,10 @@ def write_onnx(args: argparse.Namespace, saved: dict, file: Path) -> str:
 
 
 def export_graph(model: nn.Module, file: Path) -> None:
-    """Write the ONNX graph of a `SingleImageDetector` for images of any size."""
+    """Write the ONNX graph of a `SingleImageDetector` for images of any size and content."""
     torch.onnx.register_custom_op_symbolic("aten::sigmoid", _precise_sigmoid, OPSET)
-    with warnings.catch_warnings():  # about the tracing of torchvision's code
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(), adapt_for_tracing(model.model):
+        warnings.simplefilter("ignore")  # about the tracing of torchvision's code
         torch.onnx.export(
             model,
             (synthetic_image(0),),
@@ -211,6 +215,53 @@ def export_graph(model: nn.Module, file: Path) -> None:
             output_names=list(OUTPUTS),
             dynamic_axes={"image": {1: "height", 2: "width"}, **{n: {0: "N"} for n in OUTPUTS}},
         )
+
+
+@contextmanager
+def adapt_for_tracing(detector: nn.Module) -> Iterator[None]:
+    """Change a torchvision detector so that its graph gives PyTorch's results for every image.
+
+    The graph of a Faster R-CNN fails on images without proposals, or on all others if it was traced
+    without any. Therefore each image gets one more proposal, of size 0: the head drops its boxes,
+    which have no size either.
+    """
+
+    def append_proposal(rpn: nn.Module, inputs: tuple, outputs: tuple) -> tuple:
+        proposals, losses = outputs
+        return [torch.cat([boxes, boxes.new_zeros(1, 4)]) for boxes in proposals], losses
+
+    rpn, transform = getattr(detector, "rpn", None), detector.transform
+    hook = rpn.register_forward_hook(append_proposal) if rpn else None
+    detector.transform = ExactTransform(transform).eval()
+    try:
+        yield
+    finally:
+        detector.transform = transform
+        if hook:
+            hook.remove()
+
+
+class ExactTransform(GeneralizedRCNNTransform):
+    """torchvision's transform, with the size of the resized image computed in float64.
+
+    Traced by torchvision it is computed in float32, and one in 14 sizes of images is resized to one
+    pixel less than in PyTorch.
+    """
+
+    def __init__(self, transform: GeneralizedRCNNTransform):
+        names = ("min_size", "max_size", "image_mean", "image_std", "size_divisible", "fixed_size")
+        super().__init__(**{name: getattr(transform, name) for name in names})
+
+    def resize(self, image, target=None):
+        """Resize an image `[3, H, W]`."""
+        if self.fixed_size:
+            return super().resize(image, target)
+        # Tensors with a dimension, as the exporter computes with numbers in float32.
+        sides = torch.onnx.operators.shape_as_tensor(image)[-2:].double()
+        limits = torch.tensor([self.min_size[-1], self.max_size], dtype=torch.float64)
+        scale = (limits / torch.stack([sides.min(), sides.max()])).amin(0, keepdim=True)
+        height, width = (sides * scale).floor().long()
+        return interpolate(image[None], size=(height, width), mode="bilinear")[0], target
 
 
 def _precise_sigmoid(graph, x):
@@ -281,11 +332,37 @@ def compare(
     """
     results, head = [], getattr(model.model, "roi_heads", model.model)
     for image in tqdm(images, "checking", leave=False, disable=None):
-        outputs = session.run(list(OUTPUTS), {"image": image.numpy()})
-        actual = tuple(torch.from_numpy(output) for output in outputs)
-        results.append(match_detections(model(image), actual, head, tolerances))
+        results.append(match_detections(model(image), detect(session, image), head, tolerances))
     matched, unmatched, boxes, scores = zip(*results, strict=True)
     return Agreement(sum(matched), sum(unmatched), max(boxes), max(scores))
+
+
+def detect(session, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the boxes, labels and scores of ONNX Runtime; RunError if it fails on the image."""
+    try:
+        outputs = session.run(list(OUTPUTS), {"image": image.numpy()})
+    except Exception as error:  # of onnxruntime's own types
+        height, width = image.shape[1:]
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"it fails on an image of {width} x {height} pixels: {reason}") from error
+    return tuple(torch.from_numpy(output) for output in outputs)
+
+
+@torch.inference_mode()
+def check_black_image(model: SingleImageDetector, session, shape: tuple[int, ...]) -> None:
+    """Check that the exported model runs on a black image, in which most models find nothing.
+
+    What a model does find in it is not compared: its scores are equal all over the image, and
+    rounding decides which are kept.
+
+    Raises:
+        RunError: It fails, or detects something although PyTorch does not.
+    """
+    image = torch.zeros(shape)
+    highest = max(detect(session, image)[2].tolist(), default=0.0)
+    head = getattr(model.model, "roi_heads", model.model)
+    if not len(model(image)[2]) and highest > head.score_thresh + SCORE_TOLERANCE:
+        raise RunError("it detects something in a black image, but PyTorch does not")
 
 
 def match_detections(
@@ -321,7 +398,9 @@ def match_detections(
 
 def describe(result: Agreement, images: list[torch.Tensor]) -> str:
     """Describe the agreement of the detections in these images."""
-    where = f"on {len(images)} images of {len({image.shape for image in images})} sizes"
+    where = (
+        f"on {len(images)} images of {len({image.shape for image in images})} sizes and a black one"
+    )
     if not result.matched and not result.unmatched:
         return f"{where}, but nothing was detected in them: use --check-images with objects"
     return (
@@ -334,13 +413,16 @@ def describe(result: Agreement, images: list[torch.Tensor]) -> str:
 # ------------------------------------------------------------------- images for the comparison
 
 
-def load_check_images(folder: Path | None, args: dict) -> tuple[list[torch.Tensor], str]:
+def load_check_images(
+    folder: Path | None, args: dict, transform: GeneralizedRCNNTransform
+) -> tuple[list[torch.Tensor], str]:
     """Load images for the comparison, of at least two sizes.
 
     Args:
         folder: Their folder; None for the validation images of the training, or synthetic images
             if those do not exist.
         args: The flags of the training.
+        transform: That of the model; images that it cannot resize are skipped.
 
     Returns:
         Images, float32 `[3, H, W]` in [0, 1], and a description of their source.
@@ -349,21 +431,26 @@ def load_check_images(folder: Path | None, args: dict) -> tuple[list[torch.Tenso
         UserError: There is no readable image in `folder`.
     """
     if folder is not None:
-        images, source = sample_images(folder), f"images of {folder}"
+        if not folder.is_dir():
+            raise UserError(f"--check-images {folder}: no such folder")
+        images, source = sample_images(folder, transform), f"images of {folder}"
         if not images:
-            raise UserError(f"--check-images {folder}: no readable image in this folder")
+            raise UserError(f"--check-images {folder}: no usable image in this folder")
     else:
         folder = find_validation_folder(args)
-        images, source = sample_images(folder) if folder else [], f"validation images of {folder}"
+        images = sample_images(folder, transform) if folder else []
+        source = f"validation images of {folder}"
     if not images:
         images = [synthetic_image(seed) for seed in range(6)]
         source = "synthetic images, as the validation images are missing (see --check-images)"
     if len({image.shape for image in images}) == 1:  # verify that other sizes work, too
-        images.append(interpolate(images[0][None], scale_factor=(0.8, 0.6), mode="bilinear")[0])
+        height, width = images[0].shape[1:]
+        size = (max(1, height * 4 // 5), max(1, width * 3 // 5))
+        images.append(interpolate(images[0][None], size=size, mode="bilinear")[0])
     return images, source
 
 
-def sample_images(folder: Path) -> list[torch.Tensor]:
+def sample_images(folder: Path, transform: GeneralizedRCNNTransform) -> list[torch.Tensor]:
     """Read up to 20 images, evenly spaced over a folder; unusable ones are skipped."""
     files, images = image_files(folder), []
     for i in np.unique(np.linspace(0, len(files) - 1, MAX_CHECK_IMAGES).round()) if files else ():
@@ -373,8 +460,8 @@ def sample_images(folder: Path) -> list[torch.Tensor]:
         except DataError as error:
             utils.log(f"skipped: {error}")
             continue
-        if max(image.shape[1:]) > 50 * min(image.shape[1:]):  # a side may be resized to 0 pixels
-            utils.log(f"skipped: {file} is too narrow")
+        if problem := narrowness(*image.shape[1:], transform):
+            utils.log(f"skipped: {file}: {problem}")
             continue
         images.append(image.float() / 255)
     return images

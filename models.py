@@ -25,7 +25,16 @@ from internals.errors import UserError
 from internals.fast import use_fast_modules
 from internals.mixed_precision import keep_boxes_float32
 from internals.torchvision_builders import without_download
-from internals.weights import download, find_weights, is_file, load_weights_file
+from internals.weights import (
+    advise_misfit,
+    classifier_state,
+    describe_misfit,
+    download,
+    find_state_dict,
+    find_weights,
+    is_file,
+    load_weights_file,
+)
 
 
 class Recipe(NamedTuple):
@@ -123,7 +132,12 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
     except ValueError as error:  # torchvision raises it for a number of layers out of range only
         raise UserError(f"--trainable-backbone-layers: {str(error).strip()}") from error
     except RuntimeError as error:
-        raise UserError(_misfit("--weights-backbone", error)) from error
+        expected = classifier_state(recipe.backbone)
+        raise UserError(
+            "--weights-backbone does not fit this model: "
+            f"{describe_misfit(expected, backbone_state or {}) or error}. It takes the weights of "
+            "torchvision's classifier, with its head; those of a detector are for --weights"
+        ) from error
     if freeze_backbone:
         freeze_norms(model.backbone)
     if stock:
@@ -151,7 +165,7 @@ def from_checkpoint(saved: dict, stock: bool = False) -> nn.Module:
         rpn_score_thresh=args["rpn_score_thresh"],
         stock=stock,
     )
-    _load(model, saved["model"], "the checkpoint")
+    load_detector(model, saved["model"], keep_head=True, source="the checkpoint")
     return model.eval()
 
 
@@ -215,7 +229,9 @@ def parameter_groups(
 def backbone_weights(model_name: str, weights: str) -> dict[str, torch.Tensor]:
     """Load the state_dict of a classifier from a file, or download torchvision's of that name."""
     if is_file(weights):
-        return load_weights_file(Path(weights))
+        content = load_weights_file(Path(weights), foreign=True)
+        expected = classifier_state(RECIPES[model_name].backbone)
+        return find_state_dict(content, expected, Path(weights))[0]
     hint = "or start from random weights with --weights-backbone none"
     return download(find_weights(type(RECIPES[model_name].backbone), weights), hint)
 
@@ -237,13 +253,15 @@ def load_pretrained_detector(
             categories although `head_required`.
     """
     if is_file(weights):
-        state = load_weights_file(Path(weights))
-        rows, state = state.get("categories"), state.get("model", state)
+        content = load_weights_file(Path(weights), foreign=True)
+        state, where = find_state_dict(content, model.state_dict(), Path(weights))
+        rows = content.get("categories")
         same = rows == categories.to_list() if rows else same_classes(model, state)
     else:
         choices = torchvision.models.get_model_weights(name)
         hint = "or use --weights-backbone none instead"
         state, same = download(find_weights(choices, weights), hint), categories.is_coco
+        where = weights
     if head_required and not same:
         raise UserError(
             f"--weights {weights} was trained on other categories than the data's: fine-tune it "
@@ -251,7 +269,7 @@ def load_pretrained_detector(
         )
     load_detector(model, state, same, f"--weights {weights}")
     new_head = f"with a new head for {len(categories.ids)} categories"
-    utils.log_field("weights", f"{weights}, {'with its head' if same else new_head}")
+    utils.log_field("weights", f"{where}, {'with its head' if same else new_head}")
 
 
 def same_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
@@ -271,25 +289,16 @@ def load_detector(
     Raises:
         UserError: The state_dict, from `source`, does not fit the model.
     """
+    with_head = state
     if not keep_head:
         ours = {
             key: value for key, value in model.state_dict().items() if CLASS_HEAD_PATTERN.match(key)
         }
-        state = {**{k: v for k, v in state.items() if not CLASS_HEAD_PATTERN.match(k)}, **ours}
-    _load(model, state, source)
-
-
-def _load(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+        with_head = {k: v for k, v in state.items() if not CLASS_HEAD_PATTERN.match(k)} | ours
     try:
-        module.load_state_dict(state)
+        model.load_state_dict(with_head)
     except RuntimeError as error:
-        raise UserError(_misfit(source, error)) from error
-
-
-def _misfit(source: str, error: RuntimeError) -> str:
-    reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    return (
-        f"{source} does not fit this model: {reasons[0][:300]}{more}. "
-        "Set --model to the model of the weights"
-    )
+        differences = describe_misfit(model.state_dict(), with_head) or error
+        backbones = [recipe.backbone for recipe in RECIPES.values()]
+        advice = advise_misfit(model.state_dict(), state, MODELS, backbones)
+        raise UserError(f"{source} does not fit this model: {differences}. {advice}") from error

@@ -13,7 +13,6 @@ With torchvision's weights for the 80 categories of COCO:
 import argparse
 import csv
 import json
-import math
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from tqdm import tqdm
 
 import checkpoint
@@ -48,11 +48,12 @@ from internals.images import (
     DEEP_SUFFIXES,
     ImageRules,
     measure_bit_depth,
+    narrowness,
     read_image,
     read_upright,
 )
 from internals.mixed_precision import autocast, resolve_precision
-from reporting import drawing
+from reporting import drawing, fonts
 
 MAX_JPEG_SIDE = 65_500  # pixels: the limit of libjpeg
 EPILOG = """\
@@ -99,6 +100,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--show-truth", type=Path, metavar="FILE",
         help="draw the boxes of this COCO annotation file on the left, and use its image ids "
         "(default: draw detections only, and number the images from 1)")
+    add("--font", type=Path, metavar="FILE",
+        help="a .ttf or .otf font for the names in the images (default: one of the system that has "
+        "their characters; names that no font has are drawn as 'category ID')")
     add("--model", choices=models.MODELS, metavar="NAME",
         help=f"use a detector of torchvision with its weights: {', '.join(models.MODELS)} "
         "(default: the model of the checkpoint)")
@@ -179,7 +183,9 @@ def match_annotations(images: list[InputImage], file: Path, categories: Categori
     return index
 
 
-def read_input(image: InputImage, max_aspect_ratio: float, rules: ImageRules) -> InputImage:
+def read_input(
+    image: InputImage, transform: GeneralizedRCNNTransform, rules: ImageRules
+) -> InputImage:
     """Set the pixels and size of an image, or its error."""
     try:
         size = image.annotated_size
@@ -191,11 +197,8 @@ def read_input(image: InputImage, max_aspect_ratio: float, rules: ImageRules) ->
         image.error = str(error)
         return image
     height, width = pixels.shape[1:]
-    if max(width, height) > max_aspect_ratio * min(width, height):
-        image.error = (
-            f"{image.path}: {width} x {height} pixels are too narrow for this model, which resizes "
-            f"the longest side to {max_aspect_ratio}: cut the image into parts"
-        )
+    if problem := narrowness(height, width, transform):
+        image.error = f"{image.path}: {problem}"
     else:
         image.pixels, image.size = pixels, (width, height)
     return image
@@ -272,10 +275,7 @@ def run_inference(
         The usable images. The errors of the others are printed to stderr.
     """
     threads = min(4, os.cpu_count() or 1)
-    transform = detector.model.transform
-    # Resized to max_size, the shorter side of a narrower image would round to 0 pixels.
-    max_aspect_ratio = math.inf if transform.fixed_size else transform.max_size
-    load = partial(read_input, max_aspect_ratio=max_aspect_ratio, rules=rules)
+    load = partial(read_input, transform=detector.model.transform, rules=rules)
     loaded = prefetch_map(load, images, threads, batch_size + threads)
     batches = batch_by_size(skip_unusable(loaded), batch_size)
     detected = chain.from_iterable(map(detector, batches))
@@ -359,7 +359,8 @@ def write_coco(folder: Path, images: list[InputImage], categories: Categories) -
 
 def write_csv(folder: Path, images: list[InputImage], categories: Categories) -> Path:
     """Write `detections.csv`: one line per box, x and y of its upper left corner, in pixels."""
-    file, names = folder / "detections.csv", categories.id_to_name
+    file = folder / "detections.csv"
+    names = {i: fonts.one_line(name) for i, name in categories.id_to_name.items()}
     # File names on Linux need not be UTF-8: their bytes are written unchanged.
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
         writer = csv.writer(opened)
@@ -386,7 +387,9 @@ def write_yolo(folder: Path, images: list[InputImage], categories: Categories) -
             numbers = " ".join(f"{number:.6f}" for number in (*relative, score))
             lines.append(f"{categories.ids.index(i)} {numbers}\n")
         file.write_text("".join(lines), encoding="utf-8")
-    names = "".join(f"{name}\n" for name in categories.names)
+    names = "".join(
+        f"{fonts.one_line(name) or f'category {i}'}\n" for i, name in categories.id_to_name.items()
+    )
     (folder / "classes.txt").write_text(names, encoding="utf-8")
     return folder / "labels"
 
@@ -397,7 +400,9 @@ WRITERS = {"coco": write_coco, "csv": write_csv, "yolo": write_yolo}
 def summarize(images: list[InputImage], categories: Categories) -> str:
     """Return the number of detections by category, the most frequent first, as a line."""
     counts = Counter(i for image in images for i in image.detections[:, 6])
-    names = [f"{count:,} {categories.id_to_name[i]}" for i, count in counts.most_common()]
+    names = [
+        f"{count:,} {fonts.one_line(categories.id_to_name[i])}" for i, count in counts.most_common()
+    ]
     more = f" and {len(names) - 10} more categories" if names[10:] else ""
     by_category = f" ({', '.join(names[:10])}{more})" if names else ""
     return f"images: {len(images):,}; detections: {counts.total():,}{by_category}"
@@ -406,6 +411,7 @@ def summarize(images: list[InputImage], categories: Categories) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args = parse_arguments(argv)
+    fonts.prefer_font(args.font)
     device = choose_device(args.device)
     paths_and_names = find_images(args.images)
     images = [InputImage(*row, image_id) for image_id, row in enumerate(paths_and_names, start=1)]

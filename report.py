@@ -21,6 +21,7 @@ import utils
 from internals.command_line import ArgumentParser
 from internals.errors import UserError
 from internals.failures import run_command
+from reporting import fonts
 from reporting.analysis import (
     DetectionResults,
     RunHistory,
@@ -324,7 +325,7 @@ def write(output_dir: Path) -> Path:
     path = output_dir / "report.html"
     partial_file = output_dir / "report.html.partial"
     try:
-        partial_file.write_text(html, encoding="utf-8")
+        partial_file.write_text(html, encoding="utf-8", errors="replace")
         partial_file.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
@@ -343,7 +344,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "output_dir", type=Path, metavar="OUTPUT_DIR", help="the --output-dir of train.py"
     )
-    path = write(parser.parse_args(argv).output_dir)
+    parser.add_argument(
+        "--font",
+        type=Path,
+        metavar="FILE",
+        help="a .ttf or .otf font for the names in the images (default: one of the system that has "
+        "their characters; names that no font has are drawn as 'category ID')",
+    )
+    args = parser.parse_args(argv)
+    fonts.prefer_font(args.font)
+    path = write(args.output_dir)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

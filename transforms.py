@@ -10,6 +10,8 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from internals.images import is_too_narrow
+
 PRESETS = ("hflip", "multiscale", "lsj", "ssd", "ssdlite", "none")
 
 # The fill of borders: ImageNet's mean color times 255, which normalization turns into about 0.
@@ -46,10 +48,12 @@ def find_too_narrow(
     if preset == "lsj":  # scaled, then padded to a square
         return np.floor(shorter * 0.1 * (min_size / longer)) < 1
     smallest = min(training_sizes(preset, min_size))
-    scale = np.minimum(smallest / shorter, max_size / longer)
     if preset in ("ssd", "ssdlite"):  # may zoom out, or cut to 0.3 of a side, and round down
-        return (shorter < 4) | ((np.floor((shorter - 1) * scale) < 1) & (not fixed_size))
-    return (np.floor(shorter * scale) < 1) & (not fixed_size)
+        too_narrow = shorter < 4
+        shorter = np.maximum(shorter - 1, 1)
+    else:
+        too_narrow = np.zeros(len(sizes), dtype=bool)
+    return too_narrow | (is_too_narrow(shorter, longer, smallest, max_size) & (not fixed_size))
 
 
 def training_preset(name: str, min_size: int) -> v2.Transform:

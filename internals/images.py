@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from internals.bit_depth import Samples, bits_of, scale_gray
 from internals.errors import DataError
@@ -333,6 +334,36 @@ def _is_refinement(content: bytes) -> bool:
     start = content.rfind(b"\xff\xda")
     components = content[start + 4]
     return content[start + 7 + 2 * components] >> 4 > 0
+
+
+def is_too_narrow(shorter, longer, min_size: int, max_size: int):
+    """Return whether torchvision would resize the shorter side of an image to 0 pixels.
+
+    Args:
+        shorter: The shorter side in pixels, or an array of them.
+        longer: The longer side, likewise.
+        min_size: The size of the shorter side after resizing, unless the longer one exceeds
+        max_size: this size.
+    """
+    return shorter * np.minimum(min_size / shorter, max_size / longer) < 1
+
+
+def narrowness(height: int, width: int, transform: GeneralizedRCNNTransform) -> str | None:
+    """Return why an image of this size is too narrow for a model, None if it is not.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        transform: That of the model, which must not resize a side to 0 pixels.
+    """
+    if transform.fixed_size:
+        return None
+    if not is_too_narrow(*sorted((height, width)), transform.min_size[-1], transform.max_size):
+        return None
+    return (
+        f"{width} x {height} pixels are too narrow for this model, which resizes the longest side "
+        f"to {transform.max_size}: cut the image into parts"
+    )
 
 
 def image_files(folder: Path) -> list[Path]:

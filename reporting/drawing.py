@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torchvision.ops import box_convert
 
 from coco_utils import Categories, CocoIndex
+from reporting import fonts
 
 MIN_SIDE = 480  # pixels: smaller images are enlarged to fit text
 
@@ -64,7 +65,7 @@ def _draw_categories(
 ) -> torch.Tensor:
     """Draw boxes with the colors and names of their categories, the first box on top."""
     positions = np.searchsorted(categories.ids, category_ids).tolist()
-    names = categories.display_names
+    names = fonts.readable_names(categories)
     texts = [names[k] + suffix for k, suffix in zip(positions, suffixes, strict=True)]
     colors = [category_color(k) for k in positions]
     return draw_boxes(image, xywh_to_xyxy(xywh).flip(0), texts[::-1], colors[::-1])
@@ -84,7 +85,7 @@ def draw_boxes(
         image: uint8 `[3, H, W]`.
         boxes: float32 `[N, 4]`, xyxy in pixels; later boxes are on top, and their texts are placed
             first. N may be 0.
-        texts: One for each box, "" for none.
+        texts: One for each box, "" for none. Characters that no font has are left out.
         colors: One for each box.
 
     Returns:
@@ -115,9 +116,9 @@ def _draw_outline(draw: ImageDraw.ImageDraw, box: list[int], shade: Color, width
     draw.rectangle((x1, y1, x2, y2), outline=shade, width=width)
 
 
-def _font(width: int, height: int) -> ImageFont.ImageFont:
-    """Return a font that is readable at this image size, from Pillow (torchvision has none)."""
-    return ImageFont.load_default(max(12, min(max(width, height) // 55, min(width, height) // 6)))
+def _font_size(width: int, height: int) -> int:
+    """Return a size in pixels that is readable at this image size."""
+    return max(12, min(max(width, height) // 55, min(width, height) // 6))
 
 
 def _draw_texts(
@@ -128,10 +129,14 @@ def _draw_texts(
     colors: list[Color],
 ) -> None:
     """Draw each text on a background of its color, if possible without covering other texts."""
-    font, occupied = _font(*canvas.size), np.empty((0, 4))
+    size, loaded, occupied = _font_size(*canvas.size), {}, np.empty((0, 4))
     for box, text, shade in reversed(list(zip(boxes, texts, colors, strict=True))):
         if not text:
             continue
+        source, text = fonts.font_and_text(text)
+        if source not in loaded:
+            loaded[source] = fonts.load_font(source, size)
+        font = loaded[source]
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         pad = max(2, (bottom - top) // 6)
         width, height = right - left + 2 * pad, bottom - top + 2 * pad
@@ -163,7 +168,8 @@ def _places(box: list[int], width: int, height: int) -> Iterator[tuple[int, int]
 def side_by_side(images: list[torch.Tensor], captions: list[str]) -> torch.Tensor:
     """Join images of one size, uint8 `[3, H, W]`, from left to right, with captions on top."""
     height, width = images[0].shape[-2:]
-    font, gap = _font(width, height), max(4, width // 100)
+    font = fonts.load_font(fonts.PILLOW, _font_size(width, height))
+    gap = max(4, width // 100)
     _, _, _, bottom = font.getbbox("Ag")
     pitch, top = width + gap, bottom + 6
     canvas = Image.new("RGB", (len(images) * pitch - gap, height + top), "white")

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from reporting.analysis import DetectionResults, RunHistory, recall_by_size, shorten
+from reporting.fonts import one_line
 
 MAX_CURVES = 12  # with more categories only the mean is drawn
 
@@ -168,7 +169,7 @@ def draw_ap(axes: Axes, evals: list[dict]) -> None:
 def draw_precision(axes: Axes, results: DetectionResults, threshold: int) -> None:
     """Draw precision by recall at IoU 0.50 + 0.05 x `threshold`; the mean, and few categories."""
     curves, recall = results.curves[threshold], np.linspace(0, 1, 101)
-    names = [shorten(name) for name in results.index.categories.display_names]
+    names = [shorten(one_line(name)) for name in results.index.categories.display_names]
     known = np.flatnonzero(np.isfinite(curves).all(axis=0)).tolist()
     if 1 < len(known) <= MAX_CURVES:
         for n, k in enumerate(known):

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
 from internals.errors import DataError
-from reporting import drawing
+from reporting import drawing, fonts
 from reporting.analysis import IGNORED, DetectionResults, shorten
 
 MAX_IMAGES = {"worst": 6, "best": 4, "random": 4}
@@ -74,14 +74,16 @@ def build_card(results: DetectionResults, i: int) -> dict:
 def label_ground_truth(results: DetectionResults, i: int) -> tuple[list[tuple], list[str]]:
     """Return the ground-truth boxes of image i as (box, text, color), and the missed names."""
     index, boxes, missed = results.index, [], []
+    drawn = fonts.readable_names(index.categories)
     rows = index.box_range(i)
     for row in range(rows.start, rows.stop):
-        name = index.categories.display_names[results.gt_category[row]]
+        category = results.gt_category[row]
+        name = drawn[category]
         if index.iscrowd[row]:
             boxes.append((index.boxes[row], f"{name}, crowd", CROWD))
         elif results.missed[row]:
             boxes.append((index.boxes[row], f"{name}, missed", WRONG))
-            missed.append(name)
+            missed.append(index.categories.display_names[category])
         elif (detection := results.matched_detection[row]) != IGNORED:  # ignored: without a size
             color = CORRECT if results.correct[detection] else WRONG_CATEGORY
             boxes.append((index.boxes[row], name, color))
@@ -90,23 +92,25 @@ def label_ground_truth(results: DetectionResults, i: int) -> tuple[list[tuple], 
 
 def label_detections(results: DetectionResults, i: int) -> tuple[list[tuple], dict]:
     """Return the detections of image i as (box, text, color), and their texts by kind."""
-    names, boxes = results.index.categories.display_names, []
+    categories, boxes = results.index.categories, []
+    names, drawn = categories.display_names, fonts.readable_names(categories)
     texts_by_kind = {"correct": [], "false positive": [], "wrong category": []}
     for row in np.flatnonzero(results.confident[:, 0] == results.index.image_ids[i]):
         match, box = results.matched_gt[row], results.confident[row, 1:5]
-        text = f"{names[results.detection_category[row]]} {results.confident[row, 5]:.2f}"
+        category, score = results.detection_category[row], f"{results.confident[row, 5]:.2f}"
+        text, label = f"{names[category]} {score}", f"{drawn[category]} {score}"
         if match == IGNORED:
-            boxes.append((box, f"{text}, in a crowd", CROWD))
+            boxes.append((box, f"{label}, in a crowd", CROWD))
         elif results.correct[row]:
-            boxes.append((box, text, CORRECT))
+            boxes.append((box, label, CORRECT))
             texts_by_kind["correct"].append(text)
         elif results.false_positive[row]:
-            boxes.append((box, f"{text}, false positive", WRONG))
+            boxes.append((box, f"{label}, false positive", WRONG))
             texts_by_kind["false positive"].append(text)
         else:
-            true_name = names[results.gt_category[match]]
-            boxes.append((box, f"{text}, is {true_name}", WRONG_CATEGORY))
-            texts_by_kind["wrong category"].append(f"{true_name} detected as {text}")
+            truth = results.gt_category[match]
+            boxes.append((box, f"{label}, is {drawn[truth]}", WRONG_CATEGORY))
+            texts_by_kind["wrong category"].append(f"{names[truth]} detected as {text}")
     return boxes, texts_by_kind
 
 

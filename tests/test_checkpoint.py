@@ -230,8 +230,15 @@ class RunsCode:
     [
         (None, "no such file"),
         (b"", "cannot be read"),
-        (b"no checkpoint at all", "cannot be read"),
-        ({"w": torch.ones(1)}, "not a checkpoint of this recipe .*--weights instead"),
+        (b"no checkpoint at all", "cannot be read: it is not a file of torch.save"),
+        (b"hello", "cannot be read: it is not a file of torch.save"),
+        ({"w.x": torch.ones(1)}, "not a checkpoint of this recipe .*use train.py --weights"),
+        ({"model": {"w.x": torch.ones(1)}}, r"it has no args, .*use train.py --weights"),
+        (
+            {"model": {"w.x": torch.ones(1)}, "args": argparse.Namespace(lr=1)},
+            "use train.py --weights",
+        ),
+        ({"state": {}, "param_groups": []}, "use a file that train.py saved in --output-dir"),
         ([1, 2], "holds a list"),
         ({**STATE, "format": 99}, "format 99"),
         ("runs code", "cannot be read"),

@@ -12,10 +12,12 @@ import torch
 import torchvision
 from helpers import ROOT, run, write_split
 from PIL import Image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import checkpoint
 import export
 import models
+from internals.errors import RunError, UserError
 from internals.failures import run_command
 
 onnx = pytest.importorskip("onnx")
@@ -23,6 +25,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 safetensors = pytest.importorskip("safetensors")
 
 NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
+TRANSFORM = GeneralizedRCNNTransform(96, 160, [0.5] * 3, [0.5] * 3)
 
 
 def spread_model() -> torch.nn.Module:
@@ -144,13 +147,13 @@ def test_check_uses_validation_images(saved, exporting):
     file, output, errors = exporting
     assert errors == ""  # no warnings of the exporter either
     assert f"validation images of {saved.parent / 'data/val2017'}" in output
-    assert "on 3 images of 3 sizes: " in output
+    assert "on 3 images of 3 sizes and a black one: " in output
     assert [p.name for p in file.parent.iterdir()] == ["model.onnx"]
 
 
 def test_check_falls_back_to_synthetic_images(tmp_path):
     args = {"data_path": str(tmp_path), "val_annotations": None, "val_images": None}
-    images, source = export.load_check_images(None, args)
+    images, source = export.load_check_images(None, args, TRANSFORM)
     assert "synthetic images, as the validation images are missing" in source
     assert len({image.shape for image in images}) > 1
 
@@ -159,14 +162,31 @@ def test_check_samples_folder_at_two_sizes(tmp_path, capsys):
     for n in range(30):
         Image.new("RGB", (20, 10), (n, 0, 0)).save(tmp_path / f"{n:02}.png")
     (tmp_path / "00.png").write_bytes(b"")
-    Image.new("RGB", (200, 2)).save(tmp_path / "29.png")
-    images, _ = export.load_check_images(tmp_path, {})
+    Image.new("RGB", (200, 1)).save(tmp_path / "29.png")
+    images, _ = export.load_check_images(tmp_path, {}, TRANSFORM)
     assert [image.shape for image in images] == [(3, 10, 20)] * 18 + [(3, 8, 12)]
     reds = [round(float(image[0, 0, 0]) * 255) for image in images]
     assert reds[-2] == 27  # from all over the folder
     output = capsys.readouterr().out
     assert f"skipped: {tmp_path / '00.png'} cannot be read" in output
-    assert f"skipped: {tmp_path / '29.png'} is too narrow" in output
+    assert f"skipped: {tmp_path / '29.png'}: 200 x 1 pixels are too narrow for this" in output
+
+
+@pytest.mark.parametrize("size", [(40, 1), (1, 1), (1, 160)])
+def test_check_takes_tiny_images(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "0.png")
+    images, _ = export.load_check_images(tmp_path, {}, TRANSFORM)
+    assert images[0].shape == (3, *size[::-1])
+    for image in images:
+        assert TRANSFORM([image])[0].tensors.shape[0] == 1
+
+
+def test_check_without_usable_images_is_an_error(tmp_path):
+    Image.new("RGB", (12_000, 8)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match="no usable image in this folder"):
+        export.load_check_images(tmp_path, {}, TRANSFORM)
+    with pytest.raises(UserError, match="no such folder"):
+        export.load_check_images(tmp_path / "none", {}, TRANSFORM)
 
 
 @pytest.mark.slow
@@ -208,6 +228,114 @@ def test_weights_beyond_float16_are_not_rounded():
     assert export.round_to_half(model) == {"0.weight"}
     assert torch.equal(model[1].weight, before)
     assert torch.equal(model[0].weight, model[0].weight.half().float())
+
+
+# ------------------------------------------------------- images in which nothing is found
+
+
+def set_class_biases(model: torch.nn.Module, silent: bool) -> None:
+    """Make an untrained detector find nothing anywhere, or something everywhere."""
+    if hasattr(model, "rpn"):
+        model.rpn.head.cls_logits.bias.data.fill_(-40 if silent else 0)
+        return
+    head = model.head.classification_head
+    if hasattr(head, "cls_logits"):
+        head.cls_logits.bias.data.fill_(-40 if silent else 0)
+        return
+    for layer in head.module_list:  # of SSD, with background
+        bias = getattr(layer, "bias", None)
+        bias = layer[-1].bias if bias is None else bias
+        bias.data = torch.tensor([40.0 * silent, 0, 0]).repeat(len(bias) // 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("traced_silent", [True, False])
+def test_graph_does_not_depend_on_the_traced_image(name, traced_silent, tmp_path):
+    """With other biases the same graph finds nothing, or something."""
+    sizes = {"min_sizes": (64,), "max_size": 100} if models.RECIPES[name].resizable else {}
+    if name.startswith("fasterrcnn"):
+        sizes["rpn_score_thresh"] = 0.05
+    torch.manual_seed(0)
+    detector = models.build_model(name, 3, pretrained=None, stock=True, **sizes).eval()
+    getattr(detector, "roi_heads", detector).score_thresh = 0.001
+    model = export.SingleImageDetector(detector).eval()
+    set_class_biases(detector, traced_silent)
+    export.export_graph(model, tmp_path / "x.onnx")
+    exported = onnx.load(str(tmp_path / "x.onnx"))
+    for silent in (True, False):
+        set_class_biases(detector, silent)
+        state = {f"model.{key}": value for key, value in detector.state_dict().items()}
+        for tensor in exported.graph.initializer:
+            if tensor.name.endswith("bias") and tensor.name in state:
+                values = state[tensor.name].numpy()
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        session = onnxruntime.InferenceSession(exported.SerializeToString())
+        for image in (export.synthetic_image(1), torch.zeros(3, 30, 40), torch.zeros(3, 1, 1)):
+            boxes, labels, scores = export.detect(session, image)
+            assert boxes.shape == (len(scores), 4)
+            assert labels.shape == scores.shape
+            assert (len(scores) == 0) == (len(model(image)[2]) == 0) == silent
+
+
+@pytest.mark.slow
+def test_graph_resizes_as_pytorch(tmp_path):
+    """In float32 as in torchvision's graph, 1 x 100 would become 1 x 159 pixels."""
+
+    class Sizes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transform = TRANSFORM
+
+        def forward(self, image):
+            images, _ = self.transform([image])
+            height, width = images.image_sizes[0]
+            return images.tensors, torch.as_tensor(height), torch.as_tensor(width)
+
+    model = Sizes().eval()
+    with export.adapt_for_tracing(model):
+        torch.onnx.export(
+            *(model, (export.synthetic_image(0),), str(tmp_path / "x.onnx")),
+            dynamo=False, opset_version=export.OPSET, input_names=["image"],
+            dynamic_axes={"image": {1: "height", 2: "width"}},
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randint(20, 400, (100, 2), generator=generator).tolist()
+    for size in [(1, 100), (100, 2), (7, 1000), (1, 159), (1, 1), *others]:
+        image = torch.rand(3, *size, generator=generator)
+        pixels, *resized = session.run(None, {"image": image.numpy()})
+        expected, *expected_size = model(image)
+        assert resized == expected_size, size
+        assert np.abs(pixels - expected.numpy()).max() < 1e-3
+
+
+class FailingSession:
+    def __init__(self, scores=None):
+        self.scores = scores
+
+    def run(self, names, inputs):
+        if self.scores is None:
+            raise ValueError("Non-zero status code\nmore")
+        n = len(self.scores)
+        return np.zeros((n, 4)), np.ones(n, np.int64), np.array(self.scores, np.float32)
+
+
+def test_check_includes_a_black_image():
+    class Blind(torch.nn.Module):
+        score_thresh, detections_per_img = 0.05, 3
+
+        def forward(self, images):
+            assert not images[0].any()
+            return [dict(zip(export.OUTPUTS, detections(), strict=True))]
+
+    model = export.SingleImageDetector(Blind())
+    export.check_black_image(model, FailingSession([]), (3, 20, 30))
+    export.check_black_image(model, FailingSession([0.0504]), (3, 20, 30))  # rounding
+    with pytest.raises(RunError, match="detects something in a black image"):
+        export.check_black_image(model, FailingSession([0.3]), (3, 20, 30))
+    with pytest.raises(RunError, match="it fails on an image of 30 x 20 pixels: Non-zero status"):
+        export.check_black_image(model, FailingSession(), (3, 20, 30))
 
 
 # ------------------------------------------------------------------------------- comparison
@@ -346,7 +474,7 @@ def test_invalid_arguments_are_rejected(saved, tmp_path, command):
         ((saved, "--output", tmp_path / "file/x.onnx"), "x.onnx cannot be written: "),
         (
             (saved, "--output", tmp_path / "x.onnx", "--check-images", tmp_path),
-            "no readable image in this folder",
+            "no usable image in this folder",
         ),
     ):
         code, _, errors = command(*arguments)
@@ -395,3 +523,6 @@ def test_documented_example_runs(exported, tmp_path):
     boxes, _, _ = session.run(None, {"image": image})
     numbers = [float(n) for n in re.findall(r"-?[\d.]+", lines[0])[-4:]]
     assert numbers == pytest.approx(boxes[0].tolist(), abs=0.06)
+    Image.new("RGB", (80, 60)).save(file)  # nothing is found with the score of the example
+    done = run(sys.executable, "-c", example, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -1,5 +1,6 @@
 """The shell scripts, and trainings in two processes."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -112,6 +113,111 @@ def test_test_script_runs_from_any_folder(tmp_path):
     assert "test_reinstalling" not in done.stdout  # it is slow
     assert "tests/test_samplers.py" not in done.stdout
     assert "stray" not in done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------- environment
+
+TWO_NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first.machine"}
+
+
+@pytest.fixture
+def launch_py(monkeypatch, capsys):
+    """Return a function that runs launch.py in an environment, with a stand-in for torchrun.
+
+    It returns the exit code, the flags that torchrun got, and what was printed to stderr.
+    """
+    spec = importlib.util.spec_from_file_location("launch", SCRIPTS / "launch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    calls = []
+    monkeypatch.setattr(module, "install_signal_handlers", lambda folder: None)
+    monkeypatch.setattr(module, "torchrun", calls.append)
+    monkeypatch.setattr(sys, "argv", ["launch.py"])
+
+    def launch_py(devices: int = 0, **environment) -> tuple[int, list[str], str]:
+        calls.clear()
+        names = ("NPROC_PER_NODE", "MAX_RESTARTS", "NNODES", "NODE_RANK", "MASTER_ADDR")
+        with monkeypatch.context() as patch:
+            for name in (*names, "MASTER_PORT", "SLURM_JOB_ID"):
+                patch.delenv(name, raising=False)
+            for name in ("OMP_NUM_THREADS", preemption.LAUNCH_FOLDER_VARIABLE):
+                patch.setenv(name, "1")  # restored afterwards
+            patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+            patch.setattr(torch.cuda, "device_count", lambda: devices)
+            patch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as caught:
+                module.main()
+        return caught.value.code, calls[0] if calls else [], capsys.readouterr().err
+
+    return launch_py
+
+
+@pytest.mark.parametrize(
+    ("value", "devices", "expected"),
+    [
+        *(("gpu", 3, 3), ("3", 0, 3), (" 1 ", 0, 1), ("", 0, 2), ("", 4, 4), ("2", 4, 2)),
+        *(("cpu", 0, os.cpu_count()), ("auto", 0, os.cpu_count())),
+    ],
+)
+def test_number_of_processes(launch_py, value, devices, expected):
+    code, flags, errors = launch_py(devices, NPROC_PER_NODE=value)
+    assert (code, errors) == (0, "")
+    assert f"--nproc-per-node={expected}" in flags
+    assert {"--standalone", "--max-restarts=0"} < set(flags)
+
+
+def test_flags_for_several_machines(launch_py):
+    for environment, endpoint in (
+        ({}, "first.machine:29400"),
+        ({"MASTER_PORT": "1234"}, "first.machine:1234"),
+        ({"MASTER_ADDR": "[fe80::1%eth0]"}, "[fe80::1%eth0]:29400"),
+    ):
+        code, flags, errors = launch_py(**{**TWO_NODES, "MAX_RESTARTS": "3", **environment})
+        assert (code, errors) == (0, "")
+        assert f"--rdzv-endpoint={endpoint}" in flags
+        assert {"--nnodes=2", "--node-rank=1", "--max-restarts=3"} < set(flags)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE is '0': set it to a whole number from 1"),
+        ({"NPROC_PER_NODE": "-1"}, "NPROC_PER_NODE is '-1'"),
+        ({"NPROC_PER_NODE": "2.0"}, "or to gpu, cpu or auto"),
+        ({"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE is 'all'"),
+        ({"NPROC_PER_NODE": "9" * 30}, "NPROC_PER_NODE is '999"),
+        ({"NPROC_PER_NODE": "gpu"}, "NPROC_PER_NODE is 'gpu', but no CUDA device was found"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is '-1'"),
+        ({"NNODES": "0"}, "NNODES is '0'"),
+        ({"NNODES": "1:2"}, "NNODES is '1:2'"),
+        ({"NNODES": "2"}, "NNODES is 2: set NODE_RANK and MASTER_ADDR, too"),
+        (
+            {"MASTER_PORT": "http"},
+            "MASTER_PORT is 'http': set it to a whole number from 1 to 65535",
+        ),
+        ({"NODE_RANK": "first"}, "NODE_RANK is 'first'"),
+        ({**TWO_NODES, "NODE_RANK": "2"}, "NODE_RANK is '2': set it to a whole number from 0 to 1"),
+        ({**TWO_NODES, "NODE_RANK": "a"}, "NODE_RANK is 'a'"),
+        ({**TWO_NODES, "MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({**TWO_NODES, "MASTER_ADDR": "a:29400"}, "MASTER_ADDR is 'a:29400': set it to the name"),
+        ({**TWO_NODES, "MASTER_ADDR": "tcp://a"}, "MASTER_ADDR is 'tcp://a'"),
+    ],
+)
+def test_nonsense_in_the_environment_is_one_sentence(launch_py, environment, message):
+    code, flags, errors = launch_py(**environment)
+    assert (code, flags) == (2, [])
+    assert errors.startswith(f"launch.py: error: {message}") or message in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_launcher_exits_with_2_for_nonsense_in_the_environment():
+    done = launch(DISTRIBUTED_LAUNCHER, NPROC_PER_NODE="none")
+    assert done.returncode == 2
+    assert done.stderr.startswith("launch.py: error: NPROC_PER_NODE is 'none'")
+    assert done.stderr.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------- two processes

@@ -1,7 +1,12 @@
 """Detectors compared with torchvision's: structure, weights, losses and detections."""
 
+import argparse
 import copy
+import json
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import BatchNorm2d
@@ -129,7 +134,10 @@ def test_too_many_trainable_layers_are_rejected(name, most):
 def test_mismatched_backbone_is_rejected():
     state = build_on_meta(get_model, "resnet18", weights=None).state_dict()
     flags = {"pretrained": "backbone", "backbone_state": state}
-    with pytest.raises(UserError, match="--weights-backbone does not fit this model"):
+    with pytest.raises(
+        UserError,
+        match=r"--weights-backbone does not fit this model: .*tensors of the model are missing",
+    ):
         build_on_meta(models.build_model, RESNET, 3, **flags)
 
 
@@ -291,7 +299,7 @@ def test_new_head_keeps_other_loaded_weights(name):
     assert kept == {key for key in donor if models.CLASS_HEAD_PATTERN.match(key)}
     assert kept >= {key for key, value in donor.items() if value.shape != shapes[key]}
     assert models.same_classes(model, model.state_dict())
-    with pytest.raises(UserError, match="test does not fit this model: size mismatch"):
+    with pytest.raises(UserError, match=r"test does not fit this model: .* have another shape"):
         models.load_detector(model, donor, True, "test")
 
 
@@ -333,6 +341,147 @@ def test_weights_file_keeps_head_for_same_categories(tmp_path):
     other = Categories.from_names(names).to_list()
     assert load({"model": donor, "categories": other}) == [2.0] * 3
     assert load(donor) == [1.0] * 3  # a state_dict without category names
+
+
+def wrap_lightning(state: dict) -> dict:
+    inside = {**{f"model.{key}": value for key, value in state.items()}, "loss.w": torch.ones(2)}
+    return {"state_dict": inside, "pytorch-lightning_version": "2", "loops": {"a": {"x": 1}}}
+
+
+def wrap_average(state: dict) -> dict:
+    zeros = {key: torch.zeros_like(value) for key, value in state.items()}
+    average = {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in state.items()}}
+    return {"model": zeros, "model_ema": average, "epoch": 3}
+
+
+REFERENCE_ARGS = argparse.Namespace(model=SMALL, device="cuda", lr=0.02, path=Path("out"))
+OTHER_LOOPS = {
+    "DDP": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "compiled": lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
+    "both": lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+    "compiled parts": lambda state: {
+        key.replace("body.", "body._orig_mod."): value for key, value in state.items()
+    },
+    "tutorial": lambda state: {"epoch": 3, "model_state_dict": state, "loss": 0.3},
+    "Lightning": wrap_lightning,
+    "average": wrap_average,
+    "nested average": lambda state: {
+        "ema": {"decay": 0.9, "updates": torch.tensor(3), "module": state}
+    },
+    "empty average": lambda state: {"ema": None, "model": state},
+    "average of parameters": lambda state: {"ema": {"shadow": [torch.ones(2)]}, "model": state},
+    "torchvision": lambda state: {
+        "model": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3,
+        "lr_scheduler": {"last_epoch": 3}, "args": REFERENCE_ARGS,
+    },
+    "NumPy": lambda state: {"model": state, "best": np.float64(0.3), "ids": np.arange(3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", OTHER_LOOPS)
+def test_weights_of_other_loops_are_taken(loop, tmp_path, capsys):
+    donor = constant_state(SMALL, 3, 1.0)
+    torch.save(OTHER_LOOPS[loop](donor), tmp_path / "weights.pth")
+    model = constant_model(SMALL, 3, 2.0)
+    flags = (SMALL, str(tmp_path / "weights.pth"), OTHER)
+    models.load_pretrained_detector(model, *flags, head_required=False)
+    assert all((value == 1).all() for value in model.state_dict().values())
+    output = " ".join(capsys.readouterr().out.split())
+    assert "with its head" in output
+    assert ("'model_ema' without n_averaged, not of the model, with" in output) == (
+        loop == "average"
+    )
+    assert ("'ema' 'module', with" in output) == (loop == "nested average")
+
+
+def test_weights_of_other_loops_get_a_new_head_for_other_categories(tmp_path, capsys):
+    donor = OTHER_LOOPS["DDP"](constant_state(SMALL, 7, 1.0))
+    torch.save({"model": donor, "categories": ["a", "b"]}, tmp_path / "weights.pth")
+    model = constant_model(SMALL, 3, 2.0)
+    flags = (SMALL, str(tmp_path / "weights.pth"), OTHER)
+    models.load_pretrained_detector(model, *flags, head_required=False)
+    assert model.state_dict()[HEAD].tolist() == [2.0] * 3
+    assert (model.state_dict()[BODY] == 1).all()
+    assert "with a new head for 2 categories" in capsys.readouterr().out
+
+
+def test_safetensors_are_taken_with_their_categories(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    donor = {k: v.contiguous() for k, v in constant_state(SMALL, 3, 1.0).items()}
+    file = tmp_path / "weights.safetensors"
+    flags = (SMALL, str(file), OTHER)
+    other = Categories.from_names({1: "cell", 9: "hair"})
+    for rows, head in ((None, 1.0), (OTHER.to_list(), 1.0), (other.to_list(), 2.0)):
+        safetensors.save_file(donor, file, {"categories": json.dumps(rows)} if rows else None)
+        model = constant_model(SMALL, 3, 2.0)
+        models.load_pretrained_detector(model, *flags, head_required=False)
+        assert model.state_dict()[HEAD].tolist() == [head] * 3
+        assert (model.state_dict()[BODY] == 1).all()
+
+
+def test_backbone_of_other_loops_is_taken(tmp_path):
+    state = {k: torch.ones_like(v) for k, v in get_model("mobilenet_v3_large").state_dict().items()}
+    wrapped = {"state_dict": {f"module.{key}": value for key, value in state.items()}}
+    torch.save({**wrapped, "args": REFERENCE_ARGS}, tmp_path / "x.pth.tar")
+    loaded = models.backbone_weights(SMALL, str(tmp_path / "x.pth.tar"))
+    assert loaded.keys() == state.keys()
+
+
+def weights_error(content, folder: Path, name: str = SMALL) -> str:
+    """Return the error about a file with this content, which must name the file."""
+    file = folder / "weights.pth"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    model = constant_model(name, 3, 2.0)
+    with pytest.raises(UserError) as caught:
+        models.load_pretrained_detector(model, name, str(file), OTHER, False)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class RunsCode:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.folder / "run"),))
+
+
+def test_files_without_weights_of_a_detector_are_named(tmp_path):
+    model = get_model(SMALL, weights=None, weights_backbone=None, num_classes=3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    parts = {key: value for key, value in model.state_dict().items() if "rpn" not in key}
+    backbone = model.backbone.state_dict()
+    for content, message in (
+        (b"not weights", "it is not a file of torch.save"),
+        (b"", "the file is empty"),
+        ([torch.ones(2)], "holds a list, not a dict"),
+        (torch.ones(2), "holds a Tensor, not a dict"),
+        ({}, "but nothing: save model.state_dict() alone"),
+        ({"weights_of": model.state_dict()}, "but 'weights_of': save model.state_dict() alone"),
+        (optimizer.state_dict(), "holds the state of an optimizer"),
+        (model, "save model.state_dict() instead"),
+        ({"model": RunsCode(tmp_path)}, "which is rejected because loading it could run code"),
+        (parts, "tensors of the model are missing (such as rpn.head.conv.0.0.weight)"),
+        (
+            {**model.state_dict(), "mask.w": torch.ones(2)},
+            "1 are not of the model (such as mask.w)",
+        ),
+        (backbone, "These are the weights of a backbone alone"),
+        (get_model("mobilenet_v3_large").state_dict(), "give them as --weights-backbone FILE"),
+    ):
+        assert message in weights_error(content, tmp_path), message
+    assert not (tmp_path / "run").exists()
+    assert "set --model fasterrcnn_mobilenet_v3_large_" in weights_error(
+        model.state_dict(), tmp_path, "retinanet_resnet50_fpn"
+    )
+
+
+def test_weights_of_other_shapes_are_named(tmp_path):
+    state = constant_state(SMALL, 3, 1.0)
+    state[BODY] = torch.ones(16, 4, 3, 3)
+    error = weights_error(state, tmp_path)
+    assert f"1 have another shape (such as {BODY} [16, 4, 3, 3] instead of [16, 3, 3, 3])" in error
 
 
 def test_download_error_names_alternatives(monkeypatch, tmp_path):

@@ -157,6 +157,24 @@ def test_formats_agree(model, val, tmp_path):
             assert numbers == pytest.approx([label, *box, row["score"]], abs=1e-6)
 
 
+def test_names_are_one_line_in_every_format(trained, model, val, tmp_path, capsys):
+    saved = torch.load(model, weights_only=True)
+    for row, name in zip(saved["categories"], ("斑\n马", "d\u2028ög"), strict=True):
+        row["name"] = name
+    torch.save(saved, tmp_path / "names.pth")
+    for name in predict.WRITERS:
+        detect(tmp_path / "names.pth", val / "1.png", "--output-dir", tmp_path / name,
+               "--score-threshold", 0, "--format", name)  # fmt: skip
+        assert capsys.readouterr().out.count("\n") == 3
+    classes = (tmp_path / "yolo/classes.txt").read_text(encoding="utf-8")
+    assert classes == "斑 马\nd ög\n"
+    lines = (tmp_path / "csv/detections.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + len(read(tmp_path / "coco/detections.json"))
+    assert {line.split(",")[2] for line in lines[1:]} == {"斑 马", "d ög"}
+    images = read(tmp_path / "coco/images.json")
+    assert [row["name"] for row in images["categories"]] == ["斑\n马", "d\u2028ög"]
+
+
 def test_no_detections_give_empty_files(model, val, tmp_path, capsys):
     for name in ("coco", "yolo"):
         detect(model, val / "0.png", "--output-dir", tmp_path / name, "--score-threshold", 1,
@@ -253,6 +271,7 @@ def test_exif_orientation_is_applied(model, tmp_path):
 def test_unusable_images_are_skipped(command, model, tmp_path):
     write_image(tmp_path / "in/good.png")
     write_image(tmp_path / "in/narrow.png", 2000, 2)
+    write_image(tmp_path / "in/pixel.png", 1, 1)
     (tmp_path / "in/broken.jpg").write_bytes(b"no image")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "in/huge.png")
     code, output, errors = command(model, tmp_path / "in", "--output-dir", tmp_path / "x")
@@ -260,14 +279,14 @@ def test_unusable_images_are_skipped(command, model, tmp_path):
     for line, words in zip(
         errors.splitlines(),
         ("broken.jpg cannot be read", "huge.png: 10000 x 10000 pixels", "narrow.png: 2000 x 2",
-         "error: 3 of 4 images could not be used"),
+         "error: 3 of 5 images could not be used"),
         strict=True,
     ):  # fmt: skip
         assert words in line
-    assert "images: 1; " in output
+    assert "images: 2; " in output
     images = read(tmp_path / "x/images.json")["images"]
-    assert [image["file_name"] for image in images] == ["good.png"]
-    assert files_in(tmp_path / "x/pictures") == ["good.jpg"]
+    assert [image["file_name"] for image in images] == ["good.png", "pixel.png"]
+    assert files_in(tmp_path / "x/pictures") == ["good.jpg", "pixel.jpg"]
 
 
 def test_results_without_usable_images(command, model, tmp_path):
@@ -385,6 +404,7 @@ def test_invalid_arguments_are_rejected(command, model, trained, annotations, tm
         ((model, image, *out, "--device", "cuda"), "there are 0 CUDA devices"),
         ((model, image, *out, "--show-truth", truth), "category 2 ('horse') does not fit"),
         ((model, image, *out, "--format", "xml"), "invalid choice: 'xml'"),
+        ((model, image, *out, "--font", truth), "truth.json cannot be read as a font"),
     ):
         code, _, errors = command(*arguments)
         assert code == 2

@@ -131,6 +131,17 @@ def test_names_are_escaped(tiny, tmp_path, recwarn):
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
+def test_names_that_are_no_unicode(tiny, tmp_path):
+    lines = two_epochs(tiny)
+    lines[0]["categories"] = [{"id": 2, "name": "half \ud83d"}, {"id": 5, "name": "dog"}]
+    assert "half ?" in write_page(write_output(tmp_path / "out", lines))
+
+
+def test_font_is_validated(output, capsys):
+    with pytest.raises(UserError, match=r"--font .*metrics\.jsonl cannot be read as a font"):
+        report.main([str(output), "--font", str(output / "metrics.jsonl")])
+
+
 def test_resumed_runs_are_counted(tiny, output):
     resumed = start_line(tiny, resume="output/checkpoint.pth")
     lines = two_epochs(tiny)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from internals import bit_depth, image_notes, images
 from internals.errors import DataError
@@ -382,3 +383,23 @@ def test_first_of_several_pages_is_used(tmp_path, suffix):
     pixels, kinds = read(file)
     assert pixels.min() > 250
     assert kinds == [image_notes.PAGES]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "too_narrow"),
+    [
+        *((1, 160, False), (1, 161, True), (161, 1, True), (8, 12_000, True), (1, 1, False)),
+        (49, 49 * 160, True),  # by the rounding of torchvision's computation
+    ],
+)
+def test_too_narrow_images_are_those_that_torchvision_cannot_resize(height, width, too_narrow):
+    transform = GeneralizedRCNNTransform(96, 160, [0.5] * 3, [0.5] * 3).eval()
+    assert (images.narrowness(height, width, transform) is not None) == too_narrow
+    try:
+        transform([torch.zeros(3, height, width)])
+    except RuntimeError:
+        assert too_narrow
+    else:
+        assert not too_narrow
+    transform.fixed_size = (64, 64)
+    assert images.narrowness(height, width, transform) is None

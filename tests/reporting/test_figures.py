@@ -3,7 +3,8 @@ import re
 import matplotlib
 import numpy as np
 import pytest
-from report_helpers import train_line
+from helpers import rewrite, split_of
+from report_helpers import results_in, train_line, two_epochs, write_output
 
 from reporting import figures
 from reporting.analysis import RunHistory
@@ -32,6 +33,13 @@ def test_null_values_are_skipped():
     history = RunHistory(train=[train_line(1, **empty), train_line(2, loss=None)], evals=evals)
     assert figures.draw_figures(history, None).keys() == {"loss_terms", "lr"}
     assert figures.draw_figures(RunHistory(train=[train_line(1, **empty)]), None) == {}
+
+
+def test_names_in_legends_are_one_line(tiny, tmp_path):
+    rewrite(split_of(tiny, "val"), lambda data: data["categories"][1].update(name="a\nb\x08"))
+    results = results_in(write_output(tmp_path / "out", two_epochs(tiny)))
+    figure = figures.draw_figures(RunHistory(), results)["precision50"]
+    assert re.search(r">\d\.\d\d a b</text>", figure)
 
 
 def test_validation_loss_is_drawn():

@@ -34,3 +34,18 @@ def test_image_card_of_missing_image(tiny, tmp_path):
     card = gallery.build_card(results, 1)
     assert card["images"] == []
     assert str(tiny / "val2017/1.png") in card["problem"]
+
+
+def test_names_that_no_font_has_are_drawn_as_the_id(tiny, tmp_path):
+    def rename(data):
+        for row, name in zip(data["categories"], ("\U000f0000", "d\u00f6g"), strict=True):
+            row["name"] = name  # of the area for private use
+
+    rewrite(split_of(tiny, "val"), rename)
+    results = results_in(write_output(tmp_path / "out", two_epochs(tiny)))
+    boxes, missed = gallery.label_ground_truth(results, 1)
+    assert [text for _, text, _ in boxes] == ["d\u00f6g", "category 2, missed"]
+    assert missed == ["\U000f0000"]  # in the page, whose reader may have a font
+    boxes, texts = gallery.label_detections(results, 0)
+    assert [text for _, text, _ in boxes] == ["d\u00f6g 0.90, is category 2"]
+    assert texts["wrong category"] == ["\U000f0000 detected as d\u00f6g 0.90"]
