@@ -286,6 +286,10 @@ MODEL_ARGS = (
 )
 
 
+# The values of MODEL_ARGS that checkpoints of earlier versions lack.
+BEFORE = {"bit_depth": 16}
+
+
 def default_workers() -> int:
     """Return the number of data loading processes per device: at most 4, and one per core."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -334,7 +338,7 @@ def resolve_defaults(args: argparse.Namespace, saved: dict | None, device: torch
 def _take_model_args(args: argparse.Namespace, saved: dict) -> None:
     resized = args.min_size not in (None, saved.get("min_size"))
     for name in MODEL_ARGS:
-        given, trained_with = getattr(args, name), saved.get(name)
+        given, trained_with = getattr(args, name), saved.get(name, BEFORE.get(name))
         if given is None and name == "max_size" and resized:
             continue  # the default follows --min-size
         if given is None:

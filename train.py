@@ -42,7 +42,6 @@ from internals.command_line import prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import DataError, UserError
 from internals.fast import use_cuda_graphs
-from internals.images import ImageRules
 from internals.mixed_precision import initialize_momentum, resolve_precision
 from internals.train_state import MovingAverage, TrainState
 
@@ -65,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     amp_dtype, precision = choose_precision(args, device)
 
     # Data
-    set_image_rules(args, indexes, saved)
+    args.bit_depth = data_checks.set_image_rules(
+        indexes, args.bit_depth, args.truncated_images == "use"
+    )
     indexes, left_out = data_checks.drop_bad_images(indexes, args.workers, args.max_bad_images)
     categories = resolve_categories(args, indexes, saved)
     train_loader, val_loader = build_loaders(args, indexes, categories, device)
@@ -188,19 +189,6 @@ def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
     return indexes
 
 
-def set_image_rules(args: argparse.Namespace, indexes: dict, saved: dict | None) -> None:
-    """Set how all processes read 16-bit images and truncated ones; sets `args.bit_depth`."""
-    if args.bit_depth is None and saved and not args.test_only:
-        args.bit_depth = saved["args"].get("bit_depth", 16)  # 16 in versions without the flag
-    elif args.bit_depth is None:
-        found = utils.run_on_rank_0(partial(data_checks.find_bit_depth, list(indexes.values())))
-        if found:
-            args.bit_depth, text = found
-            utils.log_field("bit depth", text)
-    for index in indexes.values():
-        index.rules = ImageRules(args.bit_depth, args.truncated_images == "use")
-
-
 def select_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.ndarray:
     """Return the positions of the images to train on; raise UserError if there are too few."""
     batch_size = args.batch_size * args.accumulate_steps
@@ -233,7 +221,7 @@ def check_data(args: argparse.Namespace) -> None:
     resolve_defaults(args, None, torch.device("cpu"))
     splits = ("val",) if args.test_only else ("train", "val")
     indexes = {split: load_index(args, split) for split in splits}
-    set_image_rules(args, indexes, None)
+    data_checks.set_image_rules(indexes, args.bit_depth, args.truncated_images == "use")
     data_checks.check_all(indexes, args.workers, args.max_bad_images, args.trust_boxes)
     reject_too_narrow(args, indexes)
     if not args.test_only:

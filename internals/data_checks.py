@@ -11,6 +11,7 @@ import os
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -22,7 +23,7 @@ from internals.annotations import MAX_EXAMPLES, DataIssue
 from internals.box_checks import find_box_issues, is_repeated
 from internals.errors import DataError
 from internals.image_notes import NOTE_REMEDIES
-from internals.images import DEEP_SUFFIXES, MAX_PIXELS, measure_bit_depth
+from internals.images import DEEP_SUFFIXES, MAX_PIXELS, ImageRules, measure_bit_depth
 
 MISSING = "image files that are missing"
 MAX_DETECTIONS = 100  # of an image, by COCO's metrics and torchvision's default
@@ -333,6 +334,27 @@ def group_by_kind(findings: Sequence[Finding]) -> list[DataIssue]:
         )
         for kind, messages in kinds.items()
     ]
+
+
+def set_image_rules(indexes: dict, bit_depth: int | None, use_truncated: bool) -> int | None:
+    """Set how all processes read 16-bit images and truncated ones.
+
+    Args:
+        indexes: A `CocoIndex` for each split, by name.
+        bit_depth: That of 16-bit gray images; None to measure it.
+        use_truncated: Whether to use truncated JPEGs.
+
+    Returns:
+        The bit depth; None without any 16-bit gray image in a sample.
+    """
+    if bit_depth is None:
+        found = utils.run_on_rank_0(partial(find_bit_depth, list(indexes.values())))
+        if found:
+            bit_depth, text = found
+            utils.log_field("bit depth", text)
+    for index in indexes.values():
+        index.rules = ImageRules(bit_depth, use_truncated)
+    return bit_depth
 
 
 def find_bit_depth(indexes: Iterable) -> tuple[int, str] | None:
