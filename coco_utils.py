@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 import transforms
+from internals import file_names
 from internals.annotations import MAX_EXAMPLES, AnnotationColumns, DataIssue, read_annotations
 from internals.batches import Batch
 from internals.errors import DataError
@@ -172,7 +173,9 @@ class CocoIndex:
 
     Attributes:
         image_ids: int64 `[I]`, in the order of the file.
-        file_names: UTF-8 bytes `[I]`.
+        file_names: UTF-8 bytes `[I]`, relative to the image folder; as in the file where they name
+            no file below the folder.
+        file_problems: uint8 `[I]`, positions in `file_names.PROBLEMS`: 0 for a name with a file.
         sizes: int32 `[I, 2]`, width and height.
         annotation_ids: int64 `[M]`, ordered by image; -1 where the file has none.
         boxes: float64 `[M, 4]`, x, y, width and height as in the file.
@@ -181,17 +184,24 @@ class CocoIndex:
         areas: float64 `[M]`.
         usable: bool `[M]`; crowds and boxes without a size are not used for training.
         offsets: int64 `[I + 1]`, the first row of each image.
-        issues: The rows of the file that had to be skipped.
+        issues: The rows of the file that had to be skipped, and a note on names that were resolved.
     """
 
-    def __init__(self, split: Split):
+    def __init__(self, split: Split, resolve_names: bool = True):
+        """Read the annotation file; `resolve_names` if its images are in the folder of `split`."""
         self.annotation_file, self.image_dir = split
         columns, self.issues = read_annotations(self.annotation_file)
         self.categories = self._make_categories(columns)
         if not len(columns.image_ids):
             raise DataError(f"{self.annotation_file} lists no usable images{self._issues_so_far()}")
-        self.image_ids, self.file_names = columns.image_ids, columns.file_names
-        self.sizes = columns.sizes
+        self.image_ids, self.sizes = columns.image_ids, columns.sizes
+        self.file_names = columns.file_names
+        self.file_problems = np.zeros(len(self), dtype=np.uint8)
+        if resolve_names:
+            self.file_names, self.file_problems, notes = file_names.resolve_names(
+                self.file_names, self.image_dir
+            )
+            self.issues += notes
         self._set_annotations(columns)
 
     def _make_categories(self, columns: AnnotationColumns) -> Categories:
@@ -238,8 +248,12 @@ class CocoIndex:
         """Read the image at a position of the index as RGB, uint8 `[3, H, W]`.
 
         Raises:
-            DataError: The file cannot be read, or has another size than in the index.
+            DataError: There is no such file below the image folder, it cannot be read, or has
+                another size than in the index.
         """
+        if problem := file_names.PROBLEMS[self.file_problems[image]]:
+            message = f"{self.file_name(image)} has no file in {self.image_dir}"
+            raise DataError(message, problem.kind)
         width, height = self.sizes[image].tolist()
         return read_image(self.image_dir / self.file_name(image), width, height)
 
@@ -268,7 +282,7 @@ class CocoIndex:
         rows = np.isin(self.image_of_rows(), kept)
         copy = CocoIndex.__new__(CocoIndex)
         copy.__dict__.update(self.__dict__)
-        for name in ("image_ids", "file_names", "sizes"):
+        for name in ("image_ids", "file_names", "file_problems", "sizes"):
             setattr(copy, name, getattr(self, name)[kept])
         for name in ("annotation_ids", "boxes", "category_ids", "iscrowd", "areas", "usable"):
             setattr(copy, name, getattr(self, name)[rows])

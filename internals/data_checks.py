@@ -6,8 +6,6 @@ image, which takes minutes for a large data set. A bad image that first shows du
 ends it (`coco_utils.CocoDetection`). `index` is a `coco_utils.CocoIndex` throughout.
 """
 
-import contextlib
-import os
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 import utils
 from internals.annotations import MAX_EXAMPLES, DataIssue
 from internals.errors import DataError
+from internals.file_names import KINDS, MISSING, PROBLEMS
 from internals.images import MAX_PIXELS
 
-MISSING = "image files that are missing"
 # In pixels: smaller excesses are rounding errors of the annotation tool.
 BORDER_TOLERANCE = 0.01
 
@@ -45,10 +43,10 @@ def find_issues(index, missing: bool = True) -> list[DataIssue]:
 
     Args:
         index: The data set.
-        missing: Whether to include missing image files.
+        missing: Whether to include file names without a file.
     """
     issues = [*index.issues, *_image_issues(index), *_file_issues(index), *_box_issues(index)]
-    return [issue for issue in issues if issue.count and (missing or issue.kind != MISSING)]
+    return [issue for issue in issues if issue.count and (missing or issue.kind not in KINDS)]
 
 
 def _image_issues(index) -> Iterator[DataIssue]:
@@ -64,21 +62,13 @@ def _image_issues(index) -> Iterator[DataIssue]:
 
 
 def _file_issues(index) -> Iterator[DataIssue]:
-    missing, outside = _check_files(index)
-    folder = index.image_dir
-    yield _image_issue(
-        index,
-        f"image files outside of {folder}",
-        outside,
-        remedy="Move them into that folder (the folder itself may be a link)",
-    )
-    yield _image_issue(
-        index,
-        MISSING,
-        missing,
-        remedy=f"Add them to {folder}, remove them from the annotation file, or skip them with "
-        "--max-bad-images N",
-    )
+    for code, problem in enumerate(PROBLEMS[1:], start=1):
+        affected = index.file_problems == code
+        remedy = problem.remedy
+        if code == MISSING and affected.all():
+            remedy = "None of them is in {folder}: pass their folder: --train-images, --val-images"
+        remedy = remedy.format(folder=index.image_dir)
+        yield _image_issue(index, problem.kind, affected, remedy=remedy)
     yield _image_issue(
         index,
         "images with a repeated file name",
@@ -86,52 +76,6 @@ def _file_issues(index) -> Iterator[DataIssue]:
         remedy="All of them are used",
         fatal=False,
     )
-
-
-def _check_files(index) -> tuple[np.ndarray, np.ndarray]:
-    """Find which image files are missing, and which are outside the image folder: bool `[I]` each.
-
-    A path outside of it, also through a link, could expose any file of the machine in the report.
-    Listing each folder once is much faster than a system call for each file. Names and paths are
-    UTF-8 bytes, as in the index.
-    """
-    root = os.fsencode(os.path.realpath(index.image_dir))
-    missing, outside = np.zeros((2, len(index)), dtype=bool)
-    inside_root, links_in_root = _list_folder(root, root)
-    listings = {b"": (inside_root, links_in_root)}
-    for i, name in enumerate(index.file_names.tolist()):
-        if name in inside_root:  # the common case
-            continue
-        path = os.path.normpath(name)
-        if os.path.isabs(path) or path.split(os.fsencode(os.sep))[0] == b"..":
-            outside[i] = True
-            continue
-        folder, _, base = name.rpartition(b"/")
-        if folder not in listings:
-            listings[folder] = _list_folder(os.path.join(root, folder), root)
-        inside, uncertain = listings[folder]
-        if base in uncertain:
-            outside[i] = not _is_inside(os.path.join(root, name), root)
-        elif base not in inside:
-            missing[i] = True
-    return missing, outside
-
-
-def _list_folder(folder: bytes, root: bytes) -> tuple[set[bytes], set[bytes]]:
-    """List the names in a folder: those certainly inside `root`, and those that may not be."""
-    inside, uncertain = set(), set()
-    folder_is_inside = _is_inside(folder, root)
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            certain = folder_is_inside and not entry.is_symlink()
-            names = inside if certain else uncertain
-            names.add(entry.name)
-    return inside, uncertain
-
-
-def _is_inside(path: bytes, root: bytes) -> bool:
-    path = os.path.realpath(path)
-    return path == root or path.startswith(os.path.join(root, b""))
 
 
 def _box_issues(index) -> Iterator[DataIssue]:
@@ -199,7 +143,7 @@ def check_annotations(index, split: str, ignore_missing: bool) -> None:
     Args:
         index: The data set.
         split: Its name for the log.
-        ignore_missing: Whether to ignore missing image files.
+        ignore_missing: Whether to ignore file names without a file.
 
     Raises:
         DataError: There are fatal issues.
@@ -234,13 +178,10 @@ class _ImageCheck(Dataset):
 def find_unreadable_images(index, workers: int) -> list[tuple[int, str, str]]:
     """Open every image of the index, distributed over the processes.
 
-    Files outside the image folder are not opened: `find_issues` reports them.
-
     Returns:
         (position, kind, message) of the images that cannot be used, the same on every process.
     """
-    _, outside = _check_files(index)
-    share = np.flatnonzero(~outside)[utils.rank() :: utils.world_size()].tolist()
+    share = range(utils.rank(), len(index), utils.world_size())
     loader = DataLoader(
         _ImageCheck(index),
         batch_size=16,
@@ -304,16 +245,18 @@ def examine(index, split: str, workers: int) -> tuple[list[DataIssue], list[tupl
     """Log the contents of a split and all its issues; open every image.
 
     Returns:
-        The fatal issues of `find_issues`, without missing files, and the result of
+        The fatal issues of `find_issues`, without those of file names, and the result of
         `find_unreadable_images`.
     """
     utils.log(f"{split}: {index.annotation_file}\n{describe(index)}")
-    issues, start = find_issues(index, missing=False), time.perf_counter()
+    issues, start = find_issues(index), time.perf_counter()
     unreadable = find_unreadable_images(index, workers)
     utils.log(f"  opened {len(index):,} images in {time.perf_counter() - start:.1f} s")
-    for issue in (*issues, *group_by_kind(unreadable)):
+    # `issues` has those without a file already.
+    opened = [result for result in unreadable if not index.file_problems[result[0]]]
+    for issue in (*issues, *group_by_kind(opened)):
         utils.log(f"  {'error' if issue.fatal else 'note'}: {issue}")
-    return [issue for issue in issues if issue.fatal], unreadable
+    return [x for x in issues if x.fatal and x.kind not in KINDS], unreadable
 
 
 def check_all(indexes: dict, workers: int, allowed: int) -> None:

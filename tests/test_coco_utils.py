@@ -148,7 +148,7 @@ def test_positions_of_negative_and_large_ids(tiny):
 
 def test_index_arrays_are_compact(tiny):
     arrays = [v for v in vars(CocoIndex(split_of(tiny))).values() if isinstance(v, np.ndarray)]
-    assert len(arrays) == 10
+    assert len(arrays) == 11
     for array in arrays:
         assert array.dtype != object
         assert array.base is None or array.base.nbytes <= 1.25 * array.nbytes + 8
