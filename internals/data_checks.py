@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import utils
+from internals import file_names
 from internals.annotations import MAX_EXAMPLES, DataIssue
 from internals.errors import DataError
-from internals.file_names import KINDS, MISSING, PROBLEMS
 from internals.images import MAX_PIXELS
 
 # In pixels: smaller excesses are rounding errors of the annotation tool.
@@ -46,7 +46,9 @@ def find_issues(index, missing: bool = True) -> list[DataIssue]:
         missing: Whether to include file names without a file.
     """
     issues = [*index.issues, *_image_issues(index), *_file_issues(index), *_box_issues(index)]
-    return [issue for issue in issues if issue.count and (missing or issue.kind not in KINDS)]
+    return [
+        issue for issue in issues if issue.count and (missing or issue.kind not in file_names.KINDS)
+    ]
 
 
 def _image_issues(index) -> Iterator[DataIssue]:
@@ -62,13 +64,9 @@ def _image_issues(index) -> Iterator[DataIssue]:
 
 
 def _file_issues(index) -> Iterator[DataIssue]:
-    for code, problem in enumerate(PROBLEMS[1:], start=1):
-        affected = index.file_problems == code
-        remedy = problem.remedy
-        if code == MISSING and affected.all():
-            remedy = "None of them is in {folder}: pass their folder: --train-images, --val-images"
-        remedy = remedy.format(folder=index.image_dir)
-        yield _image_issue(index, problem.kind, affected, remedy=remedy)
+    yield from file_names.find_issues(
+        index.file_names, index.file_problems, index.image_ids, index.image_dir
+    )
     yield _image_issue(
         index,
         "images with a repeated file name",
@@ -256,7 +254,7 @@ def examine(index, split: str, workers: int) -> tuple[list[DataIssue], list[tupl
     opened = [result for result in unreadable if not index.file_problems[result[0]]]
     for issue in (*issues, *group_by_kind(opened)):
         utils.log(f"  {'error' if issue.fatal else 'note'}: {issue}")
-    return [x for x in issues if x.fatal and x.kind not in KINDS], unreadable
+    return [x for x in issues if x.fatal and x.kind not in file_names.KINDS], unreadable
 
 
 def check_all(indexes: dict, workers: int, allowed: int) -> None:

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
-from internals.annotations import DataIssue
+from internals.annotations import MAX_EXAMPLES, DataIssue
 
 NOTE_EXAMPLES = 3
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a drive has one letter
@@ -39,16 +39,16 @@ class Problem(NamedTuple):
 
 
 _INTO_FOLDER = (
-    "Pass the folder that holds them as --train-images or --val-images, or link or copy them into "
-    "{folder}"
+    "Link or copy them into {folder}, or give the folder that holds them instead (train.py: "
+    "--train-images, --val-images)"
 )
 # The codes of `ResolvedNames.problems` are positions here. 0: the file was found.
 PROBLEMS = (
     None,
     Problem(
         "image files that are missing",
-        "Add them to {folder}, remove them from the annotation file, or skip them with "
-        "--max-bad-images N",
+        "Add them to {folder}, remove them from the annotation file, or skip them (train.py: "
+        "--max-bad-images N)",
     ),
     Problem("image file names that are absolute paths outside of the image folder", _INTO_FOLDER),
     Problem("image file names that lead out of the image folder by '..'", _INTO_FOLDER),
@@ -63,6 +63,21 @@ PROBLEMS = (
 )
 MISSING, OUTSIDE, PARENT, ADDRESS, AMBIGUOUS = range(1, len(PROBLEMS))
 KINDS = {problem.kind for problem in PROBLEMS if problem}
+
+
+def find_issues(
+    names: np.ndarray, problems: np.ndarray, image_ids: np.ndarray, folder: Path
+) -> Iterator[DataIssue]:
+    """Yield an issue for each kind of names without a file, with the ids of their images."""
+    for code, (kind, remedy) in enumerate(PROBLEMS[1:], start=1):
+        images = np.flatnonzero(problems == code)
+        if code == MISSING and len(images) == len(names):
+            remedy = "None of them is in {folder}: give the folder of the images (train.py: "
+            remedy += "--train-images, --val-images)"
+        first = images[:MAX_EXAMPLES]
+        examples = [f"{names[i].decode()} (id {image_ids[i]})" for i in first]
+        if examples:
+            yield DataIssue(kind, examples, len(images), remedy.format(folder=folder))
 
 
 class ResolvedNames(NamedTuple):
@@ -172,27 +187,24 @@ class _Resolver:
 
         A guess is refused where another name has the file: `found` are names that are files.
         """
-        results = {name: self.exact(name) for name in names}
-        taken = {*map(posixpath.normpath, found), *results.values()}
-        guesses = {name: self.guess(name) for name, file in results.items() if file is None}
+        paths = {name: [self.below_root(text) for text in _spellings(name)] for name in names}
+        exact = {
+            name: next((path for path in paths[name] if path in self.files), None) for name in names
+        }
+        taken = {*map(posixpath.normpath, found), *exact.values()}
+        guesses = {name: self.guess(name, paths[name]) for name in names if exact[name] is None}
         counts = Counter(guesses.values())
         for name, file in guesses.items():
             if isinstance(file, str) and file in taken:
                 guesses[name] = _classify(name)
             elif isinstance(file, str) and counts[file] > 1:
                 guesses[name] = AMBIGUOUS
-        return {**results, **guesses}
+        return {**exact, **guesses}
 
-    def exact(self, name: str) -> str | None:
-        """Return the file whose path a spelling of the name is, None if there is none."""
-        inside = (self.below_root(text) for text in _spellings(name))
-        return next((path for path in inside if path in self.files), None)
-
-    def guess(self, name: str) -> str | int:
-        """Return the only file that fits the name, or else a position in PROBLEMS."""
+    def guess(self, name: str, paths: list[str]) -> str | int:
+        """Return the only file that fits a path of the name, or else a position in PROBLEMS."""
         problem = _classify(name)
-        for text in _spellings(name):
-            path = self.below_root(text)
+        for path in paths:
             is_elsewhere = problem != ADDRESS and _leads_out(path)
             if is_elsewhere and os.path.exists(os.path.join(self.roots[0], path)):
                 break  # a file of this machine, and not one below the folder
