@@ -1,15 +1,13 @@
-"""COCO-format data: find it, index its annotations, and load images with their targets.
+"""COCO-format data: index its annotations, and load images with their targets.
 
 Format: https://cocodataset.org/#format-data. Required are `images[].id, file_name, width, height`,
 `annotations[].image_id, category_id, bbox` (x, y, width, height in pixels) and `categories[].id`.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,70 +19,13 @@ from internals.annotations import MAX_EXAMPLES, AnnotationColumns, DataIssue, re
 from internals.batches import Batch
 from internals.errors import DataError
 from internals.images import read_image
+from internals.layouts import Split
 
 # COCO's 80 category ids are not contiguous; torchvision's COCO weights have an output for each
 # number from 0 (background) to 90.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 # Not -1, which may be the id of a category.
 NO_CATEGORY = np.iinfo(np.int64).min
-
-
-# --------------------------------------------------------------------------------- finding files
-
-
-class Split(NamedTuple):
-    """The annotation file of a split, train or val, and the folder of its images."""
-
-    annotations: Path
-    images: Path
-
-
-def find_split(data_path: Path, split: str, annotations: Path | None, images: Path | None) -> Split:
-    """Find the files of a split in one of the common layouts.
-
-    Args:
-        data_path: The folder to search.
-        split: "train" or "val".
-        annotations: The annotation file, if given by the user; requires `images`.
-        images: The folder of the images, if given by the user; requires `annotations`.
-
-    Raises:
-        DataError: Nothing was found; the message lists the paths that were tried.
-    """
-    if annotations and images:
-        candidates = [Split(annotations, images)]
-    elif annotations or images:
-        raise DataError(
-            f"--{split}-annotations and --{split}-images belong together: give both, or neither to "
-            f"look in {data_path}"
-        )
-    else:
-        candidates = [
-            Split(data_path / f"annotations/instances_{split}2017.json", data_path / f"{split}2017")
-        ]
-        for name in ("train",) if split == "train" else ("valid", "val"):
-            folder = data_path / name
-            candidates.append(Split(folder / "_annotations.coco.json", folder))
-    for candidate in candidates:
-        if candidate.annotations.is_file() and candidate.images.is_dir():
-            return candidate
-    tried = "\n".join(
-        f"  {candidate.annotations} ({_presence(candidate.annotations.is_file())})"
-        f" with images in {candidate.images}{os.sep} ({_presence(candidate.images.is_dir())})"
-        for candidate in candidates
-    )
-    name = {"train": "training", "val": "validation"}[split]
-    raise DataError(
-        f"no {name} data found; looked for\n{tried}\n"
-        "To get COCO 2017: bash datasets/download_coco.sh. To try the recipe without it: "
-        "bash start_scripts/quickstart.sh. Your own data in COCO format: --data-path FOLDER, or "
-        f"--{split}-annotations FILE --{split}-images FOLDER. Converters and a tool to split one "
-        "file into train and val are in datasets/"
-    )
-
-
-def _presence(found: bool) -> str:
-    return "found" if found else "missing"
 
 
 # ------------------------------------------------------------------------------------ categories

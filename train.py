@@ -43,6 +43,7 @@ from internals.command_line import prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import UserError
 from internals.fast import use_cuda_graphs
+from internals.layouts import find_split
 from internals.mixed_precision import initialize_momentum, resolve_precision
 from internals.train_state import MovingAverage, TrainState
 
@@ -157,7 +158,7 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
 def load_index(args: argparse.Namespace, split: str) -> coco_utils.CocoIndex:
     """Read the annotation file of a split, "train" or "val"."""
     paths = (getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images"))
-    return coco_utils.CocoIndex(coco_utils.find_split(args.data_path, split, *paths))
+    return coco_utils.CocoIndex(find_split(args.data_path, split, *paths))
 
 
 def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:

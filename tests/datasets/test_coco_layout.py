@@ -8,9 +8,10 @@ import sys
 import pytest
 import split
 import yolo_to_coco
-from helpers import ROOT, read_labels, run, split_of
+from helpers import ROOT, main_in_process, read_labels, run, run_train, split_of
 
 from internals.errors import UserError
+from internals.layouts import find_split
 
 SCRIPTS = ("voc_to_coco", "yolo_to_coco", "split")
 
@@ -69,6 +70,32 @@ def test_next_command_without_val_is_split(yolo, out, capsys):
     assert command[1].endswith("split.py")
     split.main([*command[2:], "--val-share", "0.5"])
     assert len(read_labels(out.with_name("out_split"), "val")) == 2
+
+
+@pytest.mark.parametrize("lone", ["train", "one file"])
+def test_command_to_split_is_given_and_works(tiny, lone):
+    for file in tiny.glob("*/*val2017*"):
+        file.unlink()
+    if lone == "one file":
+        (tiny / "annotations/instances_train2017.json").rename(tiny / "result.json")
+        (tiny / "train2017").rename(tiny / "images")
+    done = run_train("--data-path", tiny, "--check-data", "-j", "0")
+    assert done.returncode == 2
+    assert f"no validation data found in {tiny}: to split " in done.stderr
+    python, script, *arguments = shlex.split(done.stderr.splitlines()[-1])
+    assert (python, script.split("/")[-1]) == ("python", "split.py")
+    split.main(arguments)
+    assert "data check passed" in main_in_process(
+        "--data-path", arguments[-1], "--check-data", "-j", "0"
+    )
+
+
+def test_command_to_convert_is_given_and_works(yolo):
+    done = run_train("--data-path", yolo, "--check-data", "-j", "0")
+    assert done.returncode == 2
+    assert "it is a YOLO folder, to be converted:" in done.stderr
+    yolo_to_coco.main(shlex.split(done.stderr.splitlines()[-1])[2:])
+    assert find_split(yolo.with_name("yolo_coco"), "val", None, None).exists()
 
 
 def test_first_20_errors_are_listed(yolo, out):
