@@ -136,13 +136,21 @@ def repeated_values(values: Iterable) -> list:
     return [value for value, count in Counter(values).items() if count > 1]
 
 
-def find_files(folder: Path, suffixes: Iterable[str], notes: list[str]) -> dict[str, Path]:
+def find_files(
+    folder: Path,
+    suffixes: Iterable[str],
+    notes: list[str],
+    beside: Iterable[str] = (),
+    unique: bool = True,
+) -> dict[str, Path]:
     """Find all files below a folder with one of the suffixes; hidden files are skipped.
 
     Args:
         folder: The folder.
         suffixes: Suffixes in lower case, with the dot.
         notes: Gets a note with the number of files with other suffixes.
+        beside: Suffixes of other files that belong to the data, which are not noted.
+        unique: Whether files that differ in their suffix only are an error.
 
     Returns:
         The files by key, sorted. The key is the path relative to the folder, with "/" and without
@@ -157,7 +165,9 @@ def find_files(folder: Path, suffixes: Iterable[str], notes: list[str]) -> dict[
         if any(part.startswith(".") for part in name.parts):
             continue
         if file.suffix.lower() not in suffixes:
-            ignored.append(file.suffix or file.name)
+            ignored += [] if file.suffix.lower() in beside else [file.suffix or file.name]
+        elif not unique:
+            files[name.as_posix()] = file
         elif key in files:
             raise UserError(f"{files[key]} and {file} differ only in their suffix: keep one")
         else:
@@ -166,6 +176,14 @@ def find_files(folder: Path, suffixes: Iterable[str], notes: list[str]) -> dict[
         kinds = ", ".join(sorted(set(ignored)))
         notes.append(f"{len(ignored):,} other files in {folder} are ignored ({kinds})")
     return files
+
+
+def note_files(notes: list[str], what: str, files: Iterable[Path]) -> None:
+    """Add a note on skipped files: their number, `what`, and the first three."""
+    files = sorted(files)
+    if files:
+        first = ", ".join(map(str, files[:3]))
+        notes.append(f"{len(files):,} {what}: {first}{', ...' if len(files) > 3 else ''}")
 
 
 def read_image_sizes(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:

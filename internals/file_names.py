@@ -155,7 +155,7 @@ def walk_files(folder: Path) -> Iterator[Path]:
 
     Files of a folder are in the order of the system, folders in that of their names.
     """
-    above = {str(folder): frozenset()}
+    above = {str(folder): frozenset(map(str, Path(folder).resolve().parents))}
     for home, folders, names in os.walk(folder, followlinks=True):
         real, parents = os.path.realpath(home), above.pop(home)
         if real in parents:
