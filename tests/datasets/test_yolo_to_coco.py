@@ -271,7 +271,7 @@ def test_lists_define_the_splits(pool, out, config, prefix, capsys):
         (pool / f"{split}.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     main(pool, out)
     assert names_of(out) == {"train": TRAIN, "val": ["val0.png"]}
-    assert len(read_labels(out, "val")["val0.png"][1]) == 1
+    assert len(read_labels(out, "val")["val0.png"][1]) == 3
     printed = capsys.readouterr().out
     left_out = [f"{pool}/images/train3.png"]
     if config is None or "test" in config:
