@@ -115,7 +115,7 @@ class InputImage:
     """An image file, its names in the results, its content and its detections."""
 
     path: Path
-    file_name: str  # relative to the common folder of all images, or as annotated
+    file_name: str  # relative to the common folder of all images, or as annotated if that is a path
     stem: str  # of its output files, unique
     image_id: int
     row: int | None = None  # position in the annotation file
@@ -157,7 +157,9 @@ def match_annotations(images: list[InputImage], file: Path, categories: Categori
             )
         owners[row] = image.path
         image.row, image.annotated_size = row, tuple(index.sizes[row].tolist())
-        image.file_name, image.image_id = name, image_id
+        image.image_id = image_id
+        if image.path.as_posix().endswith(names[row]):  # else in another spelling
+            image.file_name = name
     if not owners:
         raise UserError(f"--show-truth: {file} lists none of the images: compare the file names")
     return index

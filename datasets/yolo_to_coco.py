@@ -203,7 +203,8 @@ def locate(text: str, folders: list[Path]) -> Path | None:
     parts = [part for part in path.parts if part not in ("/", "..") and part[1:] != ":"]
     for folder in folders:
         # Of an absolute path of another machine, leading folders may be missing.
-        is_own_name = len(parts) > 1 and parts[0] == folder.resolve().name
+        # Darknet's paths begin with the folder "data".
+        is_own_name = len(parts) > 1 and parts[0] in (folder.resolve().name, "data")
         count = len(parts) if is_absolute else 1 + is_own_name
         for start in range(count):
             if start == 0 or parts[start:] != ["images"]:  # the images of any split
@@ -317,6 +318,8 @@ def read_class_names(folder: Path, config: Config, given: Path | None) -> list[s
         is_yaml = given.suffix in YAML
         return read_yaml_names(Config(given, read_yaml(given))) if is_yaml else read_lines(given)
     file = folder / "classes.txt"
+    if not file.is_file() and (folder / "obj.names").is_file():
+        file = folder / "obj.names"  # Darknet's and CVAT's
     if not file.is_file():
         if not config.file:
             raise UserError(f"{file} and {folder}/data.yaml are missing: add one of them")

@@ -131,7 +131,7 @@ def _hint(folder: Path, split: str) -> str:
 
 def _converter(folder: Path) -> tuple[str, str] | None:
     """Return the format of a folder, and the script that converts it."""
-    files = ("data.yaml", "data.yml", "classes.txt")
+    files = ("data.yaml", "data.yml", "classes.txt", "obj.names")
     folders = ("labels", "train/labels", "valid/labels")
     if any((folder / name).is_file() for name in files) or any(
         (folder / name).is_dir() for name in folders

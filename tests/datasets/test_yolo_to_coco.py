@@ -359,6 +359,18 @@ def test_labels_beside_images(yolo, out):
     assert len(read_labels(out, "train")["1.png"][1]) == 2
 
 
+def test_darknet_folder(pool, out):
+    shutil.copytree(pool / "images", pool / "obj_train_data")
+    shutil.copytree(pool / "labels", pool / "obj_train_data", dirs_exist_ok=True)
+    for folder in ("images", "labels"):
+        shutil.rmtree(pool / folder)
+    (pool / "classes.txt").rename(pool / "obj.names")
+    (pool / "train.txt").write_text("".join(f"data/obj_train_data/{name}\n" for name in TRAIN))
+    main(pool, out)
+    assert names_of(out) == {"train": TRAIN}
+    assert len(read_labels(out, "train")["train1.png"][1]) == 2
+
+
 def test_link_to_folder_above_is_not_followed(yolo, out):
     (yolo / "images/train/loop").symlink_to(yolo / "images")
     (yolo / "labels/train/loop").symlink_to(yolo)
