@@ -71,8 +71,9 @@ def find_split(data_path: Path, split: str, annotations: Path | None, images: Pa
 def _candidates(folder: Path, split: str) -> Iterator[Split]:
     """Yield the places of a split; for one annotation file the likelier image folders first."""
     annotations = folder / "annotations"
-    # COCO
-    yield Split(annotations / f"instances_{split}2017.json", folder / f"{split}2017")
+    # COCO, and as YOLO's tools arrange it
+    for images in (f"{split}2017", f"images/{split}2017"):
+        yield Split(annotations / f"instances_{split}2017.json", folder / images)
     for name in SPLIT_NAMES[split]:
         # Roboflow
         yield Split(folder / name / "_annotations.coco.json", folder / name)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import split
 import yolo_to_coco
-from helpers import ROOT, main_in_process, read_labels, run, run_train, split_of
+from helpers import ROOT, main_in_process, read_labels, rewrite, run, run_train, split_of
 
 from internals.errors import UserError
 from internals.layouts import find_split
@@ -41,6 +41,17 @@ def test_images_are_hard_linked_or_copied(coco, yolo, tmp_path, monkeypatch, cap
     copied = tmp_path / "copied/train2017/0.png"
     assert copied.read_bytes() == original.read_bytes()
     assert not copied.samefile(original)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_categories_are_read_as_by_train(coco, yolo, out, encoding):
+    file = split_of(coco).annotations
+    rewrite(
+        split_of(coco), lambda data: [row.update(id=str(row["id"])) for row in data["categories"]]
+    )
+    file.write_bytes(file.read_text().encode(encoding))
+    yolo_to_coco.main([str(yolo), str(out), "--categories", str(file)])
+    assert read_labels(out, "val") == read_labels(coco, "val")
 
 
 @pytest.mark.usefixtures("crowd")

@@ -24,6 +24,8 @@ def find(root, split, **paths):
     ("files", "split", "annotations", "images"),
     [
         (["train2017/"], "train", "annotations/instances_train2017.json", "train2017"),
+        (["images/val2017/", "labels/val2017/"], "val", "annotations/instances_val2017.json",
+         "images/val2017"),
         ([], "train", "train/_annotations.coco.json", "train"),
         (["test/_annotations.coco.json"], "val", "valid/_annotations.coco.json", "valid"),
         ([], "val", "val/_annotations.coco.json", "val"),
