@@ -17,6 +17,7 @@ Boxes of zero size are kept, but not trained on.
 """
 
 import argparse
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -290,13 +291,18 @@ def swap_images_for_labels(folder: Path) -> Path | None:
 
 def find_config(folder: Path) -> Config:
     """Read data.yaml, or the only other YAML file of the folder that has class names."""
+    if not folder.exists():
+        raise UserError(f"{folder} is missing")
     if folder.is_file() and folder.suffix in YAML:
         return Config(folder, read_yaml(folder))
     for name in ("data.yaml", "data.yml"):
         if (folder / name).is_file():
             return Config(folder / name, read_yaml(folder / name))
     files = sorted(file for suffix in YAML for file in folder.glob(f"*{suffix}"))
-    configs = [Config(file, read_yaml(file)) for file in files]
+    configs = []
+    for file in files:
+        with contextlib.suppress(UserError):  # a file of something else
+            configs.append(Config(file, read_yaml(file)))
     configs = [config for config in configs if "names" in config.content]
     if len(configs) > 1:
         raise UserError(

@@ -77,9 +77,10 @@ def _candidates(folder: Path, split: str) -> Iterator[Split]:
     for name in SPLIT_NAMES[split]:
         # Roboflow
         yield Split(folder / name / "_annotations.coco.json", folder / name)
-        # CVAT
-        for images in (f"images/{name}", name, "images"):
-            yield Split(annotations / f"instances_{name}.json", folder / images)
+        # CVAT, and the same without its prefix
+        for file in (f"instances_{name}.json", f"{name}.json"):
+            for images in (f"images/{name}", name, "images"):
+                yield Split(annotations / file, folder / images)
 
 
 def _undivided(folder: Path) -> Iterator[Split]:
@@ -88,6 +89,7 @@ def _undivided(folder: Path) -> Iterator[Split]:
     yield Split(folder / "annotations/instances_default.json", folder / "images/default")
     yield Split(folder / "annotations/instances_default.json", folder / "images")
     yield Split(folder / "result.json", folder / "images")  # Label Studio
+    yield Split(folder / "labels.json", folder / "data")  # FiftyOne
     yield Split(folder / "annotations.json", folder / "JPEGImages")  # labelme's labelme2coco.py
     yield Split(folder / "_annotations.coco.json", folder)  # a folder of Roboflow's
 

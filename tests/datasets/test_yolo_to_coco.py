@@ -299,6 +299,21 @@ def test_folders_of_data_yaml_define_the_splits(yolo, out, val, capsys):
     assert f"{other}/test/images is ignored" in capsys.readouterr().out
 
 
+def test_yaml_file_of_another_name(yolo, out):
+    (yolo / "hyp.yaml").write_text("lr: [")
+    (yolo / "args.yml").write_text("lr: 1")
+    (yolo / "coco8.yaml").write_text("train: images/val\nnames: {0: cat, 1: dog}")
+    main(yolo, out / "a")
+    assert names_of(out / "a") == {"train": ["0.png", "1.png"]}
+    (yolo / "other.yaml").write_text("train: images/train\nnames: [cat, dog]")
+    with pytest.raises(UserError, match=r"coco8.yaml and .*other.yaml both have class names"):
+        main(yolo, out / "b")
+    main(yolo / "other.yaml", out / "b")
+    assert len(names_of(out / "b")["train"]) == 4
+    with pytest.raises(UserError, match="nowhere is missing"):
+        main(yolo / "nowhere", out / "c")
+
+
 def test_list_of_folders_keeps_names_apart(yolo, out):
     (yolo / "data.yaml").write_text("train:\n- images/train\n- images/val\n")
     main(yolo, out)

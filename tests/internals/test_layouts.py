@@ -37,6 +37,8 @@ def find(root, split, **paths):
         (["images/default/"], "train", "annotations/instances_default.json", "images/default"),
         (["images/"], "train", "result.json", "images"),
         (["JPEGImages/"], "train", "annotations.json", "JPEGImages"),
+        (["data/"], "train", "labels.json", "data"),
+        (["val/", "images/"], "val", "annotations/val.json", "val"),
         ([], "train", "_annotations.coco.json", ""),
         # Several files for all images beside a division into splits
         (["images/train/", "annotations/instances_default.json", "result.json"], "train",
