@@ -193,7 +193,7 @@ class CocoIndex:
                 another size than in the index.
         """
         if problem := file_names.PROBLEMS[self.file_problems[image]]:
-            message = f"{self.file_name(image)} has no file in {self.image_dir}"
+            message = f"{self.file_name(image)} is missing in {self.image_dir}"
             raise DataError(message, problem.kind)
         width, height = self.sizes[image].tolist()
         return read_image(self.image_dir / self.file_name(image), width, height)

@@ -28,6 +28,11 @@ class Split(NamedTuple):
         """Return whether both exist."""
         return self.annotations.is_file() and self.images.is_dir()
 
+    def is_begun(self) -> bool:
+        """Return whether either exists; a folder `images` may be that of another split."""
+        is_found = self.images.name != "images" and self.images.is_dir()
+        return is_found or self.annotations.is_file()
+
 
 def find_split(data_path: Path, split: str, annotations: Path | None, images: Path | None) -> Split:
     """Find the files of a split in one of the common layouts.
@@ -117,7 +122,7 @@ def _hint(folder: Path, split: str) -> str:
             "it is a file: use the folder, or --{train,val}-annotations with --{train,val}-images"
         )
     train = _find(folder, "train") if split == "val" else []
-    if len(train) == 1:
+    if len(train) == 1 and not any(each.is_begun() for each in _candidates(folder, split)):
         unused = "; its test images are for testing only" if (folder / "test").is_dir() else ""
         command = _command("datasets/split.py", *train[0], f"{folder.resolve()}_split")
         return f"to split {train[0].annotations} into train and val{unused}:\n  {command}"
@@ -152,11 +157,12 @@ def _command(script: str, *arguments: object) -> str:
 
 
 def _list_tried(candidates: list[Split], split: str) -> str:
-    # Without images, or else (likelier mistyped) the names in lower case.
-    listed = [each for each in candidates if each.annotations.is_file()]
-    if not listed:
-        names = {each.annotations.as_posix().casefold(): each for each in reversed(candidates)}
-        listed = reversed(names.values())
+    begun = [each for each in candidates if each.is_begun()]
+    # One line for each annotation file, in lower case.
+    unique = {
+        each.annotations.as_posix().casefold(): each for each in reversed(begun or candidates)
+    }
+    listed = reversed(unique.values())
     tried = "\n".join(
         f"  {each.annotations} ({_presence(each.annotations.is_file())})"
         f" with images in {each.images}{os.sep} ({_presence(each.images.is_dir())})"

@@ -3,6 +3,7 @@
 import importlib
 import os
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -85,8 +86,8 @@ def test_next_command_without_val_is_split(yolo, out, capsys):
 
 @pytest.mark.parametrize("lone", ["train", "one file"])
 def test_command_to_split_is_given_and_works(tiny, lone):
-    for file in tiny.glob("*/*val2017*"):
-        file.unlink()
+    (tiny / "annotations/instances_val2017.json").unlink()
+    shutil.rmtree(tiny / "val2017")
     if lone == "one file":
         (tiny / "annotations/instances_train2017.json").rename(tiny / "result.json")
         (tiny / "train2017").rename(tiny / "images")

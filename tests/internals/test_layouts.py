@@ -72,6 +72,14 @@ def test_error_lists_paths(tmp_path):
     assert "_annotations.coco.json" not in str(caught.value)
 
 
+def test_half_of_a_split_is_named(tmp_path):
+    write(tmp_path, "train/_annotations.coco.json", "valid/0.jpg")
+    with pytest.raises(DataError) as caught:
+        find(tmp_path, "val")
+    assert "valid/_annotations.coco.json (missing) with images in" in str(caught.value)
+    assert "split.py" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "files",
     [
