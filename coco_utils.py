@@ -1,11 +1,10 @@
-"""COCO-format data: find it, index its annotations, and load images with their targets.
+"""COCO-format data: index its annotations, and load images with their targets.
 
 Format: https://cocodataset.org/#format-data. Required are `images[].id, file_name, width, height`,
 `annotations[].image_id, category_id, bbox` (x, y, width, height in pixels) and `categories[].id`.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 import transforms
+from internals import file_names
 from internals.annotations import (
     BORDER_TOLERANCE,
     MAX_EXAMPLES,
@@ -31,70 +31,13 @@ from internals.errors import DataError
 from internals.failures import image_error
 from internals.image_notes import ImageNote
 from internals.images import DEFAULT_RULES, read_image
+from internals.layouts import Split
 
 # COCO's 80 category ids are not contiguous; torchvision's COCO weights have an output for each
 # number from 0 (background) to 90.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 # Not -1, which may be the id of a category.
 NO_CATEGORY = np.iinfo(np.int64).min
-
-
-# --------------------------------------------------------------------------------- finding files
-
-
-class Split(NamedTuple):
-    """The annotation file of a split, train or val, and the folder of its images."""
-
-    annotations: Path
-    images: Path
-
-
-def find_split(data_path: Path, split: str, annotations: Path | None, images: Path | None) -> Split:
-    """Find the files of a split in one of the common layouts.
-
-    Args:
-        data_path: The folder to search.
-        split: "train" or "val".
-        annotations: The annotation file, if given by the user; requires `images`.
-        images: The folder of the images, if given by the user; requires `annotations`.
-
-    Raises:
-        DataError: Nothing was found; the message lists the paths that were tried.
-    """
-    if annotations and images:
-        candidates = [Split(annotations, images)]
-    elif annotations or images:
-        raise DataError(
-            f"--{split}-annotations and --{split}-images belong together: give both, or neither to "
-            f"look in {data_path}"
-        )
-    else:
-        candidates = [
-            Split(data_path / f"annotations/instances_{split}2017.json", data_path / f"{split}2017")
-        ]
-        for name in ("train",) if split == "train" else ("valid", "val"):
-            folder = data_path / name
-            candidates.append(Split(folder / "_annotations.coco.json", folder))
-    for candidate in candidates:
-        if candidate.annotations.is_file() and candidate.images.is_dir():
-            return candidate
-    tried = "\n".join(
-        f"  {candidate.annotations} ({_presence(candidate.annotations.is_file())})"
-        f" with images in {candidate.images}{os.sep} ({_presence(candidate.images.is_dir())})"
-        for candidate in candidates
-    )
-    name = {"train": "training", "val": "validation"}[split]
-    raise DataError(
-        f"no {name} data found; looked for\n{tried}\n"
-        "To get COCO 2017: bash datasets/download_coco.sh. To try the recipe without it: "
-        "bash start_scripts/quickstart.sh. Your own data in COCO format: --data-path FOLDER, or "
-        f"--{split}-annotations FILE --{split}-images FOLDER. Converters and a tool to split one "
-        "file into train and val are in datasets/"
-    )
-
-
-def _presence(found: bool) -> str:
-    return "found" if found else "missing"
 
 
 # ------------------------------------------------------------------------------------ categories
@@ -207,7 +150,9 @@ class CocoIndex:
 
     Attributes:
         image_ids: int64 `[I]`, in the order of the file.
-        file_names: UTF-8 bytes `[I]`.
+        file_names: UTF-8 bytes `[I]`, relative to the image folder; as in the file where they name
+            no file below the folder.
+        file_problems: uint8 `[I]`, positions in `file_names.PROBLEMS`: 0 for a name with a file.
         sizes: int32 `[I, 2]`, width and height.
         annotation_ids: int64 `[M]`, ordered by image; -1 where the file has none.
         boxes: float64 `[M, 4]`, x, y, width and height as in the file.
@@ -217,7 +162,7 @@ class CocoIndex:
         usable: bool `[M]`; crowds, and boxes of which no `MIN_BOX_SIDE` is in their image, are not
             used for training.
         offsets: int64 `[I + 1]`, the first row of each image.
-        issues: The rows of the file that had to be skipped.
+        issues: The rows of the file that had to be skipped, and a note on names that were resolved.
         as_annotated: Whether evaluation takes boxes and areas as they are in the file.
         rules: How the images are read.
     """
@@ -225,14 +170,21 @@ class CocoIndex:
     as_annotated = False
     rules = DEFAULT_RULES
 
-    def __init__(self, split: Split):
+    def __init__(self, split: Split, resolve_names: bool = True):
+        """Read the annotation file; `resolve_names` if its images are in the folder of `split`."""
         self.annotation_file, self.image_dir = split
         columns, self.issues = read_annotations(self.annotation_file)
         self.categories = self._make_categories(columns)
         if not len(columns.image_ids):
             raise DataError(f"{self.annotation_file} lists no usable images{self._issues_so_far()}")
-        self.image_ids, self.file_names = columns.image_ids, columns.file_names
-        self.sizes = columns.sizes
+        self.image_ids, self.sizes = columns.image_ids, columns.sizes
+        self.file_names = columns.file_names
+        self.file_problems = np.zeros(len(self), dtype=np.uint8)
+        if resolve_names:
+            self.file_names, self.file_problems, notes = file_names.resolve_names(
+                self.file_names, self.image_dir
+            )
+            self.issues += notes
         self._set_annotations(columns)
 
     def _make_categories(self, columns: AnnotationColumns) -> Categories:
@@ -288,8 +240,12 @@ class CocoIndex:
             notes: What is to be known about the image is appended.
 
         Raises:
-            DataError: The file cannot be read, or has another size than in the index.
+            DataError: There is no such file below the image folder, it cannot be read, or has
+                another size than in the index.
         """
+        if problem := file_names.PROBLEMS[self.file_problems[image]]:
+            message = f"{self.file_name(image)} is missing in {self.image_dir}"
+            raise DataError(message, problem.kind)
         width, height = self.sizes[image].tolist()
         return read_image(self.path(image), width, height, self.rules, notes)
 
@@ -353,7 +309,7 @@ class CocoIndex:
         rows = np.isin(self.image_of_rows(), kept)
         copy = CocoIndex.__new__(CocoIndex)
         copy.__dict__.update(self.__dict__)
-        for name in ("image_ids", "file_names", "sizes"):
+        for name in ("image_ids", "file_names", "file_problems", "sizes"):
             setattr(copy, name, getattr(self, name)[kept])
         for name in ("annotation_ids", "boxes", "category_ids", "iscrowd", "areas", "usable"):
             setattr(copy, name, getattr(self, name)[rows])

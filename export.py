@@ -35,6 +35,7 @@ from internals.command_line import ArgumentParser
 from internals.errors import DataError, RunError, UserError
 from internals.failures import run_command
 from internals.images import image_files, narrowness, read_upright
+from internals.layouts import find_split
 
 PACKAGES = {".onnx": ("onnx", "onnxruntime"), ".safetensors": ("safetensors",)}
 OPSET = 17  # the newest opset of the TorchScript exporter that older runtimes support
@@ -473,7 +474,7 @@ def find_validation_folder(args: dict) -> Path | None:
         Path(args[key]) if args[key] else None for key in ("val_annotations", "val_images")
     )
     try:
-        return coco_utils.find_split(Path(args["data_path"]), "val", annotations, images).images
+        return find_split(Path(args["data_path"]), "val", annotations, images).images
     except DataError:
         return None
 

@@ -36,6 +36,7 @@ import coco_eval
 import models
 import utils
 from coco_utils import Categories, CocoIndex, Split
+from internals import file_names
 from internals.batches import Batch
 from internals.bit_depth import BIT_DEPTHS
 from internals.command_line import ArgumentParser, positive_int, prepare_output_dir
@@ -132,7 +133,7 @@ class InputImage:
     """An image file, its names in the results, its content and its detections."""
 
     path: Path
-    file_name: str  # relative to the common folder of all images, or as annotated
+    file_name: str  # relative to the common folder of all images, or as annotated if that is a path
     stem: str  # of its output files, unique
     image_id: int
     row: int | None = None  # position in the annotation file
@@ -147,24 +148,22 @@ class InputImage:
 def match_annotations(images: list[InputImage], file: Path, categories: Categories) -> CocoIndex:
     """Read an annotation file, and set the file name, id and size of its images.
 
-    An image matches the longest annotated file name that its path ends with. Images without a match
-    get new ids.
+    An image matches the longest annotated file name that its path ends with, or else the one that
+    means it in another spelling (`file_names`). Images without a match get new ids.
 
     Raises:
         UserError: The annotation file has other categories, no image matches, or several images
             match one file name.
     """
-    index = CocoIndex(Split(file, file.parent))
+    index = CocoIndex(Split(file, file.parent), resolve_names=False)
     categories.check_contains(index.categories, file)
     for issue in index.issues:
         utils.log(f"not drawn: {issue}")
     names = [os.path.normpath(index.file_name(i)).replace("\\", "/") for i in range(len(index))]
-    rows = {name: i for i, name in reversed(list(enumerate(names)))}
+    rows = match_names(images, {name: i for i, name in reversed(list(enumerate(names)))})
     owners, last_id = {}, int(index.image_ids.max())
     for image in images:
-        parts = image.path.parts
-        endings = ("/".join(parts[n:]) for n in range(len(parts)))
-        row = next((rows[ending] for ending in endings if ending in rows), None)
+        row = rows.get(image.file_name)
         if row is None:
             last_id += 1
             image.image_id = last_id
@@ -177,10 +176,32 @@ def match_annotations(images: list[InputImage], file: Path, categories: Categori
             )
         owners[row] = image.path
         image.row, image.annotated_size = row, tuple(index.sizes[row].tolist())
-        image.file_name, image.image_id = name, image_id
+        image.image_id = image_id
+        if image.path.as_posix().endswith(names[row]):  # else in another spelling
+            image.file_name = name
     if not owners:
         raise UserError(f"--show-truth: {file} lists none of the images: compare the file names")
     return index
+
+
+def match_names(images: list[InputImage], rows: dict[str, int]) -> dict[str, int]:
+    """Return the row of each image that one of the names of `rows` means, by its file name."""
+    matched, others = {}, []
+    for image in images:
+        parts = image.path.parts
+        endings = ("/".join(parts[n:]) for n in range(len(parts)))
+        ending = next((ending for ending in endings if ending in rows), None)
+        if ending is None:
+            others.append(image.file_name)
+        else:
+            matched[image.file_name] = rows[ending]
+    if others:
+        folder = images[0].path.as_posix().removesuffix(images[0].file_name)
+        used = set(matched.values())
+        names = (name for name, row in rows.items() if row not in used)
+        for file, name in file_names.match_files(names, Path(folder), others).items():
+            matched[file] = rows[name]
+    return matched
 
 
 def read_input(

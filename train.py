@@ -42,6 +42,7 @@ from internals.command_line import prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import DataError, UserError
 from internals.fast import use_cuda_graphs
+from internals.layouts import find_split
 from internals.mixed_precision import initialize_momentum, resolve_precision
 from internals.train_state import MovingAverage, TrainState
 
@@ -160,7 +161,7 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
 def load_index(args: argparse.Namespace, split: str) -> coco_utils.CocoIndex:
     """Read the annotation file of a split, "train" or "val"."""
     paths = (getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images"))
-    index = coco_utils.CocoIndex(coco_utils.find_split(args.data_path, split, *paths))
+    index = coco_utils.CocoIndex(find_split(args.data_path, split, *paths))
     index.as_annotated = args.evaluate_as_annotated
     return index
 

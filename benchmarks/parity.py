@@ -27,6 +27,7 @@ import coco_utils
 import engine
 import samplers
 import transforms
+from internals import layouts
 
 SIZE = 128  # pixels
 NUM_CLASSES = 4
@@ -36,7 +37,7 @@ ARMS = ("stock, float32", "stock, amp", "ours, float32", "ours, amp")
 
 def load_batches(folder: Path, batch: int, steps: int) -> list[tuple]:
     """Load the batches of all arms: uint8 images and targets, in the order of the training plan."""
-    index = coco_utils.CocoIndex(coco_utils.find_split(folder, "train", None, None))
+    index = coco_utils.CocoIndex(layouts.find_split(folder, "train", None, None))
     flip = transforms.training_preset("hflip", SIZE)
     dataset = coco_utils.CocoDetection(
         index, index.categories, index.images_with_boxes(), augmentation=flip
@@ -53,7 +54,7 @@ def load_batches(folder: Path, batch: int, steps: int) -> list[tuple]:
 
 def score(model, folder: Path, count: int | None, amp_dtype) -> dict:
     """Score `engine.detect` on the first `count` validation images, None for all."""
-    index = coco_utils.CocoIndex(coco_utils.find_split(folder, "val", None, None))
+    index = coco_utils.CocoIndex(layouts.find_split(folder, "val", None, None))
     loader = torch.utils.data.DataLoader(
         coco_utils.CocoDetection(index, index.categories),
         batch_sampler=samplers.evaluation_batches(index.sizes[:count], 1),

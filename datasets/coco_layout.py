@@ -21,8 +21,10 @@ from PIL import Image
 # `python datasets/split.py` puts only this folder on the module path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from internals.annotations import decode_json, to_integer, to_string
 from internals.command_line import ArgumentParser
 from internals.errors import UserError
+from internals.file_names import walk_files
 from internals.images import IMAGE_FORMATS, MAX_PIXELS, read_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +95,7 @@ def read_text(file: Path) -> str:
 
 
 def read_annotations(file: Path, required: dict[str, dict[str, type]]) -> dict:
-    """Read a COCO annotation file.
+    """Read a COCO annotation file; ids that are integers as text or float are converted.
 
     Args:
         file: The annotation file.
@@ -102,21 +104,31 @@ def read_annotations(file: Path, required: dict[str, dict[str, type]]) -> dict:
     Raises:
         UserError: The file cannot be read, or a list or a field is missing.
     """
-    text = read_text(file)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
+        content = decode_json(file.read_bytes(), file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     for key, fields in required.items():
         rows = content.get(key) if isinstance(content, dict) else None
         if not isinstance(rows, list):
             raise UserError(f"{file} has no list {key!r}: is it a COCO annotation file?")
         for number, row in enumerate(rows):
             for name, kind in fields.items():
-                if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                value = row.get(name) if isinstance(row, dict) else None
+                converted = convert_or_none(value, to_string if kind is str else to_integer)
+                if converted is None:
                     expected = "a string" if kind is str else "an integer"
                     raise UserError(f"{file}: {key}[{number}] has no {name!r} that is {expected}")
+                row[name] = converted
     return content
+
+
+def convert_or_none(value: object, convert: Callable) -> int | str | None:
+    """Return `convert(value)`, None if it raises an error."""
+    try:
+        return convert(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def repeated_values(values: Iterable) -> list:
@@ -124,13 +136,21 @@ def repeated_values(values: Iterable) -> list:
     return [value for value, count in Counter(values).items() if count > 1]
 
 
-def find_files(folder: Path, suffixes: Iterable[str], notes: list[str]) -> dict[str, Path]:
+def find_files(
+    folder: Path,
+    suffixes: Iterable[str],
+    notes: list[str],
+    beside: Iterable[str] = (),
+    unique: bool = True,
+) -> dict[str, Path]:
     """Find all files below a folder with one of the suffixes; hidden files are skipped.
 
     Args:
         folder: The folder.
         suffixes: Suffixes in lower case, with the dot.
         notes: Gets a note with the number of files with other suffixes.
+        beside: Suffixes of other files that belong to the data, which are not noted.
+        unique: Whether files that differ in their suffix only are an error.
 
     Returns:
         The files by key, sorted. The key is the path relative to the folder, with "/" and without
@@ -138,15 +158,16 @@ def find_files(folder: Path, suffixes: Iterable[str], notes: list[str]) -> dict[
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing")
-    walk = os.walk(folder, followlinks=True)
     files, ignored = {}, []
-    for file in sorted(Path(home, name) for home, _, names in walk for name in names):
+    for file in sorted(walk_files(folder)):
         name = file.relative_to(folder)
         key = name.with_suffix("").as_posix()
         if any(part.startswith(".") for part in name.parts):
             continue
         if file.suffix.lower() not in suffixes:
-            ignored.append(file.suffix or file.name)
+            ignored += [] if file.suffix.lower() in beside else [file.suffix or file.name]
+        elif not unique:
+            files[name.as_posix()] = file
         elif key in files:
             raise UserError(f"{files[key]} and {file} differ only in their suffix: keep one")
         else:
@@ -155,6 +176,14 @@ def find_files(folder: Path, suffixes: Iterable[str], notes: list[str]) -> dict[
         kinds = ", ".join(sorted(set(ignored)))
         notes.append(f"{len(ignored):,} other files in {folder} are ignored ({kinds})")
     return files
+
+
+def note_files(notes: list[str], what: str, files: Iterable[Path]) -> None:
+    """Add a note on skipped files: their number, `what`, and the first three."""
+    files = sorted(files)
+    if files:
+        first = ", ".join(map(str, files[:3]))
+        notes.append(f"{len(files):,} {what}: {first}{', ...' if len(files) > 3 else ''}")
 
 
 def read_image_sizes(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:

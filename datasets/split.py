@@ -11,10 +11,13 @@ same seed gives the same splits.
 
 import random
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import coco_layout as layout
+import numpy as np
 
+from internals import file_names
+from internals.annotations import to_integer
 from internals.command_line import fraction
 from internals.errors import UserError
 from internals.failures import run_command
@@ -27,10 +30,18 @@ REQUIRED = {
 }
 
 
-def load_annotations(file: Path, folder: Path) -> dict:
-    """Read the annotation file; raise UserError for wrong ids and missing images."""
+def load_annotations(file: Path, folder: Path, notes: list[str]) -> dict:
+    """Read the annotation file; raise UserError for wrong ids and missing images.
+
+    File names become those of the files, relative to the folder.
+    """
     content, errors = layout.read_annotations(file, REQUIRED), layout.Errors()
     images = content["images"]
+    names = np.array([row["file_name"].encode() for row in images], dtype=np.bytes_)
+    names, problems, resolved = file_names.resolve_names(names, folder)
+    notes += map(str, resolved)
+    for row, name in zip(images, names.tolist(), strict=True):
+        row["file_name"] = name.decode()
     for key in ("id", "file_name"):
         for value in layout.repeated_values(row[key] for row in images):
             errors.append(f"{file}: two images have the {key} {value!r}: keep one")
@@ -41,14 +52,23 @@ def load_annotations(file: Path, folder: Path) -> dict:
             errors.append(
                 f"{file}: annotation {row_id} refers to unknown image {image_id}: remove it"
             )
-    for row in images:
-        path = PurePosixPath(row["file_name"])
-        if path.is_absolute() or ".." in path.parts:
-            errors.append(f"{file}: {path} (image {row['id']}) is outside of {folder}")
-        elif not (folder / path).is_file():
-            errors.append(f"{folder / path} (image {row['id']}) is missing")
+    ids = [row["id"] for row in images]
+    errors += [f"{file}: {x}" for x in file_names.find_issues(names, problems, ids, folder)]
     errors.raise_if_any()
+    set_annotation_ids(content["annotations"], notes)
     return content
+
+
+def set_annotation_ids(annotations: list[dict], notes: list[str]) -> None:
+    """Make the ids of annotations integers, where they have one: numbers from 1, if one is not."""
+    rows = [row for row in annotations if row.get("id") is not None]
+    ids = [layout.convert_or_none(row["id"], to_integer) for row in rows]
+    if None in ids:
+        example = rows[ids.index(None)]["id"]
+        notes.append(f"annotations have ids that are no integers ({example!r}): numbered anew")
+        rows, ids = annotations, range(1, len(annotations) + 1)
+    for row, number in zip(rows, ids, strict=True):
+        row["id"] = number
 
 
 def choose_val(content: dict, val_share: float, seed: int) -> set[int]:
@@ -104,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     layout.check_output(args.output)
-    content = load_annotations(args.annotations, args.images)
+    notes = []
+    content = load_annotations(args.annotations, args.images, notes)
     val = choose_val(content, args.val_share, args.seed)
     train = {row["id"] for row in content["images"]} - val
     if not (train and val):
@@ -117,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         split: {row["file_name"]: args.images / row["file_name"] for row in rows["images"]}
         for split, rows in contents.items()
     }
-    layout.write_dataset(args.output, contents, files, [])
+    layout.write_dataset(args.output, contents, files, notes)
 
 
 if __name__ == "__main__":

@@ -182,20 +182,31 @@ def implausible_areas(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------ files that msgspec rejects
 
 
+def decode_json(content: bytes, file: Path) -> object:
+    """Decode JSON in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Programs on Windows write such marks, and UTF-16 where text is redirected to a file.
+    """
+    try:
+        return json.loads(content)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 text (byte {error.start}): open it in a text editor, and save it "
+            "as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{file} is not valid JSON: {error}. Correct it there, or copy it again if it ends"
+        ) from error
+
+
 def _decode_leniently(content: bytes, file: Path) -> tuple[AnnotationFile, list[DataIssue]]:
     """Decode with Python's json, which is slower, but accepts NaN and allows precise messages.
 
     Numbers of other types are converted if the conversion is exact. Rows that cannot be converted
     are skipped and reported.
     """
-    try:
-        data = json.loads(content.decode("utf-8-sig"))  # some tools on Windows write a BOM
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8 text (byte {error.start}): export it as UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not valid JSON: {error}. Export or copy it again") from error
+    data = decode_json(content, file)
     if not isinstance(data, dict):
         raise DataError(
             f"{file} holds a {type(data).__name__} at its top level: use an annotation file, with "
@@ -231,20 +242,24 @@ def _convert_row(row: object, row_type: type) -> msgspec.Struct:
             try:
                 values[field.name] = convert(value)
             except (TypeError, ValueError, OverflowError):
+                if (row_type, field.name) == (AnnotationRow, "id"):
+                    continue  # only messages contain it
                 raise ValueError(f"whose {field.name!r} is not {expected}") from None
         elif field.required:
             raise ValueError(f"without {field.name!r}")
     return row_type(**values)
 
 
-def _to_integer(value: object) -> int:
+def to_integer(value: object) -> int:
+    """Convert a number or its text; raise ValueError, TypeError or OverflowError if not exact."""
     number = int(value)
     if number != float(value) or abs(number) > MAX_ID:
         raise ValueError
     return number
 
 
-def _to_string(value: object) -> str:
+def to_string(value: object) -> str:
+    """Return a string; raise TypeError or ValueError for what is none, or is not Unicode."""
     if not isinstance(value, str):
         raise TypeError
     value.encode()  # rejects half of a surrogate pair, valid in JSON but not in UTF-8
@@ -260,9 +275,9 @@ def _to_box(value: object) -> Box:
 
 # The conversion of each field type, and its name in messages.
 CONVERTERS: dict[type, tuple[Callable, str]] = {
-    Integer: (_to_integer, "a whole number up to 2**53"),
+    Integer: (to_integer, "a whole number up to 2**53"),
     Box: (_to_box, "four numbers"),
     float | None: (float, "a number"),
-    str: (_to_string, "a string"),
-    str | None: (_to_string, "a string"),
+    str: (to_string, "a string"),
+    str | None: (to_string, "a string"),
 }

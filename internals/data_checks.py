@@ -6,7 +6,6 @@ image, which takes minutes for a large data set. A bad image that first shows du
 ends it (`coco_utils.CocoDetection`). `index` is a `coco_utils.CocoIndex` throughout.
 """
 
-import contextlib
 import os
 import textwrap
 import time
@@ -19,13 +18,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import utils
+from internals import file_names
 from internals.annotations import MAX_EXAMPLES, DataIssue
 from internals.box_checks import find_box_issues, is_repeated
 from internals.errors import DataError
 from internals.image_notes import NOTE_REMEDIES
 from internals.images import DEEP_SUFFIXES, MAX_PIXELS, ImageRules, measure_bit_depth
 
-MISSING = "image files that are missing"
 MAX_DETECTIONS = 100  # of an image, by COCO's metrics and torchvision's default
 
 
@@ -47,12 +46,14 @@ def find_issues(index, missing: bool = True, trust_boxes: bool = False) -> list[
 
     Args:
         index: The data set.
-        missing: Whether to include missing image files.
+        missing: Whether to include file names without a file.
         trust_boxes: Whether boxes may look like shares of the image or corners (--trust-boxes).
     """
     issues = [*index.issues, *_category_issues(index), *_image_issues(index), *_file_issues(index)]
     issues += find_box_issues(index, trust_boxes)
-    return [issue for issue in issues if issue.count and (missing or issue.kind != MISSING)]
+    return [
+        issue for issue in issues if issue.count and (missing or issue.kind not in file_names.KINDS)
+    ]
 
 
 def _category_issues(index) -> Iterator[DataIssue]:
@@ -93,20 +94,8 @@ def _image_issues(index) -> Iterator[DataIssue]:
 
 
 def _file_issues(index) -> Iterator[DataIssue]:
-    missing, outside = _check_files(index)
-    folder = index.image_dir
-    yield _image_issue(
-        index,
-        f"image files outside of {folder}",
-        outside,
-        remedy="Move them into that folder (the folder itself may be a link)",
-    )
-    yield _image_issue(
-        index,
-        MISSING,
-        missing,
-        remedy=f"Add them to {folder}, remove them from the annotation file, or skip them with "
-        "--max-bad-images N",
+    yield from file_names.find_issues(
+        index.file_names, index.file_problems, index.image_ids, index.image_dir
     )
     yield _image_issue(
         index,
@@ -115,52 +104,6 @@ def _file_issues(index) -> Iterator[DataIssue]:
         remedy="All of them are used",
         fatal=False,
     )
-
-
-def _check_files(index) -> tuple[np.ndarray, np.ndarray]:
-    """Find which image files are missing, and which are outside the image folder: bool `[I]` each.
-
-    A path outside of it, also through a link, could expose any file of the machine in the report.
-    Listing each folder once is much faster than a system call for each file. Names and paths are
-    UTF-8 bytes, as in the index.
-    """
-    root = os.fsencode(os.path.realpath(index.image_dir))
-    missing, outside = np.zeros((2, len(index)), dtype=bool)
-    inside_root, links_in_root = _list_folder(root, root)
-    listings = {b"": (inside_root, links_in_root)}
-    for i, name in enumerate(index.file_names.tolist()):
-        if name in inside_root:  # the common case
-            continue
-        path = os.path.normpath(name)
-        if os.path.isabs(path) or path.split(os.fsencode(os.sep))[0] == b"..":
-            outside[i] = True
-            continue
-        folder, _, base = name.rpartition(b"/")
-        if folder not in listings:
-            listings[folder] = _list_folder(os.path.join(root, folder), root)
-        inside, uncertain = listings[folder]
-        if base in uncertain:
-            outside[i] = not _is_inside(os.path.join(root, name), root)
-        elif base not in inside:
-            missing[i] = True
-    return missing, outside
-
-
-def _list_folder(folder: bytes, root: bytes) -> tuple[set[bytes], set[bytes]]:
-    """List the names in a folder: those certainly inside `root`, and those that may not be."""
-    inside, uncertain = set(), set()
-    folder_is_inside = _is_inside(folder, root)
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            certain = folder_is_inside and not entry.is_symlink()
-            names = inside if certain else uncertain
-            names.add(entry.name)
-    return inside, uncertain
-
-
-def _is_inside(path: bytes, root: bytes) -> bool:
-    path = os.path.realpath(path)
-    return path == root or path.startswith(os.path.join(root, b""))
 
 
 def _image_issue(index, kind: str, affected: np.ndarray, **details) -> DataIssue:
@@ -175,7 +118,7 @@ def check_annotations(index, split: str, ignore_missing: bool, trust_boxes: bool
     Args:
         index: The data set.
         split: Its name for the log.
-        ignore_missing: Whether to ignore missing image files.
+        ignore_missing: Whether to ignore file names without a file.
         trust_boxes: See `find_issues`.
 
     Raises:
@@ -266,14 +209,11 @@ class _ImageCheck(Dataset):
 def open_images(index, workers: int) -> tuple[list[Finding], list[Finding]]:
     """Open every image of the index, distributed over the processes.
 
-    Files outside the image folder are not opened: `find_issues` reports them.
-
     Returns:
         The errors of images that cannot be used, and the notes on others, in the order of images,
         the same on every process.
     """
-    _, outside = _check_files(index)
-    share = np.flatnonzero(~outside)[utils.rank() :: utils.world_size()].tolist()
+    share = range(utils.rank(), len(index), utils.world_size())
     loader = DataLoader(
         _ImageCheck(index),
         batch_size=16,
@@ -369,7 +309,7 @@ def find_bit_depth(indexes: Iterable) -> tuple[int, str] | None:
             index.path(i)
             for index in indexes
             for i, name in enumerate(index.file_names.tolist())
-            if name.lower().endswith(suffixes)
+            if name.lower().endswith(suffixes) and not index.file_problems[i]
         ]
     )
 
@@ -408,21 +348,23 @@ def drop_bad_images(indexes: dict, workers: int, allowed: int) -> tuple[dict, li
 
 
 def examine(
-    index, split: str, workers: int, trust_boxes: bool
+    index, split: str, workers: int, trust_boxes: bool = False
 ) -> tuple[list[DataIssue], list[tuple[int, str, str]]]:
     """Log the contents of a split and all its issues; open every image.
 
     Returns:
-        The fatal issues of `find_issues`, without missing files, and the result of
+        The fatal issues of `find_issues`, without those of file names, and the result of
         `find_unreadable_images`.
     """
     utils.log(f"{split}: {index.annotation_file}\n{describe(index)}")
-    issues, start = find_issues(index, False, trust_boxes), time.perf_counter()
+    issues, start = find_issues(index, trust_boxes=trust_boxes), time.perf_counter()
     unreadable, notes = open_images(index, workers)
     utils.log(f"  opened {len(index):,} images in {time.perf_counter() - start:.1f} s")
-    for issue in (*issues, *group_by_kind(unreadable), *group_by_kind(notes)):
+    # `issues` has those without a file already.
+    opened = [finding for finding in unreadable if not index.file_problems[finding[0]]]
+    for issue in (*issues, *group_by_kind(opened), *group_by_kind(notes)):
         utils.log(f"  {'error' if issue.fatal else 'note'}: {issue}")
-    return [issue for issue in issues if issue.fatal], unreadable
+    return [x for x in issues if x.fatal and x.kind not in file_names.KINDS], unreadable
 
 
 def check_all(indexes: dict, workers: int, allowed: int, trust_boxes: bool) -> None:

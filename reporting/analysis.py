@@ -9,9 +9,10 @@ import numpy as np
 from hotcoco.primitives import bbox_iou
 
 import coco_eval
-from coco_utils import CocoIndex, find_split
+from coco_utils import CocoIndex
 from internals.errors import UserError
 from internals.images import ImageRules
+from internals.layouts import find_split
 
 SCORE_THRESHOLD = 0.5  # of all figures but the curves and the dashed recall by size
 IOU_THRESHOLD = 0.5

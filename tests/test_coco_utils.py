@@ -8,7 +8,7 @@ from helpers import rewrite, split_of
 from PIL import Image
 
 import coco_utils
-from coco_utils import Categories, CocoDetection, CocoIndex, Split
+from coco_utils import Categories, CocoDetection, CocoIndex
 from internals import preemption
 from internals.errors import DataError, ImageError, UnexpectedImageError
 from internals.image_notes import PAGES
@@ -17,31 +17,6 @@ from internals.image_notes import PAGES
 def dataset_of(root, split="train") -> CocoDetection:
     index = CocoIndex(split_of(root, split))
     return CocoDetection(index, index.categories)
-
-
-# --------------------------------------------------------------------------------- finding files
-
-
-def test_find_split_layouts_and_explicit_paths(tiny, tmp_path):
-    assert coco_utils.find_split(tiny, "val", None, None) == split_of(tiny, "val")
-    for folder in ("train", "valid"):
-        (tmp_path / "export" / folder).mkdir(parents=True)
-        (tmp_path / "export" / folder / "_annotations.coco.json").touch()
-    folder = tmp_path / "export" / "valid"
-    split = coco_utils.find_split(tmp_path / "export", "val", None, None)
-    assert split == Split(folder / "_annotations.coco.json", folder)
-    explicit = split_of(tiny, "train")
-    assert coco_utils.find_split(tmp_path / "nowhere", "val", *explicit) == explicit
-
-
-def test_find_split_error_lists_paths(tmp_path):
-    with pytest.raises(DataError) as caught:
-        coco_utils.find_split(tmp_path, "val", None, None)
-    message = str(caught.value)
-    for text in ("instances_val2017.json (missing)", "valid", "download_coco.sh", "quickstart.sh"):
-        assert text in message
-    with pytest.raises(DataError, match="belong together"):
-        coco_utils.find_split(tmp_path, "val", tmp_path / "a.json", None)
 
 
 # ---------------------------------------------------------------------------------- categories
@@ -149,7 +124,7 @@ def test_positions_of_negative_and_large_ids(tiny):
 
 def test_index_arrays_are_compact(tiny):
     arrays = [v for v in vars(CocoIndex(split_of(tiny))).values() if isinstance(v, np.ndarray)]
-    assert len(arrays) == 10
+    assert len(arrays) == 11
     for array in arrays:
         assert array.dtype != object
         assert array.base is None or array.base.nbytes <= 1.25 * array.nbytes + 8

@@ -348,6 +348,19 @@ def test_invalid_ground_truth_is_reported(command, model, val, annotations, tmp_
     assert "not drawn: annotations whose 'bbox' is not four numbers (1): id 77" in output
 
 
+def test_annotations_are_matched_in_other_spellings(model, val, annotations, tmp_path):
+    content = read(annotations)
+    names = ("C:\\set\\0.png", "http://localhost:8080/data/upload/3/1a2b3c-1.png", "2.PNG")
+    for name, row in zip(names, content["images"], strict=True):
+        row["file_name"] = name
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    detect(model, val, "--show-truth", tmp_path / "truth.json", "--output-dir", tmp_path / "x")
+    images = read(tmp_path / "x/images.json")["images"]
+    assert {image["file_name"]: image["id"] for image in images} == {
+        "0.png": 100, "1.png": 101, "2.png": 102,
+    }  # fmt: skip
+
+
 def test_annotations_are_matched_by_path_suffix(command, model, annotations, tmp_path):
     content = read(annotations)
     for name, row in zip(("day1/0.png", "0.png", "./sub/2.png"), content["images"], strict=True):

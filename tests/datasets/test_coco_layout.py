@@ -3,14 +3,16 @@
 import importlib
 import os
 import shlex
+import shutil
 import sys
 
 import pytest
 import split
 import yolo_to_coco
-from helpers import ROOT, read_labels, run, split_of
+from helpers import ROOT, main_in_process, read_labels, rewrite, run, run_train, split_of
 
 from internals.errors import UserError
+from internals.layouts import find_split
 
 SCRIPTS = ("voc_to_coco", "yolo_to_coco", "split")
 
@@ -42,6 +44,17 @@ def test_images_are_hard_linked_or_copied(coco, yolo, tmp_path, monkeypatch, cap
     assert not copied.samefile(original)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_categories_are_read_as_by_train(coco, yolo, out, encoding):
+    file = split_of(coco).annotations
+    rewrite(
+        split_of(coco), lambda data: [row.update(id=str(row["id"])) for row in data["categories"]]
+    )
+    file.write_bytes(file.read_text().encode(encoding))
+    yolo_to_coco.main([str(yolo), str(out), "--categories", str(file)])
+    assert read_labels(out, "val") == read_labels(coco, "val")
+
+
 @pytest.mark.usefixtures("crowd")
 def test_split_table_and_next_command(coco, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -69,6 +82,32 @@ def test_next_command_without_val_is_split(yolo, out, capsys):
     assert command[1].endswith("split.py")
     split.main([*command[2:], "--val-share", "0.5"])
     assert len(read_labels(out.with_name("out_split"), "val")) == 2
+
+
+@pytest.mark.parametrize("lone", ["train", "one file"])
+def test_command_to_split_is_given_and_works(tiny, lone):
+    (tiny / "annotations/instances_val2017.json").unlink()
+    shutil.rmtree(tiny / "val2017")
+    if lone == "one file":
+        (tiny / "annotations/instances_train2017.json").rename(tiny / "result.json")
+        (tiny / "train2017").rename(tiny / "images")
+    done = run_train("--data-path", tiny, "--check-data", "-j", "0")
+    assert done.returncode == 2
+    assert f"no validation data found in {tiny}: to split " in done.stderr
+    python, script, *arguments = shlex.split(done.stderr.splitlines()[-1])
+    assert (python, script.split("/")[-1]) == ("python", "split.py")
+    split.main(arguments)
+    assert "data check passed" in main_in_process(
+        "--data-path", arguments[-1], "--check-data", "-j", "0"
+    )
+
+
+def test_command_to_convert_is_given_and_works(yolo):
+    done = run_train("--data-path", yolo, "--check-data", "-j", "0")
+    assert done.returncode == 2
+    assert "it is a YOLO folder, to be converted:" in done.stderr
+    yolo_to_coco.main(shlex.split(done.stderr.splitlines()[-1])[2:])
+    assert find_split(yolo.with_name("yolo_coco"), "val", None, None).exists()
 
 
 def test_first_20_errors_are_listed(yolo, out):

@@ -1,6 +1,7 @@
 """Conversion of PASCAL VOC to COCO."""
 
 import json
+import shutil
 
 import pytest
 import voc_to_coco
@@ -102,7 +103,6 @@ NESTED_ENTITIES = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in rang
         (annotation(size=("wide", 480)), "<width> is 'wide', which is not a number"),
         ("<annotation>", "cannot be read as XML: no element found: line 1"),
         ("", "cannot be read as XML"),
-        ('<?xml version="1.0" encoding="gb2312"?><annotation/>', "save it as UTF-8"),
         ('<?xml version="1.0" encoding="klingon"?><annotation/>', "save it as UTF-8"),
         ("<svg/>", "the root is <svg> and not <annotation>"),
         (
@@ -148,3 +148,175 @@ def test_dataset_without_objects_needs_categories(voc, out):
         file.write_text("<annotation/>")
     with pytest.raises(UserError, match="no objects, so no categories"):
         main(voc, out)
+
+
+# -------------------------------------------------------------------------------- layouts
+
+
+def names_of(out) -> dict[str, list[str]]:
+    return {
+        split: sorted(read_labels(out, split))
+        for split in ("train", "val")
+        if split_of(out, split).annotations.exists()
+    }
+
+
+TRAIN, VAL = [f"train_{n}.png" for n in range(4)], ["val_0.png", "val_1.png"]
+
+
+@pytest.mark.parametrize("valid", ["valid", "val", "validation"])
+@pytest.mark.parametrize("below", ["", "annotations", "Annotations"])
+def test_folders_of_splits(voc, out, valid, below, capsys):
+    root = voc.with_name("export")
+    images = {"": "", "annotations": "images", "Annotations": "JPEGImages"}[below]
+    for name, prefix in (("train", "train"), (valid, "val"), ("test", "val")):
+        shutil.copytree(voc / "Annotations", root / name / below, dirs_exist_ok=True)
+        shutil.copytree(voc / "JPEGImages", root / name / images, dirs_exist_ok=True)
+        for file in (root / name).rglob("*_*.*"):
+            if not file.name.startswith(prefix):
+                file.unlink()
+    (root / "stray.xml").touch()
+    main(root, out)
+    assert names_of(out) == {"train": TRAIN, "val": VAL}
+    printed = capsys.readouterr().out
+    assert f"note: {root}/test is ignored: only train and val are converted" in printed
+    assert f"1 annotation files are in no folder of a split, and left out: {root}/stray" in printed
+    assert "other files" not in printed
+
+
+def test_annotations_beside_images(voc, out):
+    for file in (voc / "Annotations").iterdir():
+        file.rename(voc / file.name)
+    for file in (voc / "JPEGImages").iterdir():
+        file.rename(voc / file.name)
+    (voc / "train_0.png").rename(voc / "train_0.PNG")
+    for name in ("Annotations", "JPEGImages", "ImageSets"):
+        shutil.rmtree(voc / name)
+    main(voc, out)
+    assert names_of(out) == {"train": ["train_0.PNG", *TRAIN[1:], *VAL]}
+
+
+def test_subfolders_named_as_splits(voc, out, capsys):
+    shutil.rmtree(voc / "ImageSets")
+    for folder in ("Annotations", "JPEGImages"):
+        for number, name in ((0, "train"), (1, "val"), (2, "test")):
+            (voc / folder / name).mkdir()
+            for file in (voc / folder).glob(f"*_{number}.*"):
+                file.rename(voc / folder / name / file.name)
+    main(voc, out)
+    assert names_of(out) == {
+        "train": ["train/train_0.png", "train/val_0.png"],
+        "val": ["val/train_1.png", "val/val_1.png"],
+    }
+    printed = capsys.readouterr().out
+    assert f"1 annotation files are for testing, and left out: {voc}/Annotations/test" in printed
+    assert f"1 annotation files are in no list: {voc}/Annotations/train_3.xml" in printed
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ({"trainval": [*TRAIN, *VAL]}, {"train": [*TRAIN, *VAL]}),
+        ({"trainval": [*TRAIN, *VAL], "val": VAL}, {"train": TRAIN, "val": VAL}),
+        ({"trainval": TRAIN, "test": [*VAL, "absent.png"]}, {"train": TRAIN}),
+        ({"trainval": [*TRAIN, *VAL], "train": TRAIN, "val": VAL}, {"train": TRAIN, "val": VAL}),
+        ({"test": VAL}, {"train": TRAIN}),
+    ],
+)
+@pytest.mark.parametrize(
+    "style",
+    [
+        ("ImageSets/Main", "{}", "utf-8"),
+        ("ImageSets", "{}.jpg", "utf-8-sig"),
+        (".", "./JPEGImages/{0}.png Annotations/{0}.xml", "utf-8"),
+        (".", "C:\\voc\\Annotations\\{}.xml", "utf-8"),
+    ],
+)
+def test_lists_define_the_splits(voc, out, lists, expected, style):
+    folder, form, encoding = style
+    shutil.rmtree(voc / "ImageSets")
+    (voc / folder).mkdir(exist_ok=True, parents=True)
+    for name, files in lists.items():
+        lines = "".join(form.format(file.removesuffix(".png")) + "\r\n" for file in files)
+        (voc / folder / f"{name}.txt").write_bytes(lines.encode(encoding))
+    main(voc, out)
+    assert names_of(out) == expected
+
+
+def test_test_images_in_train_are_rejected(voc, out):
+    (voc / "ImageSets/Main/test.txt").write_text("train_1\n")
+    with pytest.raises(UserError, match=r"train.txt:2: train_1 is also at .*test.txt:1: keep one"):
+        main(voc, out)
+
+
+# ------------------------------------------------------------------------- images and encodings
+
+
+def set_filename(voc, key, name):
+    file = voc / f"Annotations/{key}.xml"
+    file.write_text(file.read_text().replace("ignored.jpg", name))
+
+
+@pytest.mark.parametrize("name", ["DSC 7.png", "C:\\me\\DSC 7.JPG", "DSC 7"])
+def test_image_of_another_name_is_found_by_filename(voc, out, name, capsys):
+    (voc / "JPEGImages/train_0.png").rename(voc / "JPEGImages/DSC 7.png")
+    set_filename(voc, "train_0", name)
+    main(voc, out)
+    assert names_of(out)["train"] == ["DSC 7.png", *TRAIN[1:]]
+    assert "no annotation file" not in capsys.readouterr().out
+
+
+def test_two_possible_images_need_a_decision(voc, out):
+    shutil.copy(voc / "JPEGImages/train_2.png", voc / "JPEGImages/DSC.7.png")
+    set_filename(voc, "train_0", "DSC.7.png")
+    with pytest.raises(UserError, match=r"train_0.xml: its image may be train_0.png, .* or DSC.7"):
+        main(voc, out)
+    main(voc, out / "stem", "--match", "stem")
+    assert names_of(out / "stem")["train"] == TRAIN
+    main(voc, out / "filename", "--match", "filename")
+    assert names_of(out / "filename")["train"] == ["DSC.7.png", *TRAIN[1:]]
+
+
+def test_filename_of_another_annotation_file_is_noted(voc, out, capsys):
+    set_filename(voc, "train_0", "train_2.png")
+    main(voc, out)
+    assert names_of(out)["train"] == TRAIN
+    assert "note: 1 annotation files have a <filename> of another image" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train_2.xml: its image .* is also that of .*train_0.xml"):
+        main(voc, out / "x", "--match", "filename")
+
+
+@pytest.mark.parametrize("encoding", ["gb2312", "gbk", "GB18030", "big5", "shift_jis", "euc-kr"])
+def test_encodings_that_expat_lacks(voc, out, encoding):
+    name = {"big5": "斑馬", "shift_jis": "縞馬", "euc-kr": "얼룩말"}.get(encoding, "斑马")
+    head = f'<?xml version="1.0" encoding="{encoding}"?>'
+    text = head + annotation(voc_object(name=name))
+    (voc / "Annotations/val_0.xml").write_bytes(text.encode(encoding))
+    main(voc, out)
+    categories = json.loads(split_of(out).annotations.read_text())["categories"]
+    assert [row["name"] for row in categories] == ["cat", "dog", name]
+
+
+def test_undeclared_encoding_is_named(voc, out):
+    (voc / "Annotations/val_0.xml").write_bytes(annotation(voc_object(name="斑马")).encode("gbk"))
+    with pytest.raises(UserError, match=r'It is not UTF-8: .*encoding="gbk"'):
+        main(voc, out)
+
+
+def test_white_space_in_names_is_one_blank(voc, out):
+    names = ("traffic light", "traffic\n   light", "  traffic \t light ")
+    text = annotation(*(voc_object(name=name) for name in names))
+    (voc / "Annotations/val_0.xml").write_text(text)
+    main(voc, out)
+    categories = json.loads(split_of(out).annotations.read_text())["categories"]
+    assert [row["name"] for row in categories] == ["cat", "dog", "traffic light"]
+
+
+@pytest.mark.parametrize(
+    ("text", "iscrowd"),
+    [("Unspecified", 0), ("false", 0), ("", 0), (" 0 ", 0), ("1", 1), ("True", 1)],
+)
+def test_difficult_in_other_words(voc, out, text, iscrowd):
+    (voc / "Annotations/val_0.xml").write_text(annotation(voc_object(difficult=text)))
+    main(voc, out)
+    assert read_labels(out, "val")["val_0.png"][1][0][3] == iscrowd

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import yolo_to_coco
@@ -70,7 +71,7 @@ def test_split_folders_and_ignored_test_folder(coco, yolo, out, coco_categories,
         for kind in ("images", "labels"):
             (other / name / kind).mkdir(parents=True)
             for file in (yolo / kind / split).iterdir():
-                (other / name / kind / file.name).symlink_to(file.resolve())
+                shutil.copy(file, other / name / kind / file.name)
     (other / "data.yaml").write_text("names: [cat, dog]\n")
     main(other, out, *coco_categories)
     assert read_labels(out, "val") == read_labels(coco, "val")
@@ -165,7 +166,8 @@ def test_invalid_data_yaml_is_rejected(yolo, out, text, message):
     ("line", "message"),
     [
         ("0 0.5 0.5 0.1", "4 columns instead of 5 (class, x, y, width, height)"),
-        ("0 0.5 0.5 0.1 0.1 0.9", "6 columns instead of 5"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "--min-score 0.5 uses those with at least this score"),
+        ("0.5 0.5 0.5 0.1 0.1", "class 0.5 has no name"),
         ("0 0.1 0.1 0.2 0.1 0.2 0.2", "a rotated box: export upright boxes"),
         ("2 0.5 0.5 0.1 0.1", "class 2 has no name: the classes are 0 to 1"),
         ("-1 0.5 0.5 0.1 0.1", "class -1 has no name"),
@@ -223,3 +225,203 @@ def test_split_without_images_is_rejected(yolo, out):
         file.unlink()
     with pytest.raises(UserError, match="the split 'val' has no images"):
         main(yolo, out)
+
+
+# -------------------------------------------------------------------------------- stated splits
+
+
+@pytest.fixture
+def pool(yolo):
+    """Return a YOLO folder with six images in one folder, and without lists."""
+    for kind in ("images", "labels"):
+        for split in ("train", "val"):
+            for file in (yolo / kind / split).iterdir():
+                file.rename(yolo / kind / f"{split}{file.name}")
+            (yolo / kind / split).rmdir()
+    return yolo
+
+
+def names_of(out) -> dict[str, list[str]]:
+    return {
+        split: sorted(read_labels(out, split))
+        for split in ("train", "val")
+        if split_of(out, split).annotations.exists()
+    }
+
+
+TRAIN = ["train0.png", "train1.png", "train2.png"]
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix"),
+    [
+        (None, "./images/"),
+        ("path: .\ntrain: train.txt\nval: val.txt\n", "./images/"),
+        ("path: /content/set\ntrain: train.txt\nval: ./val.txt\ntest: test.txt\n", "images/"),
+        ("path: ../yolo\ntrain: yolo/train.txt\nval: [val.txt]\n", "/content/yolo/images/"),
+        ("train: train.txt\nval: val.txt\n", "C:\\set\\images\\"),
+    ],
+)
+def test_lists_define_the_splits(pool, out, config, prefix, capsys):
+    if config:
+        (pool / "data.yaml").write_text(config)
+    lists = {"train": TRAIN, "val": ["val0.png"], "test": ["val1.png"]}
+    for split, names in lists.items():
+        lines = "".join(f"{prefix}{name}\r\n" for name in [*names, names[0]]) + "\r\n"
+        (pool / f"{split}.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    main(pool, out)
+    assert names_of(out) == {"train": TRAIN, "val": ["val0.png"]}
+    assert len(read_labels(out, "val")["val0.png"][1]) == 3
+    printed = capsys.readouterr().out
+    left_out = [f"{pool}/images/train3.png"]
+    if config is None or "test" in config:
+        assert f"note: {pool}/test.txt is ignored: only train and val are converted" in printed
+    else:
+        left_out.append(f"{pool}/images/val1.png")
+    assert f"{len(left_out)} images are in no split, and left out: {', '.join(left_out)}" in printed
+    assert "1 repetitions of images in" in printed
+
+
+@pytest.mark.parametrize(
+    "val",
+    ["validation/images", "../validation/images", "validation", "/kaggle/x/validation/images"],
+)
+def test_folders_of_data_yaml_define_the_splits(yolo, out, val, capsys):
+    other = yolo.with_name("other")
+    for split, name in (("train", "train"), ("val", "validation"), ("val", "test")):
+        for kind in ("images", "labels"):
+            shutil.copytree(yolo / kind / split, other / name / kind)
+    (other / "data.yaml").write_text(
+        f"train: ../train/images\nval: {val}\ntest: ../test/images\nnames: [cat, dog]\n"
+    )
+    main(other / "data.yaml", out)
+    assert {name: len(files) for name, files in names_of(out).items()} == {"train": 4, "val": 2}
+    assert f"{other}/test/images is ignored" in capsys.readouterr().out
+
+
+def test_yaml_file_of_another_name(yolo, out):
+    (yolo / "hyp.yaml").write_text("lr: [")
+    (yolo / "args.yml").write_text("lr: 1")
+    (yolo / "coco8.yaml").write_text("train: images/val\nnames: {0: cat, 1: dog}")
+    main(yolo, out / "a")
+    assert names_of(out / "a") == {"train": ["0.png", "1.png"]}
+    (yolo / "other.yaml").write_text("train: images/train\nnames: [cat, dog]")
+    with pytest.raises(UserError, match=r"coco8.yaml and .*other.yaml both have class names"):
+        main(yolo, out / "b")
+    main(yolo / "other.yaml", out / "b")
+    assert len(names_of(out / "b")["train"]) == 4
+    with pytest.raises(UserError, match="nowhere is missing"):
+        main(yolo / "nowhere", out / "c")
+
+
+def test_list_of_folders_keeps_names_apart(yolo, out):
+    (yolo / "data.yaml").write_text("train:\n- images/train\n- images/val\n")
+    main(yolo, out)
+    assert sorted(read_labels(out, "train")) == [
+        *(f"train/{n}.png" for n in range(4)), *(f"val/{n}.png" for n in range(2))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"data.yaml": "train: images/train\nval: images/nowhere"},
+            "'val' is 'images/nowhere', whi",
+        ),
+        (
+            {"data.yaml": "train: images/train\nval: images/train"},
+            "train and val are the same imag",
+        ),
+        (
+            {"data.yaml": "val: images/val"},
+            "{root}/images/val is for val, and nothing is for train",
+        ),
+        ({"val.txt": "images/val/0.png"}, "{root}/val.txt is for val, and nothing is for train"),
+        (
+            {"train.txt": "images/train/0.png\nimages/train/9.png"},
+            "train.txt:2: images/train/9.png i",
+        ),
+        (
+            {"train.txt": "images/train/0.png", "val.txt": "images/train/0.png\nimages/val/0.png"},
+            "{root}/images/train/0.png is in both train and val: keep it",
+        ),
+        (
+            {"train.txt": "images/train/0.png", "test.txt": "images/train/0.png"},
+            "{root}/images/train/0.png is in both test and train: keep it",
+        ),
+    ],
+)
+def test_invalid_split_is_rejected(yolo, out, files, message):
+    for name, text in files.items():
+        (yolo / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        main(yolo, out)
+    assert message.format(root=yolo) in str(caught.value)
+    assert not out.exists()
+
+
+def test_labels_beside_images(yolo, out):
+    folder = yolo.with_name("beside")
+    for split, name in (("train", "train"), ("val", "valid"), ("val", "test")):
+        shutil.copytree(yolo / "images" / split, folder / name)
+        shutil.copytree(yolo / "labels" / split, folder / name, dirs_exist_ok=True)
+    shutil.copy(yolo / "classes.txt", folder / "classes.txt")
+    shutil.copy(yolo / "classes.txt", folder / "train/classes.txt")
+    (folder / "train/0.png").rename(folder / "train/0.PNG")
+    main(folder, out)
+    assert names_of(out)["train"] == ["0.PNG", "1.png", "2.png", "3.png"]
+    assert len(read_labels(out, "train")["1.png"][1]) == 2
+
+
+def test_darknet_folder(pool, out):
+    shutil.copytree(pool / "images", pool / "obj_train_data")
+    shutil.copytree(pool / "labels", pool / "obj_train_data", dirs_exist_ok=True)
+    for folder in ("images", "labels"):
+        shutil.rmtree(pool / folder)
+    (pool / "classes.txt").rename(pool / "obj.names")
+    (pool / "train.txt").write_text("".join(f"data/obj_train_data/{name}\n" for name in TRAIN))
+    main(pool, out)
+    assert names_of(out) == {"train": TRAIN}
+    assert len(read_labels(out, "train")["train1.png"][1]) == 2
+
+
+def test_link_to_folder_above_is_not_followed(yolo, out):
+    (yolo / "images/train/loop").symlink_to(yolo / "images")
+    (yolo / "labels/train/loop").symlink_to(yolo)
+    main(yolo, out)
+    assert "3.png" in names_of(out)["train"]
+
+
+# ------------------------------------------------------------------------ classes and scores
+
+
+def test_class_files_that_differ_need_a_decision(yolo, out):
+    (yolo / "data.yaml").write_text("names: [bolt, nut]")
+    with pytest.raises(UserError, match=r"classes.txt \(cat, dog\) and .*data.yaml \(bolt, nut\)"):
+        main(yolo, out)
+    for name, expected in (("data.yaml", ["bolt", "nut"]), ("classes.txt", ["cat", "dog"])):
+        main(yolo, out / name, "--names", yolo / name)
+        content = json.loads(split_of(out / name).annotations.read_text())
+        assert [row["name"] for row in content["categories"]] == expected
+    (yolo / "data.yaml").write_text("names: [cat, dog]")
+    main(yolo, out / "same")
+
+
+@pytest.mark.parametrize("label", ["1.000000", "1.", "01"])
+def test_class_as_float(yolo, out, label):
+    (yolo / "labels/train/0.txt").write_text(f"{label} 0.5 0.5 0.5 0.5\n")
+    main(yolo, out)
+    assert read_labels(out, "train")["0.png"][1][0][0] == 2
+
+
+def test_scores_are_compared_with_the_minimum(yolo, out):
+    file = yolo / "labels/train/0.txt"
+    file.write_text("0 0.5 0.5 0.5 0.5 0.49\n1 0.5 0.5 0.5 0.5 0.5\n1 0.5 0.5 0.5 0.5\n")
+    main(yolo, out / "a", "--min-score", "0.5")
+    assert [box[0] for box in read_labels(out / "a", "train")["0.png"][1]] == [2, 2]
+    main(yolo, out / "b", "--min-score", "0")
+    assert len(read_labels(out / "b", "train")["0.png"][1]) == 3
+    file.write_text("0 0.5 0.5 0.5 0.5 high\n")
+    with pytest.raises(UserError, match=r"0.txt:1: .*'high'"):
+        main(yolo, out / "c", "--min-score", "0.5")

@@ -133,6 +133,24 @@ def test_invalid_row_is_reported_with_id(tiny, key, values, kind):
     assert issue.fatal
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_unicode_encodings_are_read(tiny, encoding):
+    split = split_of(tiny)
+    before = CocoIndex(split)
+    split.annotations.write_bytes(split.annotations.read_text().encode(encoding))
+    assert CocoIndex(split).fingerprint() == before.fingerprint()
+
+
+def test_annotation_ids_of_other_types_are_unused(tiny):
+    split = split_of(tiny)
+    before = CocoIndex(split)
+    rewrite(split, lambda data: data["annotations"][1].update(id="7c9e6679-7425"))
+    index = CocoIndex(split)
+    assert index.issues == []
+    assert index.annotation_ids[1] == -1
+    assert index.fingerprint() == before.fingerprint()
+
+
 def test_invalid_row_without_id_is_reported_with_index(tiny):
     split = split_of(tiny)
 
