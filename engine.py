@@ -166,8 +166,8 @@ def evaluate(
         dropped = len(index.boxes) - len(truth.rows)
         if truth.changed or dropped:
             utils.log(
-                f"  against {len(truth.rows):,} boxes, {truth.changed:,} of them corrected, and "
-                f"{dropped:,} dropped (--check-data)"
+                f"  against {len(truth.rows):,} boxes, of which {truth.changed:,} were corrected; "
+                f"{dropped:,} others were dropped, as in training (see --check-data)"
             )
         utils.log(coco_eval.table(metrics))
         if val_loss:

@@ -90,14 +90,16 @@ def _unit_issues(index) -> Iterator[DataIssue]:
     image_width, image_height = index.sizes[index.image_of_rows()].T
     shortest = np.minimum(image_width, image_height)
     in_unit = ((index.boxes >= 0) & (index.boxes <= 1)).all(axis=1) & (shortest > 2)
-    in_percent = (np.maximum(x + width, y + height) <= 100) & (shortest >= 300)
+    in_percent = (np.maximum(x + width, y + height) <= 100.5) & (shortest >= 300)
+    in_percent &= min((x + width).max(), (y + height).max()) > 90
     for small, unit in ((in_unit, "1, as shares"), (in_percent, "100, as percentages")):
         if small.mean() > MOST:
             kind = f"boxes from 0 to {unit} of the image, {small.mean():.0%} of all"
             remedy = "multiply them by the size of the image" + " / 100" * (small is in_percent)
             yield _other_unit(index, kind, small, remedy)
             return
-    beyond = (x + width > image_width) | (y + height > image_height)
+    # By more than the rounding of a tool, which is a pixel or two.
+    beyond = (x + width > 1.05 * image_width) | (y + height > 1.05 * image_height)
     corners = (width > x) & (height > y) & (width <= image_width) & (height <= image_height)
     centers = (np.minimum(x - width / 2, y - height / 2) >= -1) & (x + width / 2 < image_width + 1)
     centers &= y + height / 2 < image_height + 1

@@ -7,7 +7,7 @@ from helpers import rewrite, split_of, write_split
 from PIL import Image
 
 from coco_utils import CocoIndex, Split
-from internals import data_checks
+from internals import box_checks, data_checks
 from internals.errors import DataError
 
 
@@ -131,7 +131,7 @@ def as_centers(row: dict) -> None:
     [
         (as_shares, "boxes from 0 to 1, as shares of the image, 100% of all"),
         (as_corners, "boxes that reach out of their image, 25% of all, but would not as x1, y1"),
-        (as_centers, "boxes that reach out of their image, 25% of all, but would not as center x"),
+        (as_centers, "boxes that reach out of their image, 8% of all, but would not as center x"),
     ],
 )
 def test_boxes_in_other_units_are_rejected_once(tiny, change, message):
@@ -148,11 +148,23 @@ def test_boxes_in_other_units_are_rejected_once(tiny, change, message):
 
 
 def test_boxes_in_percent_are_rejected(tmp_path):
-    boxes = [[[2, 1, 1, 50, 50]], [[2, 60, 30, 40, 70]]]
+    boxes = [[[2, 1, 1, 50, 50]], [[2, 60, 30, 40, 69]]]
     split = Split(write_split(tmp_path, "train", [(640, 480)] * 2, boxes), tmp_path / "train2017")
     (issue,) = data_checks.find_issues(CocoIndex(split))
     assert issue.kind == "boxes from 0 to 100, as percentages of the image, 100% of all"
     assert "image / 100" in issue.remedy
+    boxes[1][0][3] = 20  # objects in a corner of large images
+    split = Split(write_split(tmp_path / "b", "train", [(640, 480)] * 2, boxes), tmp_path / "b")
+    issues = box_checks.find_box_issues(CocoIndex(split), False)
+    assert not any(issue.fatal for issue in issues if issue.count)
+
+
+def test_large_boxes_with_rounding_errors_are_no_corners(tmp_path):
+    boxes = [[[2, 1, 2, 640, 478]], [[2, 5, 7, 630, 470]]]
+    split = Split(write_split(tmp_path, "train", [(640, 480)] * 2, boxes), tmp_path / "train2017")
+    (issue,) = data_checks.find_issues(CocoIndex(split))
+    assert not issue.fatal
+    assert issue.kind == "boxes partly outside their image"
 
 
 @pytest.mark.parametrize("area", [-600, 0, 1e6, float("nan")])
