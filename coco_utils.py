@@ -5,8 +5,10 @@ Format: https://cocodataset.org/#format-data. Required are `images[].id, file_na
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,11 +74,12 @@ class Categories:
         """Build from the rows of `to_list`, for example from a checkpoint."""
         return cls(*(tuple(row[key] for row in rows) for key in ("id", "name", "label")))
 
-    @property
+    @cached_property
     def display_names(self) -> tuple[str, ...]:
         """The name of each id; where several ids have one name, with the id."""
+        counts = Counter(self.names)
         return tuple(
-            f"{name} (id {i})" if self.names.count(name) > 1 else name
+            f"{name} (id {i})" if counts[name] > 1 else name
             for i, name in zip(self.ids, self.names, strict=True)
         )
 

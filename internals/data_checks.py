@@ -9,6 +9,7 @@ ends it (`coco_utils.CocoDetection`). `index` is a `coco_utils.CocoIndex` throug
 import os
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -57,11 +58,9 @@ def find_issues(index, missing: bool = True, trust_boxes: bool = False) -> list[
 
 
 def _category_issues(index) -> Iterator[DataIssue]:
-    names = index.categories.names
+    counts = Counter(index.categories.names)
     repeated = [
-        f"{name!r} (id {i})"
-        for i, name in index.categories.id_to_name.items()
-        if names.count(name) > 1
+        f"{name!r} (id {i})" for i, name in index.categories.id_to_name.items() if counts[name] > 1
     ]
     yield DataIssue(
         "categories with the name of another one",
