@@ -101,8 +101,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="train although the boxes look like shares of the image, or corners instead of sizes "
         "(default: refuse)")
     add("--max-bad-images", type=non_negative_int, default=0, metavar="N",
-        help="open every image first, and skip up to N that cannot be used (default: 0, do not "
-        "open them; the first unusable one ends the run)")
+        help="open every image first, and skip up to N that are missing, cannot be read, or have "
+        "another size than annotated (default: 0, do not open them; the first such one ends the "
+        "run)")
     add("--truncated-images", choices=("refuse", "use"), default="refuse",
         help="what to do with a JPEG whose end is missing: refuse it as a bad image, or use it if "
         "three quarters of its rows can be decoded; the rest is gray (default: %(default)s)")

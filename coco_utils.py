@@ -121,8 +121,8 @@ class Categories:
             if known.get(i) != name:
                 here = f"category {i} is {known[i]!r}" if i in known else "there is no such id"
                 raise DataError(
-                    f"{file}: category {i} ({name!r}) does not fit the model's categories, where "
-                    f"{here}: use annotation files with the same categories"
+                    f"{file}: category {i} ({name!r}) does not fit those of the training, where "
+                    f"{here}: correct it in one of the annotation files"
                 )
 
 
@@ -341,7 +341,7 @@ def _unknown_images(columns: AnnotationColumns, rows: np.ndarray) -> DataIssue:
     ids, image_ids = columns.annotation_ids[first], columns.annotation_image_ids[first]
     return DataIssue(
         "annotations of images that the file does not list",
-        [f"{i} of image {image_id}" for i, image_id in zip(ids, image_ids, strict=True)],
+        [f"annotation {i} of image {image_id}" for i, image_id in zip(ids, image_ids, strict=True)],
         len(rows),
         "Correct images with other errors first, then correct or remove these",
     )

@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     saved = load_resume_checkpoint(args)
     resolve_defaults(args, saved["args"] if saved else None, device)
     validate_args(args, device)
-    reject_too_narrow(args, indexes)
+    if errors := find_too_narrow(args, indexes):
+        raise DataError("\n".join(errors))
     amp_dtype, precision = choose_precision(args, device)
 
     # Data
@@ -197,8 +198,8 @@ def select_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.n
     return samplers.select_train_images(index, keep_empty, batch_size, utils.world_size())
 
 
-def reject_too_narrow(args: argparse.Namespace, indexes: dict[str, coco_utils.CocoIndex]) -> None:
-    """Raise UserError if an augmentation or the model would leave no pixel of an image."""
+def find_too_narrow(args: argparse.Namespace, indexes: dict) -> list[str]:
+    """Describe the images of which an augmentation or the model would leave no pixel, by split."""
     fixed_size = bool(args.fixed_size) or not models.RECIPES[args.model].resizable
     sizes, found = (args.min_size, args.max_size, fixed_size), []
     for split, index in indexes.items():
@@ -207,8 +208,7 @@ def reject_too_narrow(args: argparse.Namespace, indexes: dict[str, coco_utils.Co
         settings = f"--min-size {args.min_size}, --max-size {args.max_size}"
         settings += "" if preset == "none" else f" and --data-augmentation {preset}"
         found.append(data_checks.describe_too_narrow(index, too_narrow, settings))
-    if any(found):
-        raise DataError("\n".join(filter(None, found)))
+    return list(filter(None, found))
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -223,8 +223,10 @@ def check_data(args: argparse.Namespace) -> None:
     splits = ("val",) if args.test_only else ("train", "val")
     indexes = {split: load_index(args, split) for split in splits}
     data_checks.set_image_rules(indexes, args.bit_depth, args.truncated_images == "use")
-    data_checks.check_all(indexes, args.workers, args.max_bad_images, args.trust_boxes)
-    reject_too_narrow(args, indexes)
+    errors = data_checks.check_all(indexes, args.workers, args.max_bad_images, args.trust_boxes)
+    errors += find_too_narrow(args, indexes)
+    if errors:
+        raise DataError("\n".join(errors))
     if not args.test_only:
         select_images(args, indexes["train"])
     utils.log("data check passed")

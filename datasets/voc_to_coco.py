@@ -65,7 +65,7 @@ def read_voc(
         unannotated.update(files.images[key] for key in without)
     errors.raise_if_any()
     used = {image.file for labeled in splits.values() for image in labeled}
-    layout.note_files(notes, "images have no annotation file", unannotated - used)
+    layout.note_files(notes, "images have no annotation file and are left out", unannotated - used)
     boxes = [box for labeled in splits.values() for image in labeled for box in image.boxes]
     outside = sum(min(box.bbox[:2]) < 0 for box in boxes)
     if args.one_based and outside:
@@ -136,7 +136,7 @@ def find_image(
         return key, bool(other and has_owner)
     if other and not has_owner and match != "stem":
         return other, False
-    raise UserError(f"its image {source.images / key}.jpg is missing")
+    raise UserError(f"its image {source.images / key}.jpg is missing: add it, or remove this file")
 
 
 # -------------------------------------------------------------------------------- splits

@@ -138,7 +138,9 @@ def is_repeated(values: np.ndarray) -> np.ndarray:
 def _row_issue(index, kind: str, rows: np.ndarray, **details) -> DataIssue:
     image_ids = index.image_ids[_images_of_rows(index, rows[:MAX_EXAMPLES])]
     ids = index.annotation_ids[rows[:MAX_EXAMPLES]]
-    examples = [f"{i} of image {image_id}" for i, image_id in zip(ids, image_ids, strict=True)]
+    examples = [
+        f"annotation {i} of image {image_id}" for i, image_id in zip(ids, image_ids, strict=True)
+    ]
     return DataIssue(kind, examples, len(rows), **details)
 
 

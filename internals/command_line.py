@@ -1,6 +1,8 @@
 """Command-line helpers: a parser that raises UserError, argparse types, output folders."""
 
 import argparse
+import difflib
+import re
 from pathlib import Path
 
 from internals.errors import UserError
@@ -15,8 +17,12 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        """Raise UserError."""
-        raise UserError(f"{message} (see --help)")
+        """Raise UserError; suggest a flag in place of an unknown one."""
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise UserError(f"{message}{hint} (see --help)")
 
 
 def at_least(kind: type, minimum: float):

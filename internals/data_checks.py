@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import utils
 from internals import file_names
-from internals.annotations import MAX_EXAMPLES, DataIssue
+from internals.annotations import MAX_EXAMPLES, MAX_SHORT_EXAMPLES, DataIssue
 from internals.box_checks import find_box_issues, is_repeated
 from internals.errors import DataError
 from internals.image_notes import NOTE_REMEDIES
@@ -58,12 +58,14 @@ def find_issues(index, missing: bool = True, trust_boxes: bool = False) -> list[
 
 
 def _category_issues(index) -> Iterator[DataIssue]:
-    counts = Counter(index.categories.names)
+    counts = Counter(name.casefold().strip() for name in index.categories.names)
     repeated = [
-        f"{name!r} (id {i})" for i, name in index.categories.id_to_name.items() if counts[name] > 1
+        f"{name!r} (id {i})"
+        for i, name in index.categories.id_to_name.items()
+        if counts[name.casefold().strip()] > 1
     ]
     yield DataIssue(
-        "categories with the name of another one",
+        "categories with the name of another one, but for letter case",
         repeated[:MAX_EXAMPLES],
         len(repeated),
         "They are kept apart by their id: merge them, if they mean the same",
@@ -150,6 +152,13 @@ def describe_too_narrow(index, too_narrow: np.ndarray, settings: str) -> str | N
     return f"{index.annotation_file}: {DataIssue(kind, examples, len(images), remedy)}"
 
 
+def _categories_without_boxes(val, train) -> list[str]:
+    """Return the names of the categories that have usable boxes in train, but none in val."""
+    ids = np.setdiff1d(train.category_ids[train.usable], val.category_ids[val.usable])
+    names = dict(zip(train.categories.ids, train.categories.display_names, strict=True))
+    return [names[i] for i in ids.tolist() if i in names]
+
+
 def compare_splits(indexes: dict) -> list[str]:
     """Return what makes the evaluation of a training meaningless, as sentences.
 
@@ -164,6 +173,14 @@ def compare_splits(indexes: dict) -> list[str]:
         )
     if train is None or train is val:
         return found
+    if val.usable.any() and (unseen := _categories_without_boxes(val, train)):
+        names = ", ".join(unseen[:MAX_SHORT_EXAMPLES]) + ", ..." * (
+            len(unseen) > MAX_SHORT_EXAMPLES
+        )
+        found.append(
+            f"categories that have boxes in train, but none in val ({len(unseen):,}): {names}. "
+            "Their AP cannot be measured"
+        )
     if os.path.realpath(train.annotation_file) == os.path.realpath(val.annotation_file):
         found.append(
             f"train and val are the same file, {val.annotation_file}: AP is that of known images, "
@@ -366,11 +383,11 @@ def examine(
     return [x for x in issues if x.fatal and x.kind not in file_names.KINDS], unreadable
 
 
-def check_all(indexes: dict, workers: int, allowed: int, trust_boxes: bool) -> None:
+def check_all(indexes: dict, workers: int, allowed: int, trust_boxes: bool) -> list[str]:
     """Examine all splits; up to `allowed` images may be bad (see also `find_issues`).
 
-    Raises:
-        DataError: There are errors to correct before a training.
+    Returns:
+        Messages on errors to correct before a training.
     """
     fatal, bad = [], []
     for split, index in indexes.items():
@@ -380,13 +397,18 @@ def check_all(indexes: dict, workers: int, allowed: int, trust_boxes: bool) -> N
     for text in compare_splits(indexes):
         utils.log(f"note: {text}")
     known, val = next(iter(indexes.values())).categories, indexes["val"]
-    known.check_contains(val.categories, val.annotation_file)  # raises: log the issues first
+    errors = []
+    try:
+        known.check_contains(val.categories, val.annotation_file)
+    except DataError as error:
+        errors.append(str(error))
     if len(bad) > allowed:
         fatal += group_by_kind(bad)
     elif bad:
         utils.log(f"--max-bad-images {allowed}: a training skips {len(bad)} bad images")
     if fatal:
-        raise DataError(f"kinds of errors to correct, listed above: {len(fatal)}")
+        errors.insert(0, f"kinds of errors to correct, listed above: {len(fatal)}")
+    return errors
 
 
 def summarize(index) -> str:

@@ -70,7 +70,7 @@ def find_split(data_path: Path, split: str, annotations: Path | None, images: Pa
         return found[0]
     if hint := None if annotations else _hint(data_path, split):
         raise DataError(f"no {FULL_NAMES[split]} data found in {data_path}: {hint}")
-    raise DataError(_list_tried(candidates, split))
+    raise DataError(_list_tried(candidates, split, None if annotations else data_path))
 
 
 def _candidates(folder: Path, split: str) -> Iterator[Split]:
@@ -156,7 +156,7 @@ def _command(script: str, *arguments: object) -> str:
     return shlex.join(["python", os.path.relpath(ROOT / script), *map(str, arguments)])
 
 
-def _list_tried(candidates: list[Split], split: str) -> str:
+def _list_tried(candidates: list[Split], split: str, folder: Path | None) -> str:
     begun = [each for each in candidates if each.is_begun()]
     # One line for each annotation file, in lower case.
     unique = {
@@ -168,8 +168,11 @@ def _list_tried(candidates: list[Split], split: str) -> str:
         f" with images in {each.images}{os.sep} ({_presence(each.images.is_dir())})"
         for each in listed
     )
+    found = f"no {FULL_NAMES[split]} data found; looked for\n{tried}"
+    if folder and not folder.exists():
+        found = f"{folder} does not exist: there is no {FULL_NAMES[split]} data"
     return (
-        f"no {FULL_NAMES[split]} data found; looked for\n{tried}\n"
+        f"{found}\n"
         "To get COCO 2017: bash datasets/download_coco.sh. To try the recipe without it: "
         "bash start_scripts/quickstart.sh. Your own data in COCO format: --data-path FOLDER, or "
         f"--{split}-annotations FILE --{split}-images FOLDER. Converters and a tool to split one "

@@ -93,7 +93,9 @@ def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainSta
     if state.step:
         utils.log_field("resume", f"{args.resume or '--start-epoch'}, {state.step:,} steps done")
     if state.epoch >= args.epochs:
-        utils.log_field("schedule", f"{args.epochs} epochs, all done: raise --epochs to go on")
+        best = args.output_dir / "model_best.pth"
+        utils.log_field("schedule", f"{args.epochs} epochs, all done. To train longer, start from")
+        utils.log_field("", f"its weights: --weights {best} --output-dir ANOTHER_FOLDER")
         return
     factors = [f"{args.batch_size} per device"]
     if utils.world_size() > 1:
@@ -109,7 +111,9 @@ def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainSta
     )
     drops = "then cosine to 0"
     if args.lr_scheduler == "multisteplr":
-        drops = f"x {args.lr_gamma} after {' and '.join(map(str, args.lr_steps))} epochs"
+        epochs = [epoch for epoch in args.lr_steps if epoch < args.epochs]
+        drops = f"then x {args.lr_gamma} after {' and '.join(map(str, epochs))} epochs"
+        drops = drops if epochs else "then constant"
     scaled = args.lr == base_lr * plan.global_batch / 16
     rule = f" = {base_lr} x {plan.global_batch} / 16" if scaled else ""
     utils.log_field("optimizer", f"{args.opt}, lr {args.lr:g}{rule}")

@@ -91,6 +91,7 @@ def test_defaults_depend_on_other_flags(monkeypatch):
         ("--lr nan", "nan is below 0"),
         ("--unknown", "unrecognized arguments: --unknown"),
         ("--batch 4", "unrecognized arguments: --batch"),
+        ("--epoch 4", "unrecognized arguments: --epoch 4, did you mean --epochs?"),
     ],
 )
 def test_inapplicable_flags_are_rejected(flags, message):

@@ -104,7 +104,9 @@ def test_annotations_are_ordered_by_image(tiny):
     assert index.image_ids[index.image_of_rows()].tolist() == [r["image_id"] for r in kept]
     (issue,) = index.issues
     assert issue.count == len(unlisted) > 20
-    assert issue.examples == [f"{r['id']} of image {r['image_id']}" for r in unlisted[:20]]
+    assert issue.examples == [
+        f"annotation {r['id']} of image {r['image_id']}" for r in unlisted[:20]
+    ]
 
 
 def test_positions_of_negative_and_large_ids(tiny):

@@ -85,7 +85,7 @@ def test_finished_training_is_not_repeated_or_overwritten(trained, tmp_path):
     shutil.copytree(trained / "out", out, ignore=shutil.ignore_patterns("*_0*4.pth", "*best*"))
     flags = ("--data-path", trained / "data", "--output-dir", out, "--epochs", "2")
     output = train_in_process(*flags, "--resume", "auto")
-    assert "2 epochs, all done: raise --epochs" in output
+    assert "2 epochs, all done. To train longer, start from" in output
     assert len(read_losses(out)) == 8
     (_, resumed) = read_metrics(out, "start")
     assert resumed["parameters"] > 1_000_000

@@ -55,7 +55,10 @@ def test_skipped_files_are_reported(voc, out, capsys):
     main(voc, out)
     printed = capsys.readouterr().out
     assert f"3 annotation files are in no list: {voc}/Annotations/train_0.xml, " in printed
-    assert f"1 images have no annotation file: {voc}/JPEGImages/train_3.png" in printed
+    assert (
+        f"1 images have no annotation file and are left out: {voc}/JPEGImages/train_3.png"
+        in printed
+    )
     assert f"1 other files in {voc}/Annotations are ignored (.md)" in printed
     assert list(read_labels(out, "val")) == ["val_0.png"]
 

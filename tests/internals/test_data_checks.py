@@ -24,15 +24,27 @@ def change_image(**values):
 
 
 FATAL = [
-    (change_annotation(bbox=[1.0, float("nan"), 5, 5]), "NaN or infinity", "1001 of image 101"),
-    (change_annotation(bbox=[1.0, 2.0, float("inf"), 5]), "NaN or infinity", "1001 of image 101"),
+    (
+        change_annotation(bbox=[1.0, float("nan"), 5, 5]),
+        "NaN or infinity",
+        "annotation 1001 of image 101",
+    ),
+    (
+        change_annotation(bbox=[1.0, 2.0, float("inf"), 5]),
+        "NaN or infinity",
+        "annotation 1001 of image 101",
+    ),
     (change_annotation(bbox=[1.0, 2.0]), "annotations whose 'bbox' is not four num", "id 1001"),
     (change_annotation(bbox="1234"), "annotations whose 'bbox' is not four num", "id 1001"),
     (change_annotation(bbox=5), "annotations whose 'bbox' is not four num", "id 1001"),
-    (change_annotation(category_id=77), "undefined category_id", "1001 of image 101"),
-    (change_annotation(image_id=77), "images that the file does not list", "1001 of image 77"),
-    (change_annotation(id=0), "annotations with a repeated id", "0 of image 100"),
-    (change_annotation(bbox=[900, 2, 5, 5]), "wholly outside", "1001 of image 101"),
+    (change_annotation(category_id=77), "undefined category_id", "annotation 1001 of image 101"),
+    (
+        change_annotation(image_id=77),
+        "images that the file does not list",
+        "annotation 1001 of image 77",
+    ),
+    (change_annotation(id=0), "annotations with a repeated id", "annotation 0 of image 100"),
+    (change_annotation(bbox=[900, 2, 5, 5]), "wholly outside", "annotation 1001 of image 101"),
     (change_image(id=101), "images with a repeated id", "0.png (id 101)"),
     (change_image(id=2**60), "images whose 'id' is not a whole number up to 2**53", f"id {2**60}"),
     (change_image(file_name="../../x.png"), "lead out of the image folder", "../../x.png (id 100)"),
@@ -69,7 +81,7 @@ def test_all_fatal_issues_are_raised_together(tiny):
     rewrite(split, change_annotation(category_id=77))
     rewrite(split, change_image(file_name="missing.png"))
     index = CocoIndex(split)
-    with pytest.raises(DataError, match=r"(?s)missing\.png.*\n.*1001 of image 101"):
+    with pytest.raises(DataError, match=r"(?s)missing\.png.*\n.*annotation 1001 of image 101"):
         data_checks.raise_if_fatal(index, data_checks.find_issues(index))
 
 
@@ -90,19 +102,28 @@ def test_dropped_and_clipped_boxes_are_counted_by_kind(tiny):
     assert not any(issue.fatal for issue in issues)
     data_checks.raise_if_fatal(index, issues)
     assert kinds_of(index) == {
-        "boxes of zero width or height": ["0 of image 100"],
-        "boxes of negative width or height": ["1000 of image 101"],
-        "boxes partly outside their image": ["1001 of image 101"],
-        "boxes thinner than 0.1 pixels within their image": ["3000 of image 103"],
+        "boxes of zero width or height": ["annotation 0 of image 100"],
+        "boxes of negative width or height": ["annotation 1000 of image 101"],
+        "boxes partly outside their image": ["annotation 1001 of image 101"],
+        "boxes thinner than 0.1 pixels within their image": ["annotation 3000 of image 103"],
     }
     assert index.usable[:5].tolist() == [False, False, True, True, False]
     assert "boxes without a size: 3" in data_checks.summarize(index)
 
 
+def test_categories_without_boxes_in_val_are_noted(tiny):
+    indexes = {split: CocoIndex(split_of(tiny, split)) for split in ("train", "val")}
+    assert data_checks.compare_splits(indexes) == []
+    rewrite(split_of(tiny, "val"), lambda d: [x.update(category_id=2) for x in d["annotations"]])
+    indexes["val"] = CocoIndex(split_of(tiny, "val"))
+    (text,) = data_checks.compare_splits(indexes)
+    assert text.startswith("categories that have boxes in train, but none in val (1): dog.")
+
+
 def test_categories_of_one_name_are_noted(tiny):
     rewrite(split_of(tiny), lambda data: data["categories"].append({"id": 7, "name": "cat"}))
     index = CocoIndex(split_of(tiny))
-    name = "categories with the name of another one"
+    name = "categories with the name of another one, but for letter case"
     assert kinds_of(index) == {name: ["'cat' (id 2)", "'cat' (id 7)"]}
     assert "cat (id 7)         0         0" in data_checks.describe(index)
 
@@ -173,7 +194,7 @@ def test_impossible_areas_are_named(tiny, area):
     rewrite(split, change_annotation(area=area))
     kinds = kinds_of(CocoIndex(split))
     if not np.isnan(area):  # NaN stands for a missing area
-        assert list(kinds.values()) == [["1001 of image 101"]]
+        assert list(kinds.values()) == [["annotation 1001 of image 101"]]
         assert next(iter(kinds)).startswith("areas that are not positive")
 
 
@@ -186,7 +207,7 @@ def test_repeated_boxes_are_counted(tiny):
     rewrite(split_of(tiny), double)
     kinds = kinds_of(CocoIndex(split_of(tiny)))
     name = "boxes that repeat one of the same image and category"
-    assert kinds == {name: ["10000 of image 101", "10001 of image 101"]}
+    assert kinds == {name: ["annotation 10000 of image 101", "annotation 10001 of image 101"]}
 
 
 def test_images_with_more_boxes_than_detections_are_counted(tiny):
@@ -216,7 +237,9 @@ def test_examples_are_limited_to_20(tmp_path):
     (issue,) = data_checks.find_issues(index)
     assert issue.count == 30
     assert len(issue.examples) == 20
-    assert re.search(r"^annotations .* \(30\): (\d+ of image \d+,? ?){5} and 25 more\.", str(issue))
+    assert re.search(
+        r"^annotations .* \(30\): (annotation \d+ of image \d+,? ?){5} and 25 more\.", str(issue)
+    )
 
 
 def test_links_in_image_folder_are_followed(tiny, tmp_path):
