@@ -10,7 +10,7 @@ import coco_eval
 import models
 import transforms
 import utils
-from internals.bit_depth import BIT_DEPTHS
+from internals.bit_depth import BIT_DEPTHS, EARLIER_DEPTH
 from internals.command_line import (
     ArgumentParser,
     evaluator_name,
@@ -288,7 +288,7 @@ MODEL_ARGS = (
 
 
 # The values of MODEL_ARGS that checkpoints of earlier versions lack.
-BEFORE = {"bit_depth": 16}
+BEFORE = {"bit_depth": EARLIER_DEPTH}
 
 
 def default_workers() -> int:

@@ -288,8 +288,9 @@ def table(metrics: dict) -> str:
     chosen = per_category = ap_by_category(metrics)
     heading = "AP by category:"
     if len(per_category) > MAX_CATEGORIES:
-        heading = f"AP of the {MAX_CATEGORIES} lowest of {len(per_category)} categories:"
-        chosen = sorted(per_category, key=lambda name: per_category[name] or 0)[:MAX_CATEGORIES]
+        measured = [name for name, ap in per_category.items() if ap is not None]
+        chosen = sorted(measured, key=per_category.get)[:MAX_CATEGORIES]
+        heading = f"AP of the {len(chosen)} lowest of {len(measured)} categories:"
     texts = [f"{name} {_format(per_category[name]).strip()}" for name in chosen]
     lines += textwrap.wrap(
         f"{heading} {', '.join(texts)}", 80, initial_indent="  ", subsequent_indent="    "

@@ -5,6 +5,7 @@ Format: https://cocodataset.org/#format-data. Required are `images[].id, file_na
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,11 +77,12 @@ class Categories:
 
     @cached_property
     def display_names(self) -> tuple[str, ...]:
-        """The name of each id; where several ids have one name, with the id."""
-        counts = Counter(self.names)
+        """The name of each id without control characters; of several ids, with the id."""
+        names = [re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", name) for name in self.names]
+        counts = Counter(names)
         return tuple(
             f"{name} (id {i})" if counts[name] > 1 else name
-            for i, name in zip(self.ids, self.names, strict=True)
+            for i, name in zip(self.ids, names, strict=True)
         )
 
     def to_list(self) -> list[dict]:

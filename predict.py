@@ -38,7 +38,7 @@ import utils
 from coco_utils import Categories, CocoIndex, Split
 from internals import file_names
 from internals.batches import Batch
-from internals.bit_depth import BIT_DEPTHS
+from internals.bit_depth import BIT_DEPTHS, EARLIER_DEPTH
 from internals.command_line import ArgumentParser, positive_int, prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import DataError, RunError, UserError
@@ -245,7 +245,7 @@ def load_model(weights: str, name: str | None) -> tuple[nn.Module, Categories, i
         raise UserError(f"{path}: no such file. For torchvision's weights add --model NAME")
     saved = checkpoint.load(path)
     categories = Categories.from_list(saved["categories"])
-    return models.from_checkpoint(saved), categories, saved["args"].get("bit_depth")
+    return models.from_checkpoint(saved), categories, saved["args"].get("bit_depth", EARLIER_DEPTH)
 
 
 def choose_rules(images: list[InputImage], bit_depth: int | None, truncated: str) -> ImageRules:

@@ -9,6 +9,7 @@ Each image is in one split, with all its annotations; everything else in the fil
 same seed gives the same splits.
 """
 
+import posixpath
 import random
 from collections import Counter
 from pathlib import Path
@@ -43,7 +44,10 @@ def load_annotations(file: Path, folder: Path, notes: list[str]) -> dict:
     for row, name in zip(images, names.tolist(), strict=True):
         row["file_name"] = name.decode()
     for key in ("id", "file_name"):
-        for value in layout.repeated_values(row[key] for row in images):
+        values = [row[key] for row in images]
+        if key == "file_name":
+            values = list(map(posixpath.normpath, values))
+        for value in layout.repeated_values(values):
             errors.append(f"{file}: two images have the {key} {value!r}: keep one")
     known = {row["id"] for row in images}
     for row in content["annotations"]:

@@ -210,7 +210,7 @@ def locate(text: str, folders: list[Path]) -> Path | None:
         for start in range(count):
             if start == 0 or parts[start:] != ["images"]:  # the images of any split
                 literal.append(folder.joinpath(*parts[start:]))
-    return next((place for place in literal if place.exists()), None)
+    return next((place for place in literal if os.path.exists(place)), None)
 
 
 def collect_samples(
@@ -412,7 +412,7 @@ def read_box(
             message += ", as for a polygon or a rotated box: export upright boxes"
         raise UserError(message)
     # NumPy and others write the class as 0.000000.
-    if not re.fullmatch(r"\d+(\.0*)?", label, re.ASCII) or int(float(label)) >= len(names):
+    if not re.fullmatch(r"\d{1,9}(\.0*)?", label, re.ASCII) or int(float(label)) >= len(names):
         raise UserError(f"class {label} has no name: the classes are 0 to {len(names) - 1}")
     try:
         fractions = [float(number) for number in numbers]

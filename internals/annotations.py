@@ -51,6 +51,9 @@ class DataIssue(NamedTuple):
 # ---------------------------------------------------------------------------- fields of the file
 
 Integer = Annotated[int, msgspec.Meta(ge=-MAX_ID, le=MAX_ID)]
+# Arrays of names have the length of the longest one: a picture as text would fill the memory.
+MAX_NAME_LENGTH = 1024
+FileName = Annotated[str, msgspec.Meta(max_length=MAX_NAME_LENGTH)]
 Box = tuple[float, float, float, float]
 
 
@@ -59,7 +62,7 @@ class ImageRow(msgspec.Struct, gc=False):
     """An element of the list `images`."""
 
     id: Integer
-    file_name: str
+    file_name: FileName
     width: Integer
     height: Integer
 
@@ -91,6 +94,7 @@ class AnnotationFile(msgspec.Struct):
 
 
 ROW_TYPES = {"images": ImageRow, "annotations": AnnotationRow, "categories": CategoryRow}
+FIELDS = {row_type: msgspec.structs.fields(row_type) for row_type in ROW_TYPES.values()}
 
 
 @dataclass
@@ -235,7 +239,7 @@ def _convert_row(row: object, row_type: type) -> msgspec.Struct:
     if not isinstance(row, dict):
         raise ValueError("that are not objects")
     values = {}
-    for field in msgspec.structs.fields(row_type):
+    for field in FIELDS[row_type]:
         value = row.get(field.name)
         if value is not None:
             convert, expected = CONVERTERS[field.type]
@@ -266,6 +270,12 @@ def to_string(value: object) -> str:
     return value
 
 
+def _to_file_name(value: object) -> str:
+    if len(to_string(value)) > MAX_NAME_LENGTH:
+        raise ValueError
+    return value
+
+
 def _to_box(value: object) -> Box:
     if not isinstance(value, list):  # "1234" would convert to four numbers
         raise TypeError
@@ -278,6 +288,6 @@ CONVERTERS: dict[type, tuple[Callable, str]] = {
     Integer: (to_integer, "a whole number up to 2**53"),
     Box: (_to_box, "four numbers"),
     float | None: (float, "a number"),
-    str: (to_string, "a string"),
+    FileName: (_to_file_name, f"a string of at most {MAX_NAME_LENGTH:,} characters"),
     str | None: (to_string, "a string"),
 }

@@ -11,6 +11,7 @@ from internals.image_notes import CLIPPED, DARK, OWN_DEPTH, ImageNote
 
 # The bits that cameras and scanners record.
 BIT_DEPTHS = (8, 10, 12, 14, 16)
+EARLIER_DEPTH = 16  # that of runs of earlier versions, which do not state it
 
 
 class Samples(NamedTuple):

@@ -13,7 +13,7 @@ from internals.annotations import (
 )
 
 # The shares of boxes from which on they are taken for something else than COCO's.
-MOST, SOME = 0.98, 0.05
+MOST, SOME, FEW = 0.98, 0.15, 20
 
 
 def find_box_issues(index, trust_boxes: bool) -> Iterator[DataIssue]:
@@ -84,19 +84,21 @@ def _is_inside_image(index) -> np.ndarray:
 
 def _unit_issues(index) -> Iterator[DataIssue]:
     """Find out whether boxes are in other units than pixels, or corners or centers."""
-    if not len(index.boxes):
+    rows = np.flatnonzero((index.boxes[:, 2:] > 0).all(axis=1) & ~index.iscrowd)
+    if not len(rows):
         return
-    x, y, width, height = index.boxes.T
-    image_width, image_height = index.sizes[index.image_of_rows()].T
+    boxes = index.boxes[rows]
+    x, y, width, height = boxes.T
+    image_width, image_height = index.sizes[index.image_of_rows()[rows]].T
     shortest = np.minimum(image_width, image_height)
-    in_unit = ((index.boxes >= 0) & (index.boxes <= 1)).all(axis=1) & (shortest > 2)
+    in_unit = ((boxes >= 0) & (boxes <= 1)).all(axis=1) & (shortest > 2)
     in_percent = (np.maximum(x + width, y + height) <= 100.5) & (shortest >= 300)
-    in_percent &= min((x + width).max(), (y + height).max()) > 90
+    in_percent &= min((x + width).max(), (y + height).max()) > 90 and len(rows) >= FEW
     for small, unit in ((in_unit, "1, as shares"), (in_percent, "100, as percentages")):
         if small.mean() > MOST:
             kind = f"boxes from 0 to {unit} of the image, {small.mean():.0%} of all"
             remedy = "multiply them by the size of the image" + " / 100" * (small is in_percent)
-            yield _other_unit(index, kind, small, remedy)
+            yield _other_unit(index, kind, rows[small], remedy)
             return
     # By more than the rounding of a tool, which is a pixel or two.
     beyond = (x + width > 1.05 * image_width) | (y + height > 1.05 * image_height)
@@ -107,15 +109,15 @@ def _unit_issues(index) -> Iterator[DataIssue]:
         (corners, "x1, y1, x2, y2", "subtract x1 and y1 from the last two"),
         (centers, "center x, center y, width, height", "subtract half of the size from the center"),
     ):
-        if inside.mean() > MOST and beyond.mean() > SOME:
+        if inside.mean() > MOST and beyond.mean() > SOME and beyond.sum() >= 3:
             kind = f"boxes that reach out of their image, {beyond.mean():.0%} of all, but would not"
-            yield _other_unit(index, f"{kind} as {unit}", beyond, remedy)
+            yield _other_unit(index, f"{kind} as {unit}", rows[beyond], remedy)
             return
 
 
 def _other_unit(index, kind: str, rows: np.ndarray, remedy: str) -> DataIssue:
     remedy = f"COCO's are x, y, width, height in pixels: {remedy}, or add --trust-boxes if they are"
-    return _row_issue(index, kind, np.flatnonzero(rows), remedy=remedy)
+    return _row_issue(index, kind, rows, remedy=remedy)
 
 
 def _repeated_boxes(index) -> np.ndarray:

@@ -187,10 +187,15 @@ def compare_splits(indexes: dict) -> list[str]:
             "and says little about new ones. To split it: python datasets/split.py"
         )
         return found
-    if os.path.realpath(train.image_dir) == os.path.realpath(val.image_dir):
-        shared = np.intersect1d(train.file_names, val.file_names)
-        if len(shared):
-            examples = ", ".join(name.decode() for name in shared[:3].tolist())
+    folders = [os.path.realpath(index.image_dir) for index in (train, val)]
+    if os.path.commonpath(folders) in folders:  # one contains the other
+        files = [
+            {os.path.normpath(f"{folder}/{name.decode()}") for name in index.file_names.tolist()}
+            for folder, index in zip(folders, (train, val), strict=True)
+        ]
+        shared = sorted(files[0] & files[1])
+        if shared:
+            examples = ", ".join(shared[:3])
             found.append(
                 f"{len(shared):,} of {len(val):,} validation images are training images, too, such "
                 f"as {examples}: AP is too good by what they add. Remove them from one of the files"
@@ -357,6 +362,8 @@ def drop_bad_images(indexes: dict, workers: int, allowed: int) -> tuple[dict, li
     positions = {split: [i for i, *_ in images] for split, images in bad.items()}
     skipped_ids = indexes["val"].image_ids[positions["val"]].tolist()
     kept = {split: index.without(positions[split]) for split, index in indexes.items()}
+    if empty := [index.annotation_file for index in kept.values() if not len(index)]:
+        raise DataError(f"{empty[0]}: none of its images can be used, see above")
     return kept, skipped_ids
 
 

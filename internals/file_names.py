@@ -25,7 +25,7 @@ URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a drive has one lette
 # Label Studio writes paths of its server: /data/upload/PROJECT/HASH-NAME, for a file that was
 # uploaded as NAME, and /data/local-files/?d=PATH.
 SERVER_PATH = re.compile(r"/data/(upload|local-files|media)/")
-UPLOADED = re.compile(r"(.*\bupload/\d+/)[0-9a-f]{6,8}-")
+UPLOADED = re.compile(r"^(.*\bupload/\d+/)[0-9a-f]{6,8}-")
 ABSOLUTE = re.compile(r"/|[a-z]:/", re.IGNORECASE)
 
 # ------------------------------------------------------------------------ names without a file
@@ -176,11 +176,12 @@ class _Resolver:
         # With and without links in the path of the folder itself.
         self.roots = [Path(os.path.abspath(folder)).as_posix(), Path(folder).resolve().as_posix()]
         self.files = set(files)
-        self.by_path, self.by_base = defaultdict(list), defaultdict(list)
+        self.by_path, self.by_ending = defaultdict(list), defaultdict(list)
         for file in sorted(self.files):
             key = _key(file)
             self.by_path[key].append(file)
-            self.by_base[posixpath.basename(key)].append((key, file))
+            for ending in _endings(key):
+                self.by_ending[ending].append(file)
 
     def resolve_all(self, names: list[str], found: set[str]) -> dict[str, str | int]:
         """Return for each name its file, or the position in PROBLEMS.
@@ -226,14 +227,24 @@ class _Resolver:
 
     def related(self, path: str) -> list[str]:
         """Return the files whose path ends with this one, or the reverse, in whole components."""
-        key = "/" + re.sub(r"^([a-z]:)?/+|^(\.\./)+", "", _key(path))
-        pairs = self.by_base.get(posixpath.basename(key), ())
-        return [p for k, p in pairs if key.endswith(f"/{k}") or f"/{k}".endswith(key)]
+        key = re.sub(r"^([a-z]:)?/+|^(\.\./)+", "", _key(path))
+        found = list(self.by_ending.get(key, ()))
+        for ending in _endings(key):
+            found += self.by_path.get(ending, ())
+        return list(dict.fromkeys(found))
 
 
 def _key(path: str) -> str:
     """Return what is equal for paths that differ in letter case or Unicode normal form only."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+
+
+def _endings(path: str) -> Iterator[str]:
+    """Yield the path, and what is left without its first components."""
+    yield path
+    while "/" in path:
+        path = path.partition("/")[2]
+        yield path
 
 
 def _leads_out(path: str) -> bool:

@@ -10,6 +10,7 @@ from hotcoco.primitives import bbox_iou
 
 import coco_eval
 from coco_utils import CocoIndex
+from internals.bit_depth import EARLIER_DEPTH
 from internals.errors import UserError
 from internals.images import ImageRules
 from internals.layouts import find_split
@@ -243,7 +244,9 @@ def load_evaluated_index(start: dict) -> CocoIndex:
     )
     data_path = Path(flags.get("data_path") or ".")
     index = CocoIndex(find_split(data_path, split, annotations, images))
-    index.rules = ImageRules(flags.get("bit_depth"), flags.get("truncated_images") == "use")
+    index.rules = ImageRules(
+        flags.get("bit_depth", EARLIER_DEPTH), flags.get("truncated_images") == "use"
+    )
     # Runs of earlier versions without this flag evaluated so.
     index.as_annotated = flags.get("evaluate_as_annotated", True)
     if flags.get("overfit"):

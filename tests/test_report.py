@@ -257,7 +257,7 @@ def test_moved_data(tiny, output):
     shutil.rmtree(tiny)
     html = write_page(output)
     assert figures_in(html) == {"loss", "loss_terms", "lr", "ap"}
-    assert f"{tiny / 'annotations/instances_val2017.json'} (missing)" in text_of(html)
+    assert f"{tiny} does not exist: there is no validation data" in text_of(html)
 
 
 # ---------------------------------------------------------------------------------- the command

@@ -450,6 +450,14 @@ def test_validation_without_boxes_is_said_and_keeps_the_newest_as_the_best(tiny,
     assert newest.samefile(best)
 
 
+def test_split_without_usable_images_is_rejected(tiny, tmp_path):
+    for file in split_of(tiny, "val").images.iterdir():
+        file.write_bytes(b"")
+    flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", "--max-bad-images", "9")
+    with pytest.raises(DataError, match=r"val2017\.json: none of its images can be used"):
+        train_in_process(*flags)
+
+
 def test_empty_images_train_unless_told_otherwise(tiny, tmp_path):
     rewrite(split_of(tiny), lambda data: data.update(annotations=data["annotations"][:6]))
     flags = ("--data-path", tiny, "--max-steps", "1")
@@ -482,7 +490,7 @@ def test_train_and_val_from_one_file_are_noticed(tiny):
     content["annotations"] = [x for x in content["annotations"] if x["image_id"] < 102]
     other.write_text(json.dumps(content))
     text = train_in_process(*flags, "--val-annotations", other, "--check-data")
-    assert "2 of 2 validation images are training images, too, such as 0.png" in text
+    assert "2 of 2 validation images are training images, too, such as /" in text
 
 
 def test_max_bad_images_skips_unreadable_images(tiny, tmp_path):

@@ -177,7 +177,7 @@ def test_invalid_row_without_id_is_reported_with_index(tiny):
         ),
         (
             lambda data: [row.update(file_name="\ud800") for row in data["images"]],
-            r"images whose 'file_name' is not a string \(8\)",
+            r"images whose 'file_name' is not a string of at most 1,024 characters \(8\)",
         ),
         (lambda data: data["categories"].append({"id": 2}), "two categories with the same id"),
     ],

@@ -142,17 +142,11 @@ def as_shares(row: dict) -> None:
     row["area"] = row["bbox"][2] * row["bbox"][3]
 
 
-def as_centers(row: dict) -> None:
-    x, y, width, height = row["bbox"]
-    row["bbox"] = [x + width / 2, y + height / 2, width, height]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (as_shares, "boxes from 0 to 1, as shares of the image, 100% of all"),
         (as_corners, "boxes that reach out of their image, 25% of all, but would not as x1, y1"),
-        (as_centers, "boxes that reach out of their image, 8% of all, but would not as center x"),
     ],
 )
 def test_boxes_in_other_units_are_rejected_once(tiny, change, message):
@@ -169,15 +163,43 @@ def test_boxes_in_other_units_are_rejected_once(tiny, change, message):
 
 
 def test_boxes_in_percent_are_rejected(tmp_path):
-    boxes = [[[2, 1, 1, 50, 50]], [[2, 60, 30, 40, 69]]]
-    split = Split(write_split(tmp_path, "train", [(640, 480)] * 2, boxes), tmp_path / "train2017")
+    boxes = [[[2, 1, n, 50, 50]] for n in range(10)] + [
+        [[2, 60, 30 - n, 40, 69]] for n in range(10)
+    ]
+    split = Split(write_split(tmp_path, "train", [(640, 480)] * 20, boxes), tmp_path / "train2017")
     (issue,) = data_checks.find_issues(CocoIndex(split))
     assert issue.kind == "boxes from 0 to 100, as percentages of the image, 100% of all"
     assert "image / 100" in issue.remedy
-    boxes[1][0][3] = 20  # objects in a corner of large images
-    split = Split(write_split(tmp_path / "b", "train", [(640, 480)] * 2, boxes), tmp_path / "b")
+    for box in boxes[10:]:  # objects in a corner of large images
+        box[0][3] = 20
+    split = Split(write_split(tmp_path / "b", "train", [(640, 480)] * 20, boxes), tmp_path / "b")
     issues = box_checks.find_box_issues(CocoIndex(split), False)
     assert not any(issue.fatal for issue in issues if issue.count)
+
+
+def test_centers_instead_of_corners_are_rejected(tmp_path):
+    boxes = [[[2, 565, 150 + n, 130, 100]] for n in range(4)] + [[[2, 150, 150, 90, 90]]] * 10
+    split = Split(write_split(tmp_path, "train", [(640, 480)] * 14, boxes), tmp_path / "train2017")
+    (issue,) = data_checks.find_issues(CocoIndex(split))
+    assert issue.fatal
+    assert issue.kind == (
+        "boxes that reach out of their image, 29% of all, but would not as center x, center y, "
+        "width, height"
+    )
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[0, 0, 0, 0]] * 3,  # placeholders
+        [[50, 30, 500, 400]] * 10 + [[100, 30, 580, 400]],  # one reaches out
+        [[5, 5, 90, 90]] * 2,
+    ],
+)
+def test_few_odd_boxes_are_not_taken_for_other_units(tmp_path, boxes):
+    sizes, boxes = [(640, 480)] * len(boxes), [[[2, *box]] for box in boxes]
+    split = Split(write_split(tmp_path, "val", sizes, boxes), tmp_path / "val2017")
+    assert not any(issue.fatal for issue in data_checks.find_issues(CocoIndex(split)))
 
 
 def test_large_boxes_with_rounding_errors_are_no_corners(tmp_path):

@@ -157,3 +157,18 @@ def test_files_without_names_can_be_matched(tmp_path):
 def test_missing_folder_makes_all_files_missing(tiny, tmp_path):
     index = CocoIndex(Split(split_of(tiny).annotations, tmp_path / "none"))
     assert (index.file_problems == MISSING).all()
+
+
+def test_many_files_of_one_base_name_are_resolved(tmp_path):
+    files = [f"{n:05}/rgb.png" for n in range(3000)]
+    names = [f"train/{file}" for file in files]
+    matched = file_names.match_files(names, tmp_path, files)
+    assert matched == dict(zip(files, names, strict=True))
+
+
+def test_picture_in_place_of_a_name_is_reported(tiny):
+    text = "data:image/jpeg;base64," + "A" * 1_000_000
+    rewrite(split_of(tiny), lambda data: data["images"][0].update(file_name=text))
+    index = CocoIndex(split_of(tiny))
+    assert len(index) == 7
+    assert "'file_name' is not a string of at most 1,024 characters" in index.issues[0].kind
