@@ -133,8 +133,8 @@ def _repeated_boxes(index) -> np.ndarray:
 
 def is_repeated(values: np.ndarray) -> np.ndarray:
     """Return for each value whether it occurs more than once, bool."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return counts[inverse] > 1
+    ordered = np.sort(values)
+    return np.isin(values, ordered[1:][ordered[1:] == ordered[:-1]])
 
 
 def _row_issue(index, kind: str, rows: np.ndarray, **details) -> DataIssue:
