@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -187,8 +188,8 @@ def compare_splits(indexes: dict) -> list[str]:
             "and says little about new ones. To split it: python datasets/split.py"
         )
         return found
-    folders = [os.path.realpath(index.image_dir) for index in (train, val)]
-    if os.path.commonpath(folders) in folders:  # one contains the other
+    folders = [Path(os.path.realpath(index.image_dir)) for index in (train, val)]
+    if any(a.is_relative_to(b) for a, b in (folders, folders[::-1])):  # one contains the other
         files = [
             {os.path.normpath(f"{folder}/{name.decode()}") for name in index.file_names.tolist()}
             for folder, index in zip(folders, (train, val), strict=True)

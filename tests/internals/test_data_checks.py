@@ -420,3 +420,14 @@ def test_search_for_more_bad_images_is_bounded(tiny):
     assert data_checks.find_more_bad_images(index, 6)[0] == 7
     assert data_checks.find_more_bad_images(index, 6, count=3)[0] == 3
     assert data_checks.find_more_bad_images(index, 6, seconds=-1) == (0, "")
+
+
+def test_images_shared_by_nested_folders_are_noted(tiny):
+    """Folders on other drives, which have no common path on Windows, share none."""
+    train, val = (CocoIndex(split_of(tiny, split)) for split in ("train", "val"))
+    assert data_checks.compare_splits({"train": train, "val": val}) == []
+    val.image_dir = train.image_dir.parent
+    val.file_names = np.array([b"train2017/0.png", b"val2017/1.png", b"val2017/2.png"])
+    (text,) = data_checks.compare_splits({"train": train, "val": val})
+    assert text.startswith("1 of 3 validation images are training images, too, such as /")
+    assert "train2017/0.png" in text
