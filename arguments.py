@@ -1,16 +1,12 @@
 """The command line of train.py: flags, defaults that depend on other flags, validation."""
 
 import argparse
-import os
 from pathlib import Path
-
-import torch
 
 import coco_eval
 import models
 import transforms
-import utils
-from internals.bit_depth import BIT_DEPTHS, EARLIER_DEPTH
+from internals.bit_depth import BIT_DEPTHS
 from internals.command_line import (
     ArgumentParser,
     evaluator_name,
@@ -21,8 +17,6 @@ from internals.command_line import (
     positive_float,
     positive_int,
 )
-from internals.errors import UserError
-from internals.fast.cuda_graphs import LARGEST_BATCH
 
 ROOT = Path(__file__).resolve().parent
 
@@ -269,198 +263,3 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume_anyway and not args.resume:
         parser.error("--resume-anyway needs --resume FILE or --resume auto")
     return args
-
-
-# The flags that define the model and its input (an augmentation may set its sizes). Without a value
-# they come from the checkpoint to resume. What else must not change: checkpoint.RESUME_INVARIANTS.
-MODEL_ARGS = (
-    "model",
-    "weights",
-    "weights_backbone",
-    "trainable_backbone_layers",
-    "data_augmentation",
-    "min_size",
-    "max_size",
-    "fixed_size",
-    "rpn_score_thresh",
-    "bit_depth",
-)
-
-
-# The values of MODEL_ARGS that checkpoints of earlier versions lack.
-BEFORE = {"bit_depth": EARLIER_DEPTH}
-
-
-def default_workers() -> int:
-    """Return the number of data loading processes per device: at most 4, and one per core."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(4, (os.cpu_count() or 1) // processes))
-
-
-def resolve_defaults(args: argparse.Namespace, saved: dict | None, device: torch.device) -> None:
-    """Replace None by the default, in place.
-
-    Args:
-        args: Of `parse_arguments`.
-        saved: The arguments in the checkpoint of --resume; those in `MODEL_ARGS` take precedence
-            over other defaults.
-        device: The device of this process.
-
-    Raises:
-        UserError: A flag contradicts the checkpoint's model.
-    """
-    if saved:
-        _take_model_args(args, saved)
-    args.model = args.model or models.MODELS[0]
-    recipe = models.RECIPES[args.model]
-    if args.weights is None and args.weights_backbone is None:
-        args.weights_backbone = recipe.backbone.name
-    args.data_augmentation = args.data_augmentation or ("none" if args.overfit else "hflip")
-    min_size, max_size = recipe.sizes
-    if args.data_augmentation == "lsj" and recipe.resizable:
-        min_size = max_size = 1024
-    args.max_size = args.max_size or round(max_size * (args.min_size or min_size) / min_size)
-    args.min_size = args.min_size or min_size
-    if args.opt == "sgd" and args.momentum is None:
-        args.momentum = 0.9
-    if args.lr is None:
-        images_per_step = args.batch_size * args.accumulate_steps * utils.world_size()
-        args.lr = base_learning_rate(args) * images_per_step / 16
-    if args.lr_scheduler == "multisteplr":
-        args.lr_steps = args.lr_steps or [round(args.epochs * e / 26) for e in (16, 22)]
-        args.lr_gamma = 0.1 if args.lr_gamma is None else args.lr_gamma
-    if args.workers is None:
-        args.workers = default_workers()
-    args.eval_batch_size = args.eval_batch_size or (8 if device.type == "cuda" else 1)
-    if args.keep_empty is None:
-        args.keep_empty = saved["keep_empty"] if saved else True
-
-
-def _take_model_args(args: argparse.Namespace, saved: dict) -> None:
-    resized = args.min_size not in (None, saved.get("min_size"))
-    for name in MODEL_ARGS:
-        given, trained_with = getattr(args, name), saved.get(name, BEFORE.get(name))
-        if given is None and name == "max_size" and resized:
-            continue  # the default follows --min-size
-        if given is None:
-            setattr(args, name, trained_with)
-        elif given != trained_with and not args.test_only and not args.resume_anyway:
-            raise UserError(
-                f"--{name.replace('_', '-')} {given} differs from {trained_with}, with which "
-                f"{args.resume} was trained: remove the flag, add --resume-anyway, or start a new "
-                "training in another --output-dir"
-            )
-
-
-def base_learning_rate(args: argparse.Namespace) -> float:
-    """Return the default learning rate for 16 images per step."""
-    return models.RECIPES[args.model].lr if args.opt == "sgd" else 1e-4
-
-
-def validate_args(args: argparse.Namespace, device: torch.device) -> None:
-    """Raise UserError for flags that contradict each other or would have no effect."""
-    _validate_training_args(args)
-    _validate_model_args(args)
-    _validate_size_args(args)
-    _validate_process_args(args, device)
-
-
-def _validate_training_args(args: argparse.Namespace) -> None:
-    if args.opt != "sgd" and args.momentum is not None:
-        raise UserError(f"--momentum has no effect with --opt {args.opt}: remove it")
-    if args.lr_scheduler != "multisteplr" and (args.lr_steps or args.lr_gamma is not None):
-        raise UserError(
-            f"--lr-steps and --lr-gamma have no effect with --lr-scheduler {args.lr_scheduler}: "
-            "remove them"
-        )
-    if args.amp_dtype and not args.amp:
-        raise UserError("--amp-dtype has no effect without --amp: add --amp")
-    if args.start_epoch and args.resume:
-        raise UserError("--start-epoch has no effect with --resume: remove it")
-    if args.start_epoch is not None and args.start_epoch >= args.epochs:
-        raise UserError(
-            f"--start-epoch {args.start_epoch} is not below --epochs {args.epochs}: raise --epochs"
-        )
-    if args.test_only and not args.resume and not args.weights:
-        raise UserError("--test-only needs a model: add --resume FILE or --weights NAME|FILE")
-    if args.overfit and (args.val_annotations or args.val_images or args.max_bad_images):
-        raise UserError(
-            "--overfit uses training images only and none may be skipped: remove "
-            "--val-annotations, --val-images and --max-bad-images"
-        )
-
-
-def _validate_model_args(args: argparse.Namespace) -> None:
-    from_scratch = args.weights is None and args.weights_backbone in (None, "none")
-    if args.weights and args.weights_backbone:
-        raise UserError("--weights includes a backbone: remove --weights-backbone")
-    if from_scratch and args.trainable_backbone_layers is not None:
-        raise UserError(
-            "--trainable-backbone-layers needs pretrained weights: without them all layers train"
-        )
-    if from_scratch and args.freeze_backbone:
-        raise UserError("--freeze-backbone needs pretrained weights: random ones detect nothing")
-    if args.freeze_backbone and args.trainable_backbone_layers is not None:
-        raise UserError("--freeze-backbone trains no backbone layers: remove one of the flags "
-                        "--freeze-backbone and --trainable-backbone-layers")  # fmt: skip
-    if args.rpn_score_thresh is not None and not args.model.startswith("fasterrcnn"):
-        raise UserError(f"--rpn-score-thresh has no effect: {args.model} has no proposals")
-
-
-def _validate_size_args(args: argparse.Namespace) -> None:
-    recipe, augmentation = models.RECIPES[args.model], args.data_augmentation
-    default_sizes = (args.min_size, args.max_size) == recipe.sizes
-    if args.max_size < args.min_size:
-        raise UserError(f"--max-size {args.max_size} is below --min-size {args.min_size}")
-    if not recipe.resizable and (args.fixed_size or not default_sizes):
-        raise UserError(
-            f"{args.model} always resizes to {recipe.sizes[0]} x {recipe.sizes[0]} pixels: remove "
-            "--min-size, --max-size and --fixed-size"
-        )
-    if not recipe.resizable and augmentation == "multiscale":
-        raise UserError(
-            f"{args.model} has a fixed size: --data-augmentation multiscale has no effect"
-        )
-    if args.fixed_size and augmentation in ("multiscale", "lsj"):
-        raise UserError(f"--fixed-size contradicts --data-augmentation {augmentation}: remove one")
-    if args.fixed_size and not default_sizes:
-        raise UserError("--fixed-size replaces --min-size and --max-size: remove them")
-    if augmentation == "lsj" and args.max_size != args.min_size:
-        raise UserError("--data-augmentation lsj makes square images: remove --max-size")
-
-
-def _validate_process_args(args: argparse.Namespace, device: torch.device) -> None:
-    processes = utils.world_size()
-    if args.sync_bn and not args.test_only and (device.type != "cuda" or processes == 1):
-        raise UserError("--sync-bn needs torchrun with several CUDA devices")
-    if args.world_size not in (None, processes):
-        raise UserError(
-            f"--world-size {args.world_size}, but {processes} were started: use torchrun "
-            "--nproc-per-node N, or start_scripts/train_fasterrcnn_resnet50_amp_dist_torch.sh"
-        )
-    if args.dist_url and "RANK" not in os.environ:
-        raise UserError("--dist-url needs torchrun")
-    if args.cuda_graphs:
-        _validate_cuda_graphs(args, device)
-    if args.find_batch_size and (processes > 1 or args.test_only):
-        raise UserError("--find-batch-size needs a single training process: remove torchrun and "
-                        "--test-only")  # fmt: skip
-
-
-def _validate_cuda_graphs(args: argparse.Namespace, device: torch.device) -> None:
-    if device.type != "cuda" or args.test_only:
-        raise UserError("--cuda-graphs is for training on a CUDA device: remove it")
-    if not args.model.startswith("fasterrcnn"):
-        raise UserError(f"--cuda-graphs is for Faster R-CNN, not {args.model}: remove it")
-    if args.batch_size > LARGEST_BATCH:
-        raise UserError(f"--cuda-graphs has no effect with more than {LARGEST_BATCH} images: "
-                        "remove it, or lower --batch-size")  # fmt: skip
-    if args.find_batch_size:
-        raise UserError("--find-batch-size measures steps without graphs: remove --cuda-graphs")
-    if args.accumulate_steps > 1:
-        raise UserError("--cuda-graphs cannot accumulate gradients: remove --accumulate-steps")
-
-
-def to_plain_dict(args: argparse.Namespace) -> dict:
-    """Convert to plain types, for a checkpoint or JSON; paths become absolute."""
-    return {key: str(v.absolute()) if isinstance(v, Path) else v for key, v in vars(args).items()}

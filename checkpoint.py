@@ -23,7 +23,7 @@ FORMAT = 1
 NEWEST, BEST = "checkpoint.pth", "model_best.pth"
 
 # What must not change for a resumed run to give the weights of an uninterrupted one: arguments, and
-# what `add_resume_facts` adds. What defines the model is in arguments.MODEL_ARGS.
+# what `add_resume_facts` adds. What defines the model is in settings.MODEL_ARGS.
 RESUME_INVARIANTS = (
     "seed",
     "global_batch",

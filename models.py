@@ -37,7 +37,7 @@ from internals.weights import (
 )
 
 
-class Recipe(NamedTuple):
+class Architecture(NamedTuple):
     """What differs between torchvision's detectors."""
 
     backbone: WeightsEnum  # the default of --weights-backbone
@@ -50,22 +50,22 @@ class Recipe(NamedTuple):
 # To add a torchvision detector: a row here, its class-dependent layers in CLASS_HEAD_PATTERN, and
 # its head in internals.mixed_precision.HEADS.
 RESNET, MOBILENET = ResNet50_Weights.IMAGENET1K_V1, MobileNet_V3_Large_Weights.IMAGENET1K_V1
-RECIPES = {
-    "fasterrcnn_resnet50_fpn": Recipe(RESNET),
-    "fasterrcnn_resnet50_fpn_v2": Recipe(RESNET),
-    "fasterrcnn_mobilenet_v3_large_fpn": Recipe(MOBILENET),
-    "fasterrcnn_mobilenet_v3_large_320_fpn": Recipe(MOBILENET, (320, 640)),
-    "retinanet_resnet50_fpn": Recipe(RESNET, lr=0.01),
-    "retinanet_resnet50_fpn_v2": Recipe(RESNET, lr=0.01),
-    "fcos_resnet50_fpn": Recipe(RESNET, lr=0.01),
-    "ssd300_vgg16": Recipe(
+ARCHITECTURES = {
+    "fasterrcnn_resnet50_fpn": Architecture(RESNET),
+    "fasterrcnn_resnet50_fpn_v2": Architecture(RESNET),
+    "fasterrcnn_mobilenet_v3_large_fpn": Architecture(MOBILENET),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": Architecture(MOBILENET, (320, 640)),
+    "retinanet_resnet50_fpn": Architecture(RESNET, lr=0.01),
+    "retinanet_resnet50_fpn_v2": Architecture(RESNET, lr=0.01),
+    "fcos_resnet50_fpn": Architecture(RESNET, lr=0.01),
+    "ssd300_vgg16": Architecture(
         VGG16_Weights.IMAGENET1K_FEATURES, (300, 300), resizable=False, lr=0.001
     ),
-    "ssdlite320_mobilenet_v3_large": Recipe(
+    "ssdlite320_mobilenet_v3_large": Architecture(
         MOBILENET, (320, 320), resizable=False, lr=0.0125, reduced_tail=True
     ),
 }
-MODELS = tuple(RECIPES)
+MODELS = tuple(ARCHITECTURES)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.GroupNorm)
 # The layers whose shape depends on the number of classes, and those that come with them.
@@ -109,30 +109,32 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
     Raises:
         UserError: The backbone has fewer layers, or `backbone_state` does not fit.
     """
-    recipe = RECIPES[name]
-    frozen = pretrained == "backbone" or (pretrained == "detector" and not recipe.reduced_tail)
+    architecture = ARCHITECTURES[name]
+    frozen = pretrained == "backbone" or (
+        pretrained == "detector" and not architecture.reduced_tail
+    )
     if freeze_backbone:
         trainable_backbone_layers = 0
     if not frozen and trainable_backbone_layers is not None:
         raise UserError(f"the backbone of this {name} cannot be frozen: all of its layers train")
-    options = {"min_size": min_sizes, "max_size": max_size} if recipe.resizable else {}
+    options = {"min_size": min_sizes, "max_size": max_size} if architecture.resizable else {}
     options["rpn_score_thresh"] = rpn_score_thresh
     options["fixed_size"] = (fixed_size[1], fixed_size[0]) if fixed_size else None  # width, height
     options["trainable_backbone_layers"] = trainable_backbone_layers
     options = {key: value for key, value in options.items() if value is not None}
     try:
-        with without_download(recipe.backbone, backbone_state):
+        with without_download(architecture.backbone, backbone_state):
             model = torchvision.models.get_model(
                 name,
                 weights=None,
-                weights_backbone=recipe.backbone if frozen else None,
+                weights_backbone=architecture.backbone if frozen else None,
                 num_classes=num_classes,
                 **options,
             )
     except ValueError as error:  # torchvision raises it for a number of layers out of range only
         raise UserError(f"--trainable-backbone-layers: {str(error).strip()}") from error
     except RuntimeError as error:
-        expected = classifier_state(recipe.backbone)
+        expected = classifier_state(architecture.backbone)
         raise UserError(
             "--weights-backbone does not fit this model: "
             f"{describe_misfit(expected, backbone_state or {}) or error}. It takes the weights of "
@@ -154,19 +156,28 @@ def from_checkpoint(saved: dict, stock: bool = False) -> nn.Module:
     `stock` is that of `build_model`. The model is in evaluation mode.
     """
     args = saved["args"]
+    num_classes = Categories.from_list(saved["categories"]).num_classes
+    structure = structure_of(args)
     model = build_model(
-        args["model"],
-        Categories.from_list(saved["categories"]).num_classes,
-        pretrained=pretrained_kind(args["weights"], args["weights_backbone"]),
-        freeze_backbone=args.get("freeze_backbone", False),
-        min_sizes=(args["min_size"],),
-        max_size=args["max_size"],
-        fixed_size=args["fixed_size"],
-        rpn_score_thresh=args["rpn_score_thresh"],
-        stock=stock,
+        args["model"], num_classes, **structure, min_sizes=(args["min_size"],), stock=stock
     )
     load_detector(model, saved["model"], keep_head=True, source="the checkpoint")
     return model.eval()
+
+
+def structure_of(args: dict) -> dict:
+    """Return the options of `build_model` that a checkpoint needs, too.
+
+    Args:
+        args: The flags of a run, or those in a checkpoint, also of an earlier version.
+    """
+    return {
+        "pretrained": pretrained_kind(args["weights"], args["weights_backbone"]),
+        "freeze_backbone": args.get("freeze_backbone", False),
+        "max_size": args["max_size"],
+        "fixed_size": args["fixed_size"],
+        "rpn_score_thresh": args["rpn_score_thresh"],
+    }
 
 
 def pretrained_kind(weights: str | None, weights_backbone: str | None) -> str | None:
@@ -230,10 +241,10 @@ def backbone_weights(model_name: str, weights: str) -> dict[str, torch.Tensor]:
     """Load the state_dict of a classifier from a file, or download torchvision's of that name."""
     if is_file(weights):
         content = load_weights_file(Path(weights), foreign=True)
-        expected = classifier_state(RECIPES[model_name].backbone)
+        expected = classifier_state(ARCHITECTURES[model_name].backbone)
         return find_state_dict(content, expected, Path(weights))[0]
     hint = "or start from random weights with --weights-backbone none"
-    return download(find_weights(type(RECIPES[model_name].backbone), weights), hint)
+    return download(find_weights(type(ARCHITECTURES[model_name].backbone), weights), hint)
 
 
 def load_pretrained_detector(
@@ -299,6 +310,6 @@ def load_detector(
         model.load_state_dict(with_head)
     except RuntimeError as error:
         differences = describe_misfit(model.state_dict(), with_head) or error
-        backbones = [recipe.backbone for recipe in RECIPES.values()]
+        backbones = [architecture.backbone for architecture in ARCHITECTURES.values()]
         advice = advise_misfit(model.state_dict(), state, MODELS, backbones)
         raise UserError(f"{source} does not fit this model: {differences}. {advice}") from error

@@ -16,7 +16,6 @@ import sys
 import time
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -25,26 +24,20 @@ from torch.utils.data import DataLoader
 import checkpoint
 import coco_utils
 import engine
+import loading
 import models
-import samplers
 import transforms
 import utils
-from arguments import (
-    base_learning_rate,
-    parse_arguments,
-    resolve_defaults,
-    to_plain_dict,
-    validate_args,
-)
+from arguments import parse_arguments
 from internals import batch_size as batch_size_search
 from internals import data_checks, failures, preemption, run_log
 from internals.command_line import prepare_output_dir
 from internals.devices import choose_device
 from internals.errors import DataError, UserError
 from internals.fast import use_cuda_graphs
-from internals.layouts import find_split
 from internals.mixed_precision import initialize_momentum, resolve_precision
 from internals.train_state import MovingAverage, TrainState
+from settings import base_learning_rate, resolve_defaults, to_plain_dict, validate_args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,15 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.check_data:
         preemption.restore_signal_handlers()  # nothing to save
-        return check_data(args)
+        return loading.check_data(args)
     device = choose_device(args.device)
     prepare_output_dir(args.output_dir)
-    indexes = load_indexes(args)
+    indexes = loading.load_indexes(args)
     utils.init_distributed(device, args.dist_url or "env://", args.timeout_minutes)
     saved = load_resume_checkpoint(args)
     resolve_defaults(args, saved["args"] if saved else None, device)
     validate_args(args, device)
-    if errors := find_too_narrow(args, indexes):
+    if errors := loading.find_too_narrow(args, indexes):
         raise DataError("\n".join(errors))
     amp_dtype, precision = choose_precision(args, device)
 
@@ -70,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         indexes, args.bit_depth, args.truncated_images == "use"
     )
     indexes, left_out = data_checks.drop_bad_images(indexes, args.workers, args.max_bad_images)
-    categories = resolve_categories(args, indexes, saved)
-    train_loader, val_loader = build_loaders(args, indexes, categories, device)
+    categories = loading.resolve_categories(args, indexes, saved)
+    train_loader, val_loader = loading.build_loaders(args, indexes, categories, device)
 
     # Model
     model = build_model(args, categories, saved).to(device)
@@ -156,134 +149,6 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
             break
 
 
-# --------------------------------------------------------------------------------------- data
-
-
-def load_index(args: argparse.Namespace, split: str) -> coco_utils.CocoIndex:
-    """Read the annotation file of a split, "train" or "val"."""
-    paths = (getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images"))
-    index = coco_utils.CocoIndex(find_split(args.data_path, split, *paths))
-    index.as_annotated = args.evaluate_as_annotated
-    return index
-
-
-def load_indexes(args: argparse.Namespace) -> dict[str, coco_utils.CocoIndex]:
-    """Read and check the annotation files, by split; no image is opened.
-
-    With --overfit both splits are the first few training images.
-
-    Raises:
-        UserError: The data cannot be used for training.
-    """
-    if args.overfit:
-        index = load_index(args, "train").first_with_boxes(args.overfit)
-        indexes = {"train": index, "val": index}
-    else:
-        splits = ("val",) if args.test_only else ("val", "train")
-        indexes = {split: load_index(args, split) for split in splits}
-    for split, index in indexes.items():
-        ignore_missing = args.max_bad_images > 0
-        data_checks.check_annotations(index, split, ignore_missing, args.trust_boxes)
-    for text in data_checks.compare_splits(indexes):
-        utils.log_field("", f"note: {text}")
-    if not args.test_only:
-        select_images(args, indexes["train"])  # for its errors, before the processes connect
-    return indexes
-
-
-def select_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.ndarray:
-    """Return the positions of the images to train on; raise UserError if there are too few."""
-    batch_size = args.batch_size * args.accumulate_steps
-    keep_empty = args.keep_empty is not False  # None: the default is not set yet
-    return samplers.select_train_images(index, keep_empty, batch_size, utils.world_size())
-
-
-def find_too_narrow(args: argparse.Namespace, indexes: dict) -> list[str]:
-    """Describe the images of which an augmentation or the model would leave no pixel, by split."""
-    fixed_size = bool(args.fixed_size) or not models.RECIPES[args.model].resizable
-    sizes, found = (args.min_size, args.max_size, fixed_size), []
-    for split, index in indexes.items():
-        preset = "none" if split == "val" else args.data_augmentation
-        too_narrow = transforms.find_too_narrow(index.sizes, preset, *sizes)
-        settings = f"--min-size {args.min_size}, --max-size {args.max_size}"
-        settings += "" if preset == "none" else f" and --data-augmentation {preset}"
-        found.append(data_checks.describe_too_narrow(index, too_narrow, settings))
-    return list(filter(None, found))
-
-
-def check_data(args: argparse.Namespace) -> None:
-    """Open every image and report on the data (--check-data).
-
-    Raises:
-        UserError: The data cannot be used for training.
-    """
-    if utils.rank() != 0:
-        return
-    resolve_defaults(args, None, torch.device("cpu"))
-    splits = ("val",) if args.test_only else ("train", "val")
-    indexes = {split: load_index(args, split) for split in splits}
-    data_checks.set_image_rules(indexes, args.bit_depth, args.truncated_images == "use")
-    errors = data_checks.check_all(indexes, args.workers, args.max_bad_images, args.trust_boxes)
-    errors += find_too_narrow(args, indexes)
-    if errors:
-        raise DataError("\n".join(errors))
-    if not args.test_only:
-        select_images(args, indexes["train"])
-    utils.log("data check passed")
-
-
-def resolve_categories(
-    args: argparse.Namespace, indexes: dict, saved: dict | None
-) -> coco_utils.Categories:
-    """Return the categories of the model: those of the checkpoint, or else of the data."""
-    index, val = indexes["val" if args.test_only else "train"], indexes["val"]
-    known = index.categories
-    if saved:
-        known = coco_utils.Categories.from_list(saved["categories"])
-    if not args.test_only and known != index.categories:
-        raise UserError(
-            f"{index.annotation_file} has other categories than {args.resume}: to fine-tune its "
-            "weights use --weights instead of --resume"
-        )
-    known.check_contains(val.categories, val.annotation_file)
-    return known
-
-
-def build_loaders(
-    args: argparse.Namespace,
-    indexes: dict[str, coco_utils.CocoIndex],
-    categories: coco_utils.Categories,
-    device: torch.device,
-) -> tuple[DataLoader | None, DataLoader]:
-    """Build the loaders of this process for training (None for --test-only) and evaluation.
-
-    The `batch_sampler` of the training loader is a `samplers.TrainingPlan`.
-    """
-    make_loader = partial(
-        DataLoader,
-        collate_fn=coco_utils.collate,
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        worker_init_fn=preemption.ignore_signals_in_worker,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else the loader would draw from the global one
-    )
-    world_size, rank = utils.world_size(), utils.rank()
-    val = indexes["val"]
-    batches = samplers.evaluation_batches(val.sizes, args.eval_batch_size, world_size, rank)
-    val_loader = make_loader(coco_utils.CocoDetection(val, categories), batch_sampler=batches)
-    if args.test_only:
-        return None, val_loader
-    images = select_images(args, indexes["train"])
-    augmentation = transforms.training_preset(args.data_augmentation, args.min_size)
-    dataset = coco_utils.CocoDetection(indexes["train"], categories, images, augmentation)
-    widths, heights = indexes["train"].sizes[images].T
-    groups = samplers.aspect_ratio_groups(widths, heights, args.aspect_ratio_group_factor)
-    batch_size = args.batch_size * args.accumulate_steps
-    plan = samplers.TrainingPlan(groups, batch_size, world_size, rank, args.seed)
-    return make_loader(dataset, batch_sampler=plan), val_loader
-
-
 # -------------------------------------------------------------------------------------- model
 
 
@@ -303,14 +168,10 @@ def build_model(
     model = models.build_model(
         args.model,
         categories.num_classes,
-        pretrained=pretrained,
         backbone_state=backbone_state,
         trainable_backbone_layers=args.trainable_backbone_layers,
-        freeze_backbone=args.freeze_backbone,
         min_sizes=transforms.training_sizes(args.data_augmentation, args.min_size),
-        max_size=args.max_size,
-        fixed_size=args.fixed_size,
-        rpn_score_thresh=args.rpn_score_thresh,
+        **models.structure_of(vars(args)),
     )
     if saved:
         state = saved["model"] if args.test_only else saved.get("raw_model", saved["model"])

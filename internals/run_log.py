@@ -85,7 +85,7 @@ def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainSta
     """Log how long and at which learning rate a model is trained, before the first step.
 
     Args:
-        args: After `arguments.resolve_defaults`.
+        args: After `settings.resolve_defaults`.
         base_lr: The default learning rate for 16 images per step.
         plan: A `samplers.TrainingPlan`.
         state: With the epoch and step to start from.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import arguments
+import settings
 from checkpoint import RESUME_INVARIANTS
 from internals.errors import UserError
 
@@ -17,8 +18,8 @@ CPU = torch.device("cpu")
 def resolve(*flags, saved: dict | None = None) -> argparse.Namespace:
     """Parse, resolve and validate flags as train.py does."""
     args = arguments.parse_arguments([str(flag) for flag in flags])
-    arguments.resolve_defaults(args, saved, CPU)
-    arguments.validate_args(args, CPU)
+    settings.resolve_defaults(args, saved, CPU)
+    settings.validate_args(args, CPU)
     return args
 
 
@@ -115,7 +116,7 @@ def test_model_flags_come_from_checkpoint():
 
 def test_to_plain_dict():
     args = resolve("--output-dir", "runs/1", "--lr-steps", "3", "4")
-    plain = arguments.to_plain_dict(args)
+    plain = settings.to_plain_dict(args)
     assert plain["output_dir"] == str(Path.cwd() / "runs/1")
     assert json.loads(json.dumps(plain)) == plain
 
@@ -178,8 +179,8 @@ MAY_CHANGE = {
 
 def test_every_flag_is_decided_for_resuming():
     flags = set(vars(arguments.parse_arguments([])))
-    assert flags == MAY_CHANGE | {*arguments.MODEL_ARGS, *RESUME_INVARIANTS} & flags
-    assert not MAY_CHANGE & {*arguments.MODEL_ARGS, *RESUME_INVARIANTS}
+    assert flags == MAY_CHANGE | {*settings.MODEL_ARGS, *RESUME_INVARIANTS} & flags
+    assert not MAY_CHANGE & {*settings.MODEL_ARGS, *RESUME_INVARIANTS}
 
 
 @pytest.mark.parametrize(
@@ -195,8 +196,8 @@ def test_every_flag_is_decided_for_resuming():
 def test_cuda_graphs_need_small_batches_of_faster_rcnn(flags, message):
     def validate(line: str) -> None:
         args = arguments.parse_arguments(line.split())
-        arguments.resolve_defaults(args, None, torch.device("cuda"))
-        arguments.validate_args(args, torch.device("cuda"))
+        settings.resolve_defaults(args, None, torch.device("cuda"))
+        settings.validate_args(args, torch.device("cuda"))
 
     validate("--cuda-graphs")
     with pytest.raises(UserError, match=message):

@@ -256,7 +256,7 @@ def set_class_biases(model: torch.nn.Module, silent: bool) -> None:
 )
 def test_graph_does_not_depend_on_the_traced_image(name, traced_silent, tmp_path):
     """With other biases the same graph finds nothing, or something."""
-    sizes = {"min_sizes": (64,), "max_size": 100} if models.RECIPES[name].resizable else {}
+    sizes = {"min_sizes": (64,), "max_size": 100} if models.ARCHITECTURES[name].resizable else {}
     if name.startswith("fasterrcnn"):
         sizes["rpn_score_thresh"] = 0.05
     torch.manual_seed(0)

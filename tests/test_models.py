@@ -81,7 +81,7 @@ def test_state_dict_matches_torchvision(name):
 @pytest.mark.parametrize("layers", [None, 0, 5])
 def test_pretrained_structure_matches_torchvision(name, layers, monkeypatch):
     """The weights that torchvision's builder downloads are replaced by meta tensors."""
-    weights = models.RECIPES[name].backbone
+    weights = models.ARCHITECTURES[name].backbone
     state = build_on_meta(get_model, CLASSIFIERS[type(weights).__name__], weights=None).state_dict()
     with monkeypatch.context() as patch:
         patch.setattr(type(weights), "get_state_dict", lambda *a, **k: state)
@@ -102,7 +102,7 @@ def test_pretrained_structure_matches_torchvision(name, layers, monkeypatch):
 
 @pytest.mark.parametrize("name", [SMALL, "ssdlite320_mobilenet_v3_large", *slow(RESNET)])
 def test_backbone_weights_match_torchvision(name, monkeypatch):
-    weights = models.RECIPES[name].backbone
+    weights = models.ARCHITECTURES[name].backbone
     state = get_model(CLASSIFIERS[type(weights).__name__], weights=None).state_dict()
     monkeypatch.setattr(type(weights), "get_state_dict", lambda *a, **k: state)
     stock = get_model(name, weights=None, weights_backbone=weights, num_classes=3)
