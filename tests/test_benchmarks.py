@@ -65,6 +65,15 @@ def test_parity(tmp_path):
     assert list(figures["same_weights"]) == ["stock, float32", "ours, float32"]
 
 
+def test_accuracy(tmp_path):
+    printed, figures = quick("accuracy", tmp_path)
+    stock, recipe = (figures["found"][f"{arm}, seed 0"][0] for arm in ("stock", "recipe"))
+    assert stock["weights"] == recipe["weights"]
+    assert 0 <= recipe["AP50"] <= 1
+    assert stock["AP"] != recipe["AP"]
+    assert "recipe - stock: " in printed
+
+
 def test_gpu_rehearsal(tmp_path):
     """On a CPU; the other phases are rehearsed by hand, as they take two minutes."""
     flags = ("--rehearse", "--out", tmp_path, "--phases", "machine", "waits", "evaluation")
