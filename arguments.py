@@ -83,11 +83,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
             help=f"annotation file of the {split} split (default: found in --data-path)")
         add(f"--{split}-images", type=Path, metavar="FOLDER",
             help=f"images of the {split} split (default: found in --data-path)")
-    add("--data-augmentation", choices=transforms.PRESETS,
+    add("--data-augmentation", type=transforms.preset_name, metavar="NAME|FILE.py:FUNCTION",
         help="hflip: mirror images with probability 0.5; multiscale: hflip, and a shorter side "
         "drawn from 0.6 to 1 x --min-size; lsj: large-scale jitter in squares of --min-size (then "
-        "1024 by default); ssd, ssdlite: crops, for ssd also colors and zoom-out; none "
-        "(default: hflip; none with --overfit)")
+        "1024 by default); ssd, ssdlite: crops, for ssd also colors and zoom-out; aerial: flips "
+        "and quarter turns; photometric: hflip, brightness and colors; none; or a function of your "
+        "own that returns a transform, see docs/augmentations.md (default: hflip; none with "
+        "--overfit)")
     add("--keep-empty", action=argparse.BooleanOptionalAction,
         help="train on images without usable boxes, too, which reduces false detections; "
         "--no-keep-empty skips them, as torchvision's references do (default: keep them)")
