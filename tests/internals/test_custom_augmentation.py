@@ -192,6 +192,14 @@ def test_code_version_is_a_hash_of_the_content(tmp_path):
     assert code_version(write(tmp_path, "return 2")) != first
 
 
+def test_example_of_the_guide_is_the_file():
+    guide = (ROOT / "docs/augmentations.md").read_text(encoding="utf-8")
+    (code,) = re.findall("```python\n(.*?)```", guide, re.DOTALL)
+    assert EXAMPLE.read_text(encoding="utf-8").endswith(code)
+    assert len(code.splitlines()) <= 15
+    assert all(f"`{name}`" in guide for name in transforms.PRESETS)
+
+
 @pytest.mark.slow
 def test_example_trains_and_resumes_with_the_same_code_only(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "code"
