@@ -164,7 +164,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-batch-size", type=positive_int, metavar="N",
         help="images of one size evaluated together; affects speed and memory only "
-        "(default: 8 on CUDA, 1 on a CPU)")
+        "(default: 8 on CUDA, else 1)")
     add("--val-loss", action="store_true",
         help="compute the losses on the validation set, too (default: off)")
     add("--evaluate-as-annotated", action="store_true",
@@ -197,7 +197,8 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of devices, precision and reproducibility."""
     add = parser.add_argument_group("device").add_argument
-    add("--device", help="cuda, cuda:1 or cpu (default: cuda if available)")
+    add("--device",
+        help="cuda, cuda:1, mps (Apple GPUs, float32 only) or cpu (default: cuda if available)")
     add("--amp-dtype", choices=["float16", "bfloat16"],
         help="data type of --amp (default: float16 on CUDA, bfloat16 on a CPU)")
     add("--cuda-graphs", action="store_true",

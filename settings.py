@@ -191,6 +191,8 @@ def _validate_process_args(args: argparse.Namespace, device: torch.device) -> No
         raise UserError("--dist-url needs torchrun")
     if args.cuda_graphs:
         _validate_cuda_graphs(args, device)
+    if args.find_batch_size and device.type == "mps":
+        raise UserError("--find-batch-size cannot measure the memory of Apple GPUs: remove it")
     if args.find_batch_size and (processes > 1 or args.test_only):
         raise UserError("--find-batch-size needs a single training process: remove torchrun and "
                         "--test-only")  # fmt: skip
