@@ -72,8 +72,15 @@ def no_gpu_note() -> str:
 def move_model(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to a device, in the memory layout that is right there."""
     if device.type == "mps":
-        return model.to(device, memory_format=torch.contiguous_format)
+        use_contiguous_format(model)
     return model.to(device)
+
+
+def use_contiguous_format(model: nn.Module) -> None:
+    """Undo channels-last for all parameters, in place, so that no feature map gets it."""
+    for parameter in model.parameters():
+        # A clone: 1 x 1 kernels count as contiguous already, but convolutions read their strides.
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def precise_dtype(device: torch.device) -> torch.dtype:
