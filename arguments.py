@@ -83,11 +83,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
             help=f"annotation file of the {split} split (default: found in --data-path)")
         add(f"--{split}-images", type=Path, metavar="FOLDER",
             help=f"images of the {split} split (default: found in --data-path)")
-    add("--data-augmentation", choices=transforms.PRESETS,
+    add("--data-augmentation", type=transforms.preset_name, metavar="NAME|FILE.py:FUNCTION",
         help="hflip: mirror images with probability 0.5; multiscale: hflip, and a shorter side "
         "drawn from 0.6 to 1 x --min-size; lsj: large-scale jitter in squares of --min-size (then "
-        "1024 by default); ssd, ssdlite: crops, for ssd also colors and zoom-out; none "
-        "(default: hflip; none with --overfit)")
+        "1024 by default); ssd, ssdlite: crops, for ssd also colors and zoom-out; aerial: flips "
+        "and quarter turns; photometric: hflip, brightness and colors; none; or a function of your "
+        "own that returns a transform, see docs/augmentations.md (default: hflip; none with "
+        "--overfit)")
     add("--keep-empty", action=argparse.BooleanOptionalAction,
         help="train on images without usable boxes, too, which reduces false detections; "
         "--no-keep-empty skips them, as torchvision's references do (default: keep them)")
@@ -162,7 +164,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-batch-size", type=positive_int, metavar="N",
         help="images of one size evaluated together; affects speed and memory only "
-        "(default: 8 on CUDA, 1 on a CPU)")
+        "(default: 8 on CUDA, else 1)")
     add("--val-loss", action="store_true",
         help="compute the losses on the validation set, too (default: off)")
     add("--evaluate-as-annotated", action="store_true",
@@ -195,7 +197,8 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of devices, precision and reproducibility."""
     add = parser.add_argument_group("device").add_argument
-    add("--device", help="cuda, cuda:1 or cpu (default: cuda if available)")
+    add("--device",
+        help="cuda, cuda:1, mps (Apple GPUs, float32 only) or cpu (default: cuda if available)")
     add("--amp-dtype", choices=["float16", "bfloat16"],
         help="data type of --amp (default: float16 on CUDA, bfloat16 on a CPU)")
     add("--cuda-graphs", action="store_true",

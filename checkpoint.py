@@ -14,6 +14,7 @@ import torch
 
 import utils
 from coco_utils import CocoIndex
+from internals.custom_augmentation import code_version
 from internals.errors import CheckpointError, RunError, UserError
 from internals.train_state import TrainState
 from internals.weights import load_weights_file, search_state_dict
@@ -44,6 +45,7 @@ RESUME_INVARIANTS = (
     "warmup_steps",
     "ema",
     "freeze_backbone",
+    "augmentation_code",
     "train_data",
     "val_data",
 )
@@ -285,6 +287,7 @@ def add_resume_facts(
         "global_batch": plan.global_batch,
         "world_size": utils.world_size(),
         "precision": str(amp_dtype or torch.float32).removeprefix("torch."),
+        "augmentation_code": code_version(args["data_augmentation"]),
         **{f"{split}_data": index.fingerprint() for split, index in indexes.items()},
     }
 
@@ -328,6 +331,6 @@ def _describe_change(name: str, before: object, now: object) -> str:
     """Describe a changed invariant, such as "--lr 0.1 (now 0.2)" or "other training data"."""
     if name in ("train_data", "val_data"):
         return "other training data" if name == "train_data" else "other validation data"
-    if name in ("global_batch", "precision"):
+    if name in ("global_batch", "precision", "augmentation_code"):
         return f"{name.replace('_', ' ')} {before} (now {now})"
     return f"--{name.replace('_', '-')} {before} (now {now})"

@@ -67,7 +67,7 @@ def detection_rows(
     labels = torch.cat([output["labels"] for output in outputs])
     # In float32, as in other evaluations, and with a single copy from the device.
     columns = [box_convert(boxes, "xyxy", "xywh"), scores[:, None], labels[:, None].float()]
-    detections = torch.cat(columns, dim=1).double().cpu().numpy()
+    detections = torch.cat(columns, dim=1).cpu().double().numpy()
     images = np.repeat(
         np.array(image_ids, dtype=np.float64), [len(output["labels"]) for output in outputs]
     )

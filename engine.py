@@ -13,6 +13,7 @@ import utils
 from coco_utils import Categories, CocoIndex
 from internals import preemption
 from internals.batches import BatchTargets
+from internals.devices import precise_dtype
 from internals.image_notes import log_notes
 from internals.mixed_precision import autocast
 from internals.monitoring import StepMonitor, explain_oom, loss_name
@@ -241,7 +242,7 @@ def validation_loss(model: nn.Module, loader, *, amp_dtype: torch.dtype | None) 
             images_seen += len(images)
             for name, loss in losses.items():
                 name = loss_name(name)
-                sums[name] = sums.get(name, 0) + loss.double() * len(images)
+                sums[name] = sums.get(name, 0) + loss.to(precise_dtype(device)) * len(images)
     preemption.raise_if_stop_requested()
     shares = utils.gather_objects(({k: float(v) for k, v in sums.items()}, images_seen))
     total = sum(count for _, count in shares)

@@ -40,7 +40,7 @@ from internals import file_names
 from internals.batches import Batch
 from internals.bit_depth import BIT_DEPTHS, EARLIER_DEPTH
 from internals.command_line import ArgumentParser, positive_int, prepare_output_dir
-from internals.devices import choose_device
+from internals.devices import choose_device, move_model
 from internals.errors import DataError, RunError, UserError
 from internals.failures import run_command
 from internals.image_arguments import find_images
@@ -113,7 +113,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bit-depth", type=int, choices=BIT_DEPTHS, metavar="BITS",
         help="the bits that 16-bit gray images hold: 8, 10, 12, 14 or 16 (default: as in training, "
         "or else those of the largest value in a sample of the images)")
-    add("--device", metavar="DEVICE", help="cuda, cuda:N or cpu (default: cuda if available)")
+    add("--device", metavar="DEVICE", help="cuda, cuda:N, mps (Apple) or cpu (default: cuda if "
+        "available)")
     add("--batch-size", type=positive_int, metavar="N",
         help="run up to N consecutive images of one size together; affects only speed and memory "
         "(default: 8 on CUDA, 1 on a CPU)")
@@ -443,7 +444,9 @@ def main(argv: list[str] | None = None) -> None:
     utils.log(f"{args.checkpoint}: {len(categories.ids)} categories; on {device}, {precision}")
 
     rules = choose_rules(images, args.bit_depth or bit_depth, args.truncated_images)
-    detector = Detector(model.to(device), categories, device, amp_dtype, args.score_threshold)
+    detector = Detector(
+        move_model(model, device), categories, device, amp_dtype, args.score_threshold
+    )
     folder = args.output_dir / "pictures"
     draw = partial(draw_image, folder=folder, categories=categories, index=index)
     batch_size = args.batch_size or (8 if device.type == "cuda" else 1)

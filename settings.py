@@ -2,13 +2,14 @@
 
 import argparse
 import os
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 
 import models
 import utils
 from internals.bit_depth import EARLIER_DEPTH
+from internals.custom_augmentation import is_custom
 from internals.errors import UserError
 from internals.fast.cuda_graphs import LARGEST_BATCH
 
@@ -81,16 +82,22 @@ def _take_model_args(args: argparse.Namespace, saved: dict) -> None:
     resized = args.min_size not in (None, saved.get("min_size"))
     for name in MODEL_ARGS:
         given, trained_with = getattr(args, name), saved.get(name, BEFORE.get(name))
+        differs = _without_folder(given) != _without_folder(trained_with)
         if given is None and name == "max_size" and resized:
             continue  # the default follows --min-size
         if given is None:
             setattr(args, name, trained_with)
-        elif given != trained_with and not args.test_only and not args.resume_anyway:
+        elif differs and not args.test_only and not args.resume_anyway:
             raise UserError(
                 f"--{name.replace('_', '-')} {given} differs from {trained_with}, with which "
                 f"{args.resume} was trained: remove the flag, add --resume-anyway, or start a new "
                 "training in another --output-dir"
             )
+
+
+def _without_folder(value: object) -> object:
+    """Return FILE.py:FUNCTION of a path to a custom augmentation: the file may have been moved."""
+    return PureWindowsPath(value).name if isinstance(value, str) and is_custom(value) else value
 
 
 def base_learning_rate(args: argparse.Namespace) -> float:
@@ -184,6 +191,8 @@ def _validate_process_args(args: argparse.Namespace, device: torch.device) -> No
         raise UserError("--dist-url needs torchrun")
     if args.cuda_graphs:
         _validate_cuda_graphs(args, device)
+    if args.find_batch_size and device.type == "mps":
+        raise UserError("--find-batch-size cannot measure the memory of Apple GPUs: remove it")
     if args.find_batch_size and (processes > 1 or args.test_only):
         raise UserError("--find-batch-size needs a single training process: remove torchrun and "
                         "--test-only")  # fmt: skip

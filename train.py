@@ -32,7 +32,7 @@ from arguments import parse_arguments
 from internals import batch_size as batch_size_search
 from internals import data_checks, failures, preemption, run_log
 from internals.command_line import prepare_output_dir
-from internals.devices import choose_device
+from internals.devices import choose_device, move_model, no_gpu_note
 from internals.errors import DataError, UserError
 from internals.fast import use_cuda_graphs
 from internals.mixed_precision import initialize_momentum, resolve_precision
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     train_loader, val_loader = loading.build_loaders(args, indexes, categories, device)
 
     # Model
-    model = build_model(args, categories, saved).to(device)
+    model = move_model(build_model(args, categories, saved), device)
 
     # Optimizer
     state = None if args.test_only else build_state(args, model, train_loader, amp_dtype)
@@ -236,7 +236,7 @@ def choose_precision(
 ) -> tuple[torch.dtype | None, str]:
     """Return the data type of autocast and its description, and log device and precision."""
     amp_dtype, precision = resolve_precision(device, args.amp, args.amp_dtype)
-    no_gpu = "" if torch.cuda.is_available() or args.device else " (no CUDA device found)"
+    no_gpu = "" if torch.cuda.is_available() or args.device else no_gpu_note()
     processes = f", {utils.world_size()} processes" if utils.world_size() > 1 else ""
     utils.log_field("device", f"{device.type}{no_gpu}{processes}, {precision}")
     if args.use_deterministic_algorithms:

@@ -5,17 +5,34 @@ the device small. The model itself resizes to `--min-size`, normalizes and pads 
 (torchvision's `GeneralizedRCNNTransform`).
 """
 
+import argparse
+from pathlib import Path
+
 import numpy as np
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from internals.custom_augmentation import CustomAugmentation, is_custom
 from internals.images import is_too_narrow
 
-PRESETS = ("hflip", "multiscale", "lsj", "ssd", "ssdlite", "none")
+PRESETS = ("hflip", "multiscale", "lsj", "ssd", "ssdlite", "aerial", "photometric", "none")
 
 # The fill of borders: ImageNet's mean color times 255, which normalization turns into about 0.
 FILL = {tv_tensors.Image: (123, 117, 104), "others": 0}
+
+
+def preset_name(text: str) -> str:
+    """Parse a value of --data-augmentation, an argparse type; paths become absolute."""
+    if text in PRESETS:
+        return text
+    if not is_custom(text):
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from {', '.join(PRESETS)}, or FILE.py:FUNCTION for "
+            "an augmentation of your own)"
+        )
+    file, _, function = text.rpartition(":")
+    return f"{Path(file).absolute()}:{function}"
 
 
 def training_sizes(preset: str, min_size: int) -> tuple[int, ...]:
@@ -56,11 +73,31 @@ def find_too_narrow(
     return too_narrow | (is_too_narrow(shorter, longer, smallest, max_size) & (not fixed_size))
 
 
-def training_preset(name: str, min_size: int) -> v2.Transform:
-    """Build an augmentation preset; those here are torchvision's references' of the same names.
+class RandomQuarterTurn(v2.Transform):
+    """Turn by 0, 90, 180 or 270 degrees, with equal probability; a box keeps its size exactly."""
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """Draw the number of counterclockwise quarter turns."""
+        return {"turns": int(torch.randint(4, ()))}
+
+    def transform(self, inpt, params: dict):
+        """Turn an image or its boxes (x1, y1, x2, y2)."""
+        if isinstance(inpt, tv_tensors.Image):
+            return tv_tensors.wrap(torch.rot90(inpt, params["turns"], (-2, -1)), like=inpt)
+        height, width = inpt.canvas_size
+        boxes = inpt.as_subclass(torch.Tensor)
+        for _ in range(params["turns"]):
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes = torch.stack([y1, width - x2, y2, width - x1], dim=1)
+            height, width = width, height
+        return tv_tensors.wrap(boxes, like=inpt, canvas_size=(height, width))
+
+
+def training_preset(name: str, min_size: int) -> v2.Transform | CustomAugmentation:
+    """Build an augmentation; lsj, ssd and ssdlite are those of torchvision's references.
 
     Args:
-        name: One of `PRESETS`.
+        name: Of `preset_name`.
         min_size: The side in pixels of the square that `lsj` (large-scale jitter, arXiv 2012.07177,
             scales 0.1 to 2) crops and pads to; not used by other presets.
     """
@@ -81,19 +118,25 @@ def training_preset(name: str, min_size: int) -> v2.Transform:
         return v2.Compose([distort, zoom_out, v2.RandomIoUCrop(), flip])
     if name == "ssdlite":
         return v2.Compose([v2.RandomIoUCrop(), flip])
+    if name == "aerial":  # a vertical flip is a horizontal one and half a turn
+        return v2.Compose([flip, RandomQuarterTurn()])
+    if name == "photometric":
+        return v2.Compose([v2.RandomPhotometricDistort(), flip])
     if name == "none":
         return v2.Identity()
+    if is_custom(name):
+        return CustomAugmentation(name)
     raise ValueError(f"unknown augmentation {name!r}, choose from {', '.join(PRESETS)}")
 
 
 def augment(
-    transform: v2.Transform, image: torch.Tensor, target: dict, seed: int
+    transform: v2.Transform | CustomAugmentation, image: torch.Tensor, target: dict, seed: int
 ) -> tuple[torch.Tensor, dict]:
     """Apply `transform` to an image and the boxes of its target.
 
     What is drawn depends on `seed` alone; the global generator is not changed. Boxes that a crop
     removes are dropped with their `labels`, `iscrowd` and `area`; the `area` of the others is not
-    changed.
+    changed, except that a `CustomAugmentation` gets the area of its boxes.
 
     Args:
         transform: For example of `training_preset`.
@@ -109,7 +152,13 @@ def augment(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        image, boxes = transform(tv_tensors.Image(image), boxes)
+        image = tv_tensors.Image(image)
+        if isinstance(transform, CustomAugmentation):
+            image, boxes, labels = transform(image, boxes, target["labels"])
+            target = {**target, "labels": labels, "iscrowd": torch.zeros_like(labels)}
+            target["area"] = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+        else:
+            image, boxes = transform(image, boxes)
     # torchvision's crops give removed boxes a size of 0.
     boxes = v2.functional.clamp_bounding_boxes(boxes).as_subclass(torch.Tensor)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)

@@ -372,11 +372,11 @@ class Progress:
 def peak_memory(device: torch.device) -> int | None:
     """Return the peak memory of this process in MiB: of the CUDA device, or resident on a CPU.
 
-    None if it cannot be measured (Windows without CUDA).
+    None if it cannot be measured (Windows without CUDA, Apple GPUs).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
-    if resource is None:
+    if resource is None or device.type == "mps":
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> 20 if sys.platform == "darwin" else peak >> 10

@@ -13,6 +13,7 @@ import torch
 import utils
 from internals import preemption
 from internals.batches import BatchTargets
+from internals.custom_augmentation import is_custom
 from internals.errors import UserError
 from internals.mixed_precision import autocast
 from internals.train_state import TrainState
@@ -32,29 +33,35 @@ def find_largest_batch(state: TrainState, loader, args: argparse.Namespace) -> N
         UserError: One image does not fit.
     """
     preemption.restore_signal_handlers()  # nothing to save
-    dataset, is_square = loader.dataset, args.data_augmentation == "lsj"
-    stored = dataset.index.sizes[dataset.images]
-    pair = find_hardest_images(stored, loader.batch_sampler.groups, args.min_size, args.max_size)
+    dataset, name = loader.dataset, args.data_augmentation
+    sizes, groups = dataset.index.sizes[dataset.images], loader.batch_sampler.groups
+    count = len(sizes)
+    if name == "aerial":  # a batch may have turned images beside others: those from `count` on
+        sizes, groups = np.concatenate([sizes, sizes[:, ::-1]]), np.tile(groups, 2)
+    pair = find_hardest_images(sizes, groups, args.min_size, args.max_size)
     boxes = int(np.bincount(dataset.index.image_of_rows()[dataset.index.usable]).max(initial=1))
-    shapes = " and ".join(f"{w} x {h}" for w, h in {tuple(stored[i].tolist()) for i in pair})
+    shapes = " and ".join(f"{w} x {h}" for w, h in sorted({tuple(sizes[i].tolist()) for i in pair}))
     utils.log(f"trying images of {shapes} pixels, before resizing, with {boxes} boxes each")
+    augmented = name == "lsj" or is_custom(name)  # these determine the size, with one seed for all
+
+    def load(i: int) -> tuple[torch.Tensor, dict]:
+        image, target = dataset[(i % count, 0) if augmented else i % count]
+        return make_hard_sample(image if i < count else image.transpose(1, 2), target, boxes)
 
     def measure(images: int) -> int | None:
-        # The augmentation lsj is applied, as it determines the image size.
-        keys = [(pair[n % 2], 0) if is_square else pair[n % 2] for n in range(images)]
-        batch = loader.collate_fn([make_hard_sample(*dataset[key], boxes) for key in keys])
+        batch = loader.collate_fn([load(pair[n % 2]) for n in range(images)])
         memory = measure_peak_memory(state, *batch.to(state.device))
         result = "does not fit" if memory is None else f"{memory:,} MiB"
         utils.log(f"  batch of {images}: {result}")
         return memory
 
     if state.device.type == "cuda":
-        size = search_largest(lambda images: measure(images) is not None, len(stored))
+        size = search_largest(lambda images: measure(images) is not None, count)
         source = "measured"
     else:  # out of memory on a CPU, the system kills processes: extrapolate instead
         peaks = [measure(n) for n in (1, 1, 2, 3)][1:]  # the first creates the optimizer state
         limit = available_memory()
-        size = extrapolate_largest(peaks, limit >> 20, len(stored))
+        size = extrapolate_largest(peaks, limit >> 20, count)
         source = f"estimated for {limit / 2**30:.1f} GiB of available memory"
     if not size:
         raise UserError("one image does not fit: lower --min-size or use a smaller --model")

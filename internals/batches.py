@@ -67,6 +67,10 @@ class Batch:
         Returns:
             Images, each float32 `[3, H, W]` in [0, 1], and their targets.
         """
+        if device.type == "mps":
+            # Blocking copies, of tensors made on the host: see internals.devices. Seeds stay there.
+            images, targets = self.to(torch.device("cpu"), seeds)
+            return [image.contiguous().to(device) for image in images], targets.to(device)
         count = len(self)
         seeds = [0] * count if seeds is None else list(seeds)
         self.buffer[: 8 * count].view(torch.int64).copy_(_as_int64(seeds))
@@ -100,7 +104,7 @@ class BatchTargets(Sequence):
         boxes: float32 `[B, G, 4]`, x1, y1, x2, y2 in pixels of the image before resizing.
         labels: int64 `[B, G]`.
         counts: int64 `[B]`, the number of boxes of each image; the rest is padding.
-        seeds: int64 `[B]`, on the device.
+        seeds: int64 `[B]`, on the device; on the CPU for Apple GPUs.
         box_counts: `counts` on the host.
         image_seeds: `seeds` on the host, from 0 to 2**64 - 1.
     """
@@ -134,6 +138,11 @@ class BatchTargets(Sequence):
             box_counts=counts,
             image_seeds=seeds,
         )
+
+    def to(self, device: torch.device) -> "BatchTargets":
+        """Copy the ground truth, but not the seeds, to a device."""
+        copied = {name: getattr(self, name).to(device) for name in ("boxes", "labels", "counts")}
+        return BatchTargets(**{**vars(self), **copied})
 
     def __len__(self) -> int:
         return len(self.box_counts)

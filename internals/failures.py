@@ -117,7 +117,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError)
         and not isinstance(error, RunError)
-        and "allocate memory" in str(error)
+        and any(words in str(error) for words in ("allocate memory", "MPS backend out of memory"))
     )
 
 

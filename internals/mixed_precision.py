@@ -12,6 +12,8 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
+from internals.errors import UserError
+
 ANCHOR_GENERATORS = (AnchorGenerator, DefaultBoxGenerator)
 HEADS = (RPNHead, FastRCNNPredictor, RetinaNetHead, FCOSHead, SSDHead, SSDLiteHead)
 
@@ -29,7 +31,15 @@ def resolve_precision(
 
     Returns:
         The dtype, None for plain float32, and a description for the log.
+
+    Raises:
+        UserError: The device has no mixed precision.
     """
+    if amp and device.type == "mps":  # torchvision registers autocast for CPU, CUDA and XPU only
+        raise UserError(
+            "--amp is not for Apple GPUs, where torchvision's RoIAlign has no mixed precision: "
+            "remove it, or use start_scripts/train_fasterrcnn_resnet50_torch.sh"
+        )
     if not amp:
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32  # PyTorch's default
         return None, "float32, TF32 in convolutions" if tf32 else "float32"

@@ -7,6 +7,7 @@ import torch
 
 import utils
 from internals import failures
+from internals.devices import precise_dtype
 from internals.errors import RunError
 
 
@@ -18,12 +19,13 @@ class StepMonitor:
     the steps of `optimizer` are counted. Only `check` and `read` wait for the device, once.
     """
 
-    NEVER = 2.0**52  # larger than any step, exact in float64
+    NEVER = 2.0**52  # larger than any step, and exact, as is a step up to 2**24 in float32
     TOO_MANY = 10
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
         self.optimizer = optimizer
-        self.first_bad = torch.full((1,), self.NEVER, dtype=torch.float64, device=device)
+        self.dtype = precise_dtype(device)
+        self.first_bad = torch.full((1,), self.NEVER, dtype=self.dtype, device=device)
         self.skipped, self.in_a_row, self.most_in_a_row = torch.zeros(3, 1, device=device)
         self.total, self.count, self.image_ids = 0, 0, {}
 
@@ -36,8 +38,8 @@ class StepMonitor:
 
     def add(self, losses: dict[str, torch.Tensor], step: int, image_ids: list[int]) -> None:
         """Add the losses of a step, or of one of its micro-batches."""
-        values = torch.stack([loss.detach().double() for loss in losses.values()])
-        finite = torch.isfinite(values.sum().float()).double()
+        values = torch.stack([loss.detach().to(self.dtype) for loss in losses.values()])
+        finite = torch.isfinite(values.sum().float()).to(self.dtype)
         self.first_bad = self.first_bad.minimum(finite * self.NEVER + step)
         self.image_ids[step] = image_ids
         self.names = [loss_name(name) for name in losses]
@@ -82,7 +84,8 @@ class StepMonitor:
         Raises:
             RunError: A loss was not finite, or too many steps in a row were skipped.
         """
-        counts = [self.first_bad, self.skipped.double(), self.most_in_a_row.double()]
+        skips = (self.skipped.to(self.dtype), self.most_in_a_row.to(self.dtype))
+        counts = [self.first_bad, *skips]
         rows = utils.gather_numbers(torch.cat([*counts, self.total / self.count]))
         self._raise_if_not_finite([first_bad for first_bad, *_ in rows])
         _, skipped, most, *_ = rows[utils.rank()]

@@ -37,6 +37,7 @@ from internals.fast import FastFasterRCNN, plain_kernels, roi_heads, rpn
 from internals.train_state import MovingAverage
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda:0"  # simulated_mps.py sets another one
 CLASSES = 7
 SIZE = 64
 # Operators that read a value or have a result of data-dependent shape.
@@ -55,7 +56,7 @@ class OnCuda(torch.Tensor):
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device="cuda:0",
+            device=DEVICE,
         )
         made.inner = inner
         return made
@@ -71,11 +72,15 @@ class OnCuda(torch.Tensor):
         return run_on_cpu(func, args, kwargs or {})
 
 
+def on_device(device: torch.device | str) -> bool:
+    return torch.device(device).type == torch.device(DEVICE).type
+
+
 def run_on_cpu(func, args: tuple, kwargs: dict):
     """Run an operator on the values; the results are on the device that they would be on."""
     wrappers = {id(x.inner): x for x in tree_leaves((args, kwargs)) if isinstance(x, OnCuda)}
     device = kwargs.get("device")
-    is_cuda = torch.device(device).type == "cuda" if device is not None else bool(wrappers)
+    is_cuda = on_device(device) if device is not None else bool(wrappers)
 
     def unwrap(x):
         if isinstance(x, OnCuda):
@@ -120,18 +125,18 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        on_device = [isinstance(x, OnCuda) for x in tensors]
+        wrapped = [isinstance(x, OnCuda) for x in tensors]
         device = kwargs.get("device")
-        to_cuda = device is not None and torch.device(device).type == "cuda"
-        self.operators += any(on_device) or to_cuda
+        to_cuda = device is not None and on_device(device)
+        self.operators += any(wrapped) or to_cuda
         name = func.overloadpacket.__name__
         if name == "_to_copy" and device is not None:
-            if to_cuda != on_device[0] and not kwargs.get("non_blocking"):
+            if to_cuda != wrapped[0] and not kwargs.get("non_blocking"):
                 self.add_wait("copy")
-        elif name == "copy_" and on_device[0] != on_device[1]:
+        elif name == "copy_" and wrapped[0] != wrapped[1]:
             if not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
                 self.add_wait("copy_")
-        elif any(on_device) and waits(name, args, kwargs, tensors):
+        elif any(wrapped) and waits(name, args, kwargs, tensors):
             self.add_wait(name)
         return run_on_cpu(func, args, kwargs)
 
@@ -159,7 +164,7 @@ def call_site() -> str:
     for frame in reversed(traceback.extract_stack()[:-1]):
         path = Path(frame.filename)
         ours = ROOT in path.parents and "site-packages" not in path.parts
-        if (ours and path != Path(__file__)) or "torchvision" in path.parts:
+        if (ours and path.parent != ROOT / "tests") or "torchvision" in path.parts:
             found.append(f"{path.name}:{frame.lineno}")
     return " < ".join(found[:2]) or "torch"
 

@@ -84,6 +84,8 @@ def test_defaults_depend_on_other_flags(monkeypatch):
         ("--world-size 4", "--world-size 4, but 1 were started"),
         ("--dist-url tcp://localhost:1", "--dist-url needs torchrun"),
         ("--dataset coco_kp", "invalid choice"),
+        ("--data-augmentation mosaic", "invalid choice: 'mosaic' .choose from hflip, .*FILE.py:FU"),
+        ("--data-augmentation mine.py", "invalid choice: 'mine.py'"),
         ("--batch-size 0", "0 is below 1"),
         ("--clip-grad-norm 0", "0 is not a number above 0"),
         ("--lr inf", "inf is too large"),

@@ -369,7 +369,9 @@ def test_restore_progress(capsys):
 @pytest.mark.parametrize("name", checkpoint.RESUME_INVARIANTS)
 def test_changed_invariant_is_rejected(name, capsys):
     descriptions = {"train_data": "other training data", "val_data": "other validation data"}
-    descriptions |= {key: f"{key.replace('_', ' ')} None (now 7)" for key in ("precision",)}
+    descriptions |= {
+        key: f"{key.replace('_', ' ')} None (now 7)" for key in ("precision", "augmentation_code")
+    }
     descriptions |= {"global_batch": "global batch 4 (now 7)"}
     before = ARGS[name]
     described = descriptions.get(name, f"--{name.replace('_', '-')} {before} (now 7)")
@@ -402,10 +404,16 @@ def test_add_resume_facts():
             return "abc"
 
     plan = samplers.TrainingPlan(np.zeros(9, dtype=np.int64), 4)
-    args = vars(argparse.Namespace(lr=0.1))
+    args = {"data_augmentation": "hflip"}
     facts = checkpoint.add_resume_facts(args, plan, torch.bfloat16, {"train": Index()})
     assert facts == {
-        **{"lr": 0.1, "steps_per_epoch": 2, "global_batch": 4, "world_size": 1},
+        **{
+            **args,
+            "augmentation_code": None,
+            "steps_per_epoch": 2,
+            "global_batch": 4,
+            "world_size": 1,
+        },
         **{"precision": "bfloat16", "train_data": "abc"},
     }
     assert checkpoint.add_resume_facts(args, plan, None, {})["precision"] == "float32"

@@ -413,7 +413,7 @@ def test_invalid_arguments_are_rejected(command, model, trained, annotations, tm
         (("X", image, *out, "--model", models.MODELS[0]), "unknown weights 'X': choose from"),
         ((model, image, *out, "--score-threshold", 2), "2 is not between 0 and 1"),
         ((model, image, *out, "--batch-size", 0), "0 is below 1"),
-        ((model, image, *out, "--device", "gpu"), "--device gpu: use cuda, cuda:N or cpu"),
+        ((model, image, *out, "--device", "gpu"), "--device gpu: use cuda, cuda:N, mps or cpu"),
         ((model, image, *out, "--device", "cuda"), "there are 0 CUDA devices"),
         ((model, image, *out, "--show-truth", truth), "category 2 ('horse') does not fit"),
         ((model, image, *out, "--format", "xml"), "invalid choice: 'xml'"),

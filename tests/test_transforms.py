@@ -1,7 +1,13 @@
+import argparse
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torchvision import tv_tensors
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
 
 import transforms
 
@@ -111,3 +117,66 @@ def test_too_narrow_images_are_those_that_fail(name, fixed_size):
 def test_unknown_preset_is_rejected():
     with pytest.raises(ValueError, match="unknown augmentation 'mosaic'"):
         transforms.training_preset("mosaic", 800)
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (0, [[0, 0, 20, 30], [30, 10, 79, 59]]),
+        (1, [[0, 60, 30, 80], [10, 1, 59, 50]]),
+        (2, [[60, 30, 80, 60], [1, 1, 50, 50]]),
+        (3, [[30, 0, 60, 20], [1, 30, 50, 79]]),
+    ],
+)
+def test_quarter_turns_of_boxes(turns, expected):
+    image = tv_tensors.Image(torch.zeros(3, 60, 80, dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes(torch.tensor(BOXES[:2]), format="XYXY", canvas_size=(60, 80))
+    turn = transforms.RandomQuarterTurn()
+    new, result = (turn.transform(x, {"turns": turns}) for x in (image, boxes))
+    assert result.tolist() == expected
+    assert new.shape[-2:] == result.canvas_size == ((60, 80) if turns % 2 == 0 else (80, 60))
+
+
+def test_aerial_turns_pixels_with_their_boxes_in_eight_ways():
+    """Each box is filled with its own value; afterwards it is exactly where these pixels are."""
+    image, target = sample([[3, 5, 20, 31], [40, 7, 80, 9], [50, 50, 51, 60]])
+    image.fill_(0)
+    for value, (x1, y1, x2, y2) in enumerate(target["boxes"].int().tolist(), 1):
+        image[:, y1:y2, x1:x2] = value
+    image[0, 0, 0] = 99  # the corner tells the orientation
+    image[0, 0, 1] = 98
+    transform, orientations = transforms.training_preset("aerial", 64), Counter()
+    for seed in range(400):
+        new, result = transforms.augment(transform, image, target, seed)
+        for value, box in enumerate(result["boxes"].tolist(), 1):
+            y, x = torch.where(new[1] == value)
+            assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+            assert len(x) == (box[2] - box[0]) * (box[3] - box[1])
+        places = [tuple(torch.nonzero(new[0] == mark)[0].tolist()) for mark in (99, 98)]
+        orientations[tuple(places)] += 1
+        assert result["area"].tolist() == [0, 1, 2]
+    assert len(orientations) == 8
+    assert min(orientations.values()) > 25  # 50 expected; four standard deviations are 26
+
+
+def test_photometric_keeps_boxes_and_changes_colors():
+    image, target = sample(BOXES)
+    transform = transforms.training_preset("photometric", 64)
+    for seed in range(20):
+        new, result = transforms.augment(transform, image, target, seed)
+        assert new.dtype == torch.uint8
+        mirrored = transforms.augment(v2.RandomHorizontalFlip(1), image, target, 0)[1]["boxes"]
+        assert any(torch.equal(result["boxes"], boxes) for boxes in (target["boxes"], mirrored))
+        assert not torch.equal(new, image)
+        assert not torch.equal(new, image.flip(2))
+
+
+def test_preset_names():
+    assert transforms.preset_name("aerial") == "aerial"
+    expected = f"{Path.cwd() / 'a' / 'b.py'}:build"
+    assert transforms.preset_name("a/b.py:build") == expected == transforms.preset_name(expected)
+    for text in ("mosaic", "b.py", "b.txt:build", ":build"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=r"invalid choice.*photometric, none, o"
+        ):
+            transforms.preset_name(text)

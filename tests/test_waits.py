@@ -1,6 +1,7 @@
 """The host does not wait for a GPU in a training step, and once per batch of an evaluation.
 
-On simulated CUDA tensors: this fails when somebody adds an `.item()`, also without a GPU.
+On simulated CUDA tensors: this fails when somebody adds an `.item()`, also without a GPU. Likewise,
+what an Apple GPU cannot do is found on simulated ones.
 """
 
 import json
@@ -47,3 +48,18 @@ def test_waits_are_found():
     counts = count_waits("parts", 2, 4)
     two, four = (sum(counts[size]["step"]["waits"].values()) for size in ("2", "4"))
     assert 10 < two < four - 10
+
+
+@pytest.mark.slow
+def test_nothing_is_done_that_apple_gpus_cannot_do():
+    """On simulated tensors: losses as on a CPU, no float64, no copy that does not block, ..."""
+    pytest.importorskip("yaml")
+    pytest.importorskip("torchgen")
+    names = ("fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn")
+    script = ROOT / "tests/simulated_mps.py"
+    result = run(sys.executable, script, *names, PYTHONPATH=str(ROOT))
+    assert not result.returncode, result.stderr
+    problems = json.loads(result.stdout)
+    assert {name: problems[name] for name in names} == {name: [] for name in names}
+    found = {line.partition(" at ")[0] for line in problems["careless"]}
+    assert found == {"float64", "channels last"}

@@ -65,10 +65,10 @@ class FastFasterRCNN(FasterRCNN):
     def _set_sampling_keys(
         self, images: torch.Tensor, features: dict, targets: BatchTargets
     ) -> None:
-        """Let torchvision's parts sample as `losses` does."""
+        """Let torchvision's parts sample as `losses` does; keys are where the seeds are."""
         anchors = find_anchors(self.rpn.anchor_generator, images, list(features.values()))
         seeds, counts, device = targets.seeds, targets.box_counts, targets.seeds.device
-        anchor_keys = random_keys(seeds, anchors.ids, ANCHORS)
+        anchor_keys = random_keys(seeds, anchors.ids.to(device), ANCHORS)
         self.rpn.fg_bg_sampler.set_keys(anchor_keys, anchor_keys[:, :0], [0] * len(counts))
         ranks = torch.arange(self.rpn.post_nms_top_n(), device=device)
         gt_ids = FIRST_GT_ID + torch.arange(targets.boxes.shape[1], device=device)

@@ -49,7 +49,7 @@ class KeyedSampler(BalancedPositiveNegativeSampler):
         masks = [], []
         for image, (labels, count) in enumerate(zip(matched_idxs, self.gt_counts, strict=True)):
             keys = [self.keys[image, : len(labels) - count], self.gt_keys[image, :count]]
-            kinds = labels.clamp(IGNORED, POSITIVE).to(torch.int8)
+            kinds = labels.clamp(IGNORED, POSITIVE).to(self.keys.device, torch.int8)
             places = sample(
                 kinds[None],
                 torch.cat(keys)[None],
@@ -59,5 +59,5 @@ class KeyedSampler(BalancedPositiveNegativeSampler):
             for mask_list, rows, chosen in zip(masks, places[::2], places[1::2], strict=True):
                 mask = torch.zeros_like(kinds, dtype=torch.uint8)
                 mask[rows[chosen]] = 1
-                mask_list.append(mask)
+                mask_list.append(mask.to(labels.device))
         return masks

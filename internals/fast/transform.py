@@ -36,7 +36,7 @@ class FastTransform(GeneralizedRCNNTransform):
         )
         batch = torch.zeros_like(
             images[0].new_zeros(()).expand(len(images), 3, height, width),
-            memory_format=torch.channels_last,
+            memory_format=torch.contiguous_format if images[0].is_mps else torch.channels_last,
         )
         for padded, image in zip(batch, images, strict=True):
             padded[:, : image.shape[1], : image.shape[2]].copy_(image)

@@ -59,28 +59,33 @@ def test_free_memory_includes_this_process():
     assert 1024 * int(held) < batch_size.available_memory() <= total
 
 
-@pytest.mark.parametrize(("room", "fit"), [(4, 4), (99, 8)])
-def test_find_tries_hardest_images(tiny, capsys, monkeypatch, room, fit):
+@pytest.mark.parametrize(
+    ("room", "fit", "augmentation"), [(4, 4, "hflip"), (99, 8, "hflip"), (99, 8, "aerial")]
+)
+def test_find_tries_hardest_images(tiny, capsys, monkeypatch, room, fit, augmentation):
     """On a CPU the batch size is estimated from the memory of 1, 2 and 3 images."""
     index = coco_utils.CocoIndex(split_of(tiny))
     images = np.arange(8)
     dataset = coco_utils.CocoDetection(index, index.categories, images)
-    plan = samplers.TrainingPlan(np.zeros(8, dtype=np.int64), 2)
+    plan = samplers.TrainingPlan(np.tile([0, 1], 4), 2)  # landscape and portrait
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=plan, collate_fn=coco_utils.collate)
-    sizes = []
+    sizes, found = [], set()
 
     def measure(state, images: list, targets: BatchTargets) -> int:
         sizes.append(len(images))
+        found.update(tuple(image.shape[-2:]) for image in images)
         assert targets.box_counts == [2] * len(images)  # the most an image has
         return 100 * len(images)
 
     monkeypatch.setattr(batch_size, "measure_peak_memory", measure)
     monkeypatch.setattr(batch_size, "available_memory", lambda: int(room * 100 / 0.95 + 1) << 20)
     monkeypatch.setattr(batch_size.preemption, "restore_signal_handlers", lambda: None)
-    flags = {"min_size": 64, "max_size": 128, "data_augmentation": "hflip"}
+    flags = {"min_size": 64, "max_size": 128, "data_augmentation": augmentation}
     state = argparse.Namespace(device=torch.device("cpu"))
     batch_size.find_largest_batch(state, loader, argparse.Namespace(**flags))
     assert sizes == [1, 1, 2, 3]
+    # The padded batch is larger if some images are turned.
+    assert found == ({(64, 48), (48, 64)} if augmentation == "aerial" else {(64, 48)})
     output = capsys.readouterr().out
     assert "pixels, before resizing, with 2 boxes each" in output
     assert f"--batch-size {fit} is the largest that fits, estimated" in output
