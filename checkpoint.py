@@ -35,6 +35,7 @@ RESUME_INVARIANTS = (
     "momentum",
     "weight_decay",
     "norm_weight_decay",
+    "bias_weight_decay",
     "clip_grad_norm",
     "sync_bn",
     "epochs",
@@ -44,9 +45,12 @@ RESUME_INVARIANTS = (
     "warmup_steps",
     "ema",
     "freeze_backbone",
+    "train_norm_affine",
     "train_data",
     "val_data",
 )
+# The values of RESUME_INVARIANTS that checkpoints of earlier versions lack.
+BEFORE = {"bias_weight_decay": None, "train_norm_affine": False}
 # Those that determine which images an epoch has, and in which order.
 SAMPLER_INVARIANTS = {
     "seed",
@@ -302,7 +306,7 @@ def restore(state: TrainState, saved: dict, run_args: dict, path: str, resume_an
     Raises:
         UserError: A resume invariant has changed.
     """
-    before = saved["args"]
+    before = {**BEFORE, **saved["args"]}
     changed = [k for k in RESUME_INVARIANTS if k in before and before[k] != run_args[k]]
     described = ", ".join(_describe_change(k, before[k], run_args[k]) for k in changed)
     if changed and not resume_anyway:

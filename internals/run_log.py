@@ -62,7 +62,11 @@ def log_model(args: argparse.Namespace, model: torch.nn.Module) -> None:
     total = sum(p.numel() for p in parameters) / 1e6
     trainable = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
     text = f"{args.model}, {total:.1f} M parameters, {trainable:.1f} M trainable"
+    if not args.test_only:
+        utils.log_field("recipe", args.recipe)
     utils.log_field("model", text)
+    if args.train_norm_affine and not args.test_only:
+        utils.log_field("", "norms of the backbone: statistics frozen, scale and bias trained")
     size = "x".join(map(str, args.fixed_size or ())) or f"{args.min_size} to {args.max_size}"
     augmentation = "" if args.test_only else f", augmentation {args.data_augmentation}"
     utils.log_field("images", f"resized to {size} pixels{augmentation}")
@@ -117,7 +121,21 @@ def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainSta
     scaled = args.lr == base_lr * plan.global_batch / 16
     rule = f" = {base_lr} x {plan.global_batch} / 16" if scaled else ""
     utils.log_field("optimizer", f"{args.opt}, lr {args.lr:g}{rule}")
+    utils.log_field("", describe_decay(args))
     utils.log_field("", f"warm-up over {args.warmup_steps} steps, {drops}")
+
+
+def describe_decay(args: argparse.Namespace) -> str:
+    """Describe momentum, weight decay and clipping."""
+    parts = [] if args.momentum is None else [f"momentum {args.momentum:g}"]
+    parts.append(f"weight decay {args.weight_decay:g}")
+    for kind in ("norm", "bias"):
+        decay = getattr(args, f"{kind}_weight_decay")
+        if decay is not None:
+            parts.append(f"of {kind}{'es' if kind == 'bias' else 's'} {decay:g}")
+    clip = args.clip_grad_norm
+    parts.append("no gradient clipping" if clip is None else f"gradients clipped to norm {clip:g}")
+    return ", ".join(parts)
 
 
 class StepLog:
