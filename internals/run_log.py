@@ -126,16 +126,17 @@ def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainSta
 
 
 def describe_decay(args: argparse.Namespace) -> str:
-    """Describe momentum, weight decay and clipping."""
-    parts = [] if args.momentum is None else [f"momentum {args.momentum:g}"]
-    parts.append(f"weight decay {args.weight_decay:g}")
-    for kind in ("norm", "bias"):
-        decay = getattr(args, f"{kind}_weight_decay")
-        if decay is not None:
-            parts.append(f"of {kind}{'es' if kind == 'bias' else 's'} {decay:g}")
+    """Describe momentum, weight decay and gradient clipping."""
+    decays = {"norms": args.norm_weight_decay, "biases": args.bias_weight_decay}
+    others = ", ".join(f"{name} {decay:g}" for name, decay in decays.items() if decay is not None)
     clip = args.clip_grad_norm
-    parts.append("no gradient clipping" if clip is None else f"gradients clipped to norm {clip:g}")
-    return ", ".join(parts)
+    return ", ".join(
+        [
+            *([] if args.momentum is None else [f"momentum {args.momentum:g}"]),
+            f"weight decay {args.weight_decay:g}" + (f" ({others})" if others else ""),
+            "no gradient clipping" if clip is None else f"gradients clipped to norm {clip:g}",
+        ]
+    )
 
 
 class StepLog:

@@ -366,6 +366,13 @@ def test_restore_progress(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_older_checkpoints_have_the_defaults_of_later_flags():
+    older = {key: value for key, value in ARGS.items() if key not in checkpoint.BEFORE}
+    assert restore(older, {**ARGS, **checkpoint.BEFORE}).step == 25
+    with pytest.raises(UserError, match=r"--train-norm-affine False \(now True\)"):
+        restore(older, {**ARGS, **checkpoint.BEFORE, "train_norm_affine": True})
+
+
 @pytest.mark.parametrize("name", checkpoint.RESUME_INVARIANTS)
 def test_changed_invariant_is_rejected(name, capsys):
     descriptions = {"train_data": "other training data", "val_data": "other validation data"}
