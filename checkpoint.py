@@ -304,7 +304,7 @@ def restore(state: TrainState, saved: dict, run_args: dict, path: str, resume_an
         resume_anyway: Whether to resume although a resume invariant has changed.
 
     Raises:
-        UserError: A resume invariant has changed.
+        UserError: A resume invariant has changed, or the optimizer's state is for other parameters.
     """
     before = {**BEFORE, **saved["args"]}
     changed = [k for k in RESUME_INVARIANTS if k in before and before[k] != run_args[k]]
@@ -316,7 +316,14 @@ def restore(state: TrainState, saved: dict, run_args: dict, path: str, resume_an
         )
     if changed:
         utils.log_field("resume", f"--resume-anyway: so far trained with {described}")
-    state.load_state_dict(saved)
+    try:
+        state.load_state_dict(saved)
+    except ValueError as error:  # the optimizer has other groups, or groups of other sizes
+        raise UserError(
+            f"{path} cannot be resumed with other trained or separately decayed parameters, not "
+            f"even with --resume-anyway: start from its weights, --weights {path}, in another "
+            "--output-dir"
+        ) from error
     if SAMPLER_INVARIANTS & set(changed):
         utils.log_field("resume", f"epoch {state.epoch} restarts, as its batches have changed")
         state.step = state.epoch * run_args["steps_per_epoch"]

@@ -14,6 +14,7 @@ from helpers import run_forked
 
 import checkpoint
 import engine
+import models
 import samplers
 from internals.errors import CheckpointError, RunError, UserError
 
@@ -344,6 +345,17 @@ ARGS = {
     **dict.fromkeys(checkpoint.RESUME_INVARIANTS),
     **{"lr": 0.1, "steps_per_epoch": 10, "world_size": 1, "seed": 0, "global_batch": 4},
 }
+
+
+def test_optimizer_of_other_parameters_is_rejected():
+    states = []
+    for decays in ((0.1, None), (0.1, None, 0.0)):
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(models.parameter_groups(model, *decays), lr=0.1)
+        states.append(engine.TrainState(model, optimizer, lambda step: 0.1))
+    saved = {**states[0].state_dict(), "args": ARGS}
+    with pytest.raises(UserError, match=r"start from its weights, --weights x.pth"):
+        checkpoint.restore(states[1], saved, ARGS, "x.pth", resume_anyway=True)
 
 
 def restore(before: dict, now: dict, resume_anyway: bool = False) -> engine.TrainState:
