@@ -241,12 +241,8 @@ def parameter_groups(
     Norms are a group of their own if they have a weight decay of their own, and so are the biases
     of all other layers.
     """
-    groups = {
-        kind: {"params": [], "weight_decay": decay}
-        for kind, decay in (("other", weight_decay), ("norm", norm_weight_decay),
-                            ("bias", bias_weight_decay))
-        if decay is not None
-    }  # fmt: skip
+    decays = {"other": weight_decay, "norm": norm_weight_decay, "bias": bias_weight_decay}
+    groups = {k: {"params": [], "weight_decay": w} for k, w in decays.items() if w is not None}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind = "norm" if isinstance(module, NORMS) else name

@@ -13,7 +13,7 @@ RECIPES = {
         "opt": "sgd",
         "weight_decay": 1e-4,
     },
-    "strong": {  # MMDetection's faster-rcnn_r50-tnr-pre_fpn_1x_coco
+    "strong": {  # MMDetection's faster-rcnn_r50-tnr-pre_fpn_1x_coco, which decays biases, too
         "weights_backbone": "IMAGENET1K_V2",
         "train_norm_affine": True,
         "epochs": 12,

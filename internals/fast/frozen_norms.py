@@ -23,8 +23,8 @@ def train_affine(module: nn.Module) -> bool:
 
     The names in the state_dict stay the same. Returns whether there are such norms.
     """
-    norms = [m.norm[0] for m in module.modules() if isinstance(m, FoldedConv2d)
-             and m.weight.requires_grad]  # fmt: skip
+    convolutions = [m for m in module.modules() if isinstance(m, FoldedConv2d)]
+    norms = [conv.norm[0] for conv in convolutions if conv.weight.requires_grad]
     for norm in norms:
         for name in ("weight", "bias"):
             value = getattr(norm, name)
