@@ -17,6 +17,7 @@ from internals.command_line import (
     positive_float,
     positive_int,
 )
+from internals.recipes import RECIPES, STRONG_MODELS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -49,11 +50,15 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "(default: output)")
     add("--model", choices=models.MODELS, metavar="NAME",
         help=f"one of {', '.join(models.MODELS)} (default: {models.MODELS[0]})")
+    add("--recipe", choices=RECIPES,
+        help="named set of defaults, which other flags override: reference, torchvision's; "
+        f"strong, a better backbone, AdamW and 12 epochs, for {' and '.join(STRONG_MODELS)} "
+        "(default: reference)")
     add("--weights", metavar="NAME|FILE",
         help="fine-tune a whole detector: COCO_V1, or a file of this or another training loop; "
         "its head is replaced if the categories differ (default: none, see --weights-backbone)")
-    add("--epochs", type=positive_int, default=26, metavar="N",
-        help="passes over the training images (default: %(default)s)")
+    add("--epochs", type=positive_int, metavar="N",
+        help="passes over the training images (default: 26; strong: 12)")
     add("-b", "--batch-size", type=positive_int, default=2, metavar="N",
         help="images per device that go through the model together (default: %(default)s)")
     add("--lr", type=non_negative_float, metavar="RATE",
@@ -116,13 +121,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--weights-backbone", metavar="NAME|FILE|none",
         help="start from an ImageNet backbone; none: from random weights, with all layers and "
-        "norms trained (default: IMAGENET1K_V1; IMAGENET1K_FEATURES for ssd300_vgg16)")
+        "norms trained (default: IMAGENET1K_V1; IMAGENET1K_FEATURES for ssd300_vgg16; strong: "
+        "IMAGENET1K_V2)")
     add("--trainable-backbone-layers", type=non_negative_int, metavar="N",
         help="train the last N layers of a pretrained backbone, of 5 in a ResNet or VGG and 6 in a "
         "MobileNet (default: 3; ssd300_vgg16: 4; ssdlite: all)")
     add("--freeze-backbone", action="store_true",
         help="train only the layers behind the pretrained backbone and its feature pyramid "
         "(default: off)")
+    add("--train-norm-affine", action=argparse.BooleanOptionalAction,
+        help="train scale and bias of the frozen norms in the backbone layers that train; their "
+        "statistics stay frozen (default: off; strong: on)")
     add("--max-size", type=positive_int, metavar="PIXELS",
         help="upper bound of the longer side (default: 1333 for --min-size 800, and in proportion)")
     add("--fixed-size", type=positive_int, nargs=2, metavar=("H", "W"),
@@ -133,15 +142,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the optimizer, its schedule, and the length of the training."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--opt", choices=["sgd", "adamw"], default="sgd", help="optimizer (default: %(default)s)")
+    add("--opt", choices=["sgd", "adamw"], help="optimizer (default: sgd; strong: adamw)")
     add("--momentum", type=non_negative_float, metavar="M", help="momentum of sgd (default: 0.9)")
-    add("--weight-decay", "--wd", type=non_negative_float, default=1e-4, metavar="W",
-        help="L2 penalty of the weights (default: %(default)s)")
+    add("--weight-decay", "--wd", type=non_negative_float, metavar="W",
+        help="L2 penalty of the weights; decoupled from the gradient in adamw (default: 0.0001; "
+        "strong: 0.1)")
+    add("--bias-weight-decay", type=non_negative_float, metavar="W",
+        help="weight decay of the biases of layers other than norms (default: --weight-decay; "
+        "strong: 0)")
     add("--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], default="multisteplr",
         help="schedule of the rate after the warm-up (default: %(default)s)")
     add("--lr-steps", type=positive_int, nargs="+", metavar="EPOCH",
-        help="multiply the rate by --lr-gamma after these epochs (default: 16 22 for 26 epochs, "
-        "and in proportion)")
+        help="multiply the rate by --lr-gamma after these epochs (default: 16 22 for 26 epochs; "
+        "strong: 8 11 for 12; and in proportion)")
     add("--lr-gamma", type=non_negative_float, metavar="FACTOR",
         help="see --lr-steps (default: 0.1)")
     add("--warmup-steps", type=non_negative_int, metavar="N",
@@ -220,7 +233,7 @@ def add_reference_flags(parser: argparse.ArgumentParser) -> None:
         help="form batches within 2K+2 groups of width / height; 0: portrait and landscape only, "
         "-1: no groups (default: %(default)s)")
     add("--norm-weight-decay", type=non_negative_float, metavar="W",
-        help="weight decay of norms (default: --weight-decay)")
+        help="weight decay of norms (default: --weight-decay; strong: 0)")
     add("--rpn-score-thresh", type=non_negative_float, metavar="SCORE",
         help="drop proposals with an objectness below this, 0 to 1 (default: 0)")
     add("--sync-bn", action="store_true",

@@ -23,6 +23,7 @@ import utils
 from coco_utils import Categories
 from internals.errors import UserError
 from internals.fast import use_fast_modules
+from internals.fast.frozen_norms import train_affine
 from internals.mixed_precision import keep_boxes_float32
 from internals.torchvision_builders import without_download
 from internals.weights import (
@@ -67,7 +68,7 @@ ARCHITECTURES = {
 }
 MODELS = tuple(ARCHITECTURES)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-NORMS = (*BATCH_NORMS, nn.GroupNorm)
+NORMS = (*BATCH_NORMS, FrozenBatchNorm2d, nn.GroupNorm)
 # The layers whose shape depends on the number of classes, and those that come with them.
 CLASS_HEAD_PATTERN = re.compile(
     r"roi_heads\.box_predictor\.|head\.classification_head\.(cls_logits|module_list)\."
@@ -82,6 +83,7 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
     backbone_state: dict[str, torch.Tensor] | None = None,
     trainable_backbone_layers: int | None = None,
     freeze_backbone: bool = False,
+    train_norm_affine: bool = False,
     min_sizes: tuple[int, ...] | None = None,
     max_size: int | None = None,
     fixed_size: tuple[int, int] | None = None,
@@ -99,6 +101,7 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
         trainable_backbone_layers: The number of last backbone layers to train; None for
             torchvision's default, 3 of 5 in a ResNet.
         freeze_backbone: Train no backbone layer, and update no statistics of its norms.
+        train_norm_affine: Train scale and bias of the frozen norms in backbone layers that train.
         min_sizes: Shorter sides in pixels: training draws one per image, evaluation uses the last;
             None for torchvision's default.
         max_size: The upper bound of the longer side in pixels; None for torchvision's default.
@@ -107,7 +110,8 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
         stock: Use only torchvision's classes, without the faster modules of `internals.fast`.
 
     Raises:
-        UserError: The backbone has fewer layers, or `backbone_state` does not fit.
+        UserError: The backbone has fewer layers, `backbone_state` does not fit, or there are no
+            norms for `train_norm_affine`.
     """
     architecture = ARCHITECTURES[name]
     frozen = pretrained == "backbone" or (
@@ -146,6 +150,11 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
         return model
     keep_boxes_float32(model)
     use_fast_modules(model)
+    if train_norm_affine and not train_affine(model.backbone):
+        raise UserError(
+            f"--train-norm-affine has no effect: the layers of this {name} that train have no "
+            "frozen norms; remove it"
+        )
     # The layout that bfloat16 convolutions on CPUs and tensor cores prefer; saves 0.4 GiB.
     return model.to(memory_format=torch.channels_last)
 
@@ -222,16 +231,24 @@ def has_trainable_norms(model: nn.Module) -> bool:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, norm_weight_decay: float | None
+    model: nn.Module,
+    weight_decay: float,
+    norm_weight_decay: float | None,
+    bias_weight_decay: float | None = None,
 ) -> list[dict]:
-    """Return parameter groups for an optimizer; norms are a group of their own if decay differs."""
-    norm, other = [], []
+    """Return parameter groups for an optimizer.
+
+    Norms are a group of their own if they have a weight decay of their own, and so are the biases
+    of all other layers.
+    """
+    decays = {"other": weight_decay, "norm": norm_weight_decay, "bias": bias_weight_decay}
+    groups = {k: {"params": [], "weight_decay": w} for k, w in decays.items() if w is not None}
     for module in model.modules():
-        separate = norm_weight_decay is not None and isinstance(module, NORMS)
-        group = norm if separate else other
-        group += [p for p in module.parameters(recurse=False) if p.requires_grad]
-    groups = [{"params": other, "weight_decay": weight_decay}]
-    return groups + ([{"params": norm, "weight_decay": norm_weight_decay}] if norm else [])
+        for name, parameter in module.named_parameters(recurse=False):
+            kind = "norm" if isinstance(module, NORMS) else name
+            if parameter.requires_grad:
+                groups.get(kind, groups["other"])["params"].append(parameter)
+    return [group for kind, group in groups.items() if group["params"] or kind == "other"]
 
 
 # ----------------------------------------------------------------------------------- weights

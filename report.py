@@ -157,6 +157,7 @@ def training_facts(history: RunHistory) -> list[tuple[str, str | None]]:
     return [
         ("Epochs", f"{args.get('epochs')} planned; {done}"),
         ("Images per step", batch),
+        ("Recipe", args.get("recipe")),
         ("Learning rate", learning_rate(args)),
         ("Moving average of weights", f"decay {args['ema']}" if args.get("ema") else None),
     ]

@@ -12,9 +12,11 @@ from internals.bit_depth import EARLIER_DEPTH
 from internals.custom_augmentation import is_custom
 from internals.errors import UserError
 from internals.fast.cuda_graphs import LARGEST_BATCH
+from internals.recipes import apply_recipe
 
-# The flags that define the model and its input (an augmentation may set its sizes). Without a value
-# they come from the checkpoint to resume. What else must not change: checkpoint.RESUME_INVARIANTS.
+# The flags that define the model and its input (an augmentation may set its sizes), and the recipe.
+# Without a value they come from the checkpoint to resume. What else must not change:
+# checkpoint.RESUME_INVARIANTS.
 MODEL_ARGS = (
     "model",
     "weights",
@@ -26,11 +28,12 @@ MODEL_ARGS = (
     "fixed_size",
     "rpn_score_thresh",
     "bit_depth",
+    "recipe",
 )
 
 
 # The values of MODEL_ARGS that checkpoints of earlier versions lack.
-BEFORE = {"bit_depth": EARLIER_DEPTH}
+BEFORE = {"bit_depth": EARLIER_DEPTH, "recipe": "reference"}
 
 
 def default_workers() -> int:
@@ -49,12 +52,13 @@ def resolve_defaults(args: argparse.Namespace, saved: dict | None, device: torch
         device: The device of this process.
 
     Raises:
-        UserError: A flag contradicts the checkpoint's model.
+        UserError: A flag contradicts the checkpoint's model, or --recipe is not for this model.
     """
     if saved:
         _take_model_args(args, saved)
     args.model = args.model or models.MODELS[0]
     architecture = models.ARCHITECTURES[args.model]
+    apply_recipe(args)
     if args.weights is None and args.weights_backbone is None:
         args.weights_backbone = architecture.backbone.name
     args.data_augmentation = args.data_augmentation or ("none" if args.overfit else "hflip")
@@ -69,7 +73,6 @@ def resolve_defaults(args: argparse.Namespace, saved: dict | None, device: torch
         images_per_step = args.batch_size * args.accumulate_steps * utils.world_size()
         args.lr = base_learning_rate(args) * images_per_step / 16
     if args.lr_scheduler == "multisteplr":
-        args.lr_steps = args.lr_steps or [round(args.epochs * e / 26) for e in (16, 22)]
         args.lr_gamma = 0.1 if args.lr_gamma is None else args.lr_gamma
     if args.workers is None:
         args.workers = default_workers()
@@ -151,6 +154,16 @@ def _validate_model_args(args: argparse.Namespace) -> None:
     if args.freeze_backbone and args.trainable_backbone_layers is not None:
         raise UserError("--freeze-backbone trains no backbone layers: remove one of the flags "
                         "--freeze-backbone and --trainable-backbone-layers")  # fmt: skip
+    if from_scratch and args.train_norm_affine:
+        raise UserError(
+            "--train-norm-affine needs pretrained weights: without them all norms are trained"
+        )
+    frozen = args.freeze_backbone or args.trainable_backbone_layers == 0
+    if frozen and args.train_norm_affine:
+        raise UserError(
+            "--train-norm-affine has no effect with --freeze-backbone or "
+            "--trainable-backbone-layers 0: remove it"
+        )
     if args.rpn_score_thresh is not None and not args.model.startswith("fasterrcnn"):
         raise UserError(f"--rpn-score-thresh has no effect: {args.model} has no proposals")
 

@@ -170,6 +170,7 @@ def build_model(
         categories.num_classes,
         backbone_state=backbone_state,
         trainable_backbone_layers=args.trainable_backbone_layers,
+        train_norm_affine=args.train_norm_affine,
         min_sizes=transforms.training_sizes(args.data_augmentation, args.min_size),
         **models.structure_of(vars(args)),
     )
@@ -223,7 +224,8 @@ def build_state(
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of --opt for the trainable parameters."""
-    groups = models.parameter_groups(model, args.weight_decay, args.norm_weight_decay)
+    decays = (args.weight_decay, args.norm_weight_decay, args.bias_weight_decay)
+    groups = models.parameter_groups(model, *decays)
     if args.opt == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=True)
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)

@@ -62,7 +62,11 @@ def log_model(args: argparse.Namespace, model: torch.nn.Module) -> None:
     total = sum(p.numel() for p in parameters) / 1e6
     trainable = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
     text = f"{args.model}, {total:.1f} M parameters, {trainable:.1f} M trainable"
+    if not args.test_only:
+        utils.log_field("recipe", args.recipe)
     utils.log_field("model", text)
+    if args.train_norm_affine and not args.test_only:
+        utils.log_field("", "norms of the backbone: statistics frozen, scale and bias trained")
     size = "x".join(map(str, args.fixed_size or ())) or f"{args.min_size} to {args.max_size}"
     augmentation = "" if args.test_only else f", augmentation {args.data_augmentation}"
     utils.log_field("images", f"resized to {size} pixels{augmentation}")
@@ -117,7 +121,22 @@ def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainSta
     scaled = args.lr == base_lr * plan.global_batch / 16
     rule = f" = {base_lr} x {plan.global_batch} / 16" if scaled else ""
     utils.log_field("optimizer", f"{args.opt}, lr {args.lr:g}{rule}")
+    utils.log_field("", describe_decay(args))
     utils.log_field("", f"warm-up over {args.warmup_steps} steps, {drops}")
+
+
+def describe_decay(args: argparse.Namespace) -> str:
+    """Describe momentum, weight decay and gradient clipping."""
+    decays = {"norms": args.norm_weight_decay, "biases": args.bias_weight_decay}
+    others = ", ".join(f"{name} {decay:g}" for name, decay in decays.items() if decay is not None)
+    clip = args.clip_grad_norm
+    return ", ".join(
+        [
+            *([] if args.momentum is None else [f"momentum {args.momentum:g}"]),
+            f"weight decay {args.weight_decay:g}" + (f" ({others})" if others else ""),
+            "no gradient clipping" if clip is None else f"gradients clipped to norm {clip:g}",
+        ]
+    )
 
 
 class StepLog:

@@ -2,8 +2,8 @@
 
     python tests/simulated_cuda.py fasterrcnn_resnet50_fpn fixed 2 4 16
 
-The way is `fixed`, with tensors of fixed shape as on CUDA, or `parts`, with torchvision's parts as
-on a CPU.
+The way is `fixed`, with tensors of fixed shape as on CUDA, `affine`, the same with trained scale
+and bias of frozen norms, or `parts`, with torchvision's parts as on a CPU.
 
 Tensors say that they are on "cuda:0", while their values are on the CPU. So each `device=` and
 `.to(device)` does what it does on CUDA, and copies between host and device can be told from other
@@ -241,12 +241,11 @@ class Loader(list):
             self.counts.append(self.count.pop())
 
 
-def count_waits(model_name: str, images: int) -> dict:
+def count_waits(model_name: str, images: int, affine: bool) -> dict:
     """Count in three training steps and in four batches of an evaluation."""
     torch.manual_seed(0)
-    model = models.build_model(
-        model_name, CLASSES, pretrained="detector", min_sizes=(SIZE,), max_size=2 * SIZE
-    )
+    options = {"min_sizes": (SIZE,), "max_size": 2 * SIZE, "train_norm_affine": affine}
+    model = models.build_model(model_name, CLASSES, pretrained="detector", **options)
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.weight.mul_(300)  # for some detections
     model.roi_heads.fg_bg_sampler.batch_size_per_image = 64  # for speed
@@ -284,5 +283,6 @@ if __name__ == "__main__":
     np.random.seed(0)
     simulate_cuda()
     name, way, *sizes = sys.argv[1:]
-    FastFasterRCNN.fixed_shapes = way == "fixed"
-    print(json.dumps({size: count_waits(name, int(size)) for size in sizes}, indent=1))
+    FastFasterRCNN.fixed_shapes = way != "parts"
+    counts = {size: count_waits(name, int(size), way == "affine") for size in sizes}
+    print(json.dumps(counts, indent=1))

@@ -75,6 +75,18 @@ def test_defaults_depend_on_other_flags(monkeypatch):
         ("--model ssd300_vgg16 --min-size 512", "always resizes to 300 x 300 pixels"),
         ("--model ssd300_vgg16 --data-augmentation multiscale", "has a fixed size"),
         ("--model fcos_resnet50_fpn --rpn-score-thresh 0.1", "has no proposals"),
+        ("--recipe fast", "invalid choice"),
+        ("--recipe strong --model fcos_resnet50_fpn", "--recipe strong is for .*, not fcos_resnet"),
+        ("--recipe strong --model ssd300_vgg16", "choose another --model, or remove --recipe"),
+        ("--recipe strong --opt sgd", "too large for sgd: add --weight-decay"),
+        ("--recipe strong --momentum 0.9", "--momentum has no effect with --opt adamw"),
+        ("--train-norm-affine --weights-backbone none", "--train-norm-affine needs pretrained"),
+        ("--train-norm-affine --freeze-backbone", "--train-norm-affine has no effect with"),
+        (
+            "--train-norm-affine --trainable-backbone-layers 0",
+            "has no effect with --freeze-backbone or --trainable-backbone-layers 0: remove it",
+        ),
+        ("--bias-weight-decay -1", "-1 is below 0"),
         ("--overfit 4 --val-images x --val-annotations y", "--overfit uses training images only"),
         ("--find-batch-size --test-only --weights COCO_V1", "needs a single training process"),
         ("--start-epoch 26", "is not below --epochs 26"),
@@ -112,6 +124,15 @@ def test_model_flags_come_from_checkpoint():
     for flag in ("--test-only", "--resume-anyway"):
         flags = ("--resume", "x.pth", "--min-size", "480", "--max-size", "640", flag)
         assert resolve(*flags, saved=saved).min_size == 480
+    strong = vars(resolve("--recipe", "strong", "--epochs", "3"))
+    args = resolve("--resume", "x.pth", saved=strong)
+    assert (args.recipe, args.opt, args.epochs) == ("strong", "adamw", 12)
+    with pytest.raises(UserError, match=r"--recipe reference differs from strong, with which x"):
+        resolve("--resume", "x.pth", "--recipe", "reference", saved=strong)
+    older = {k: v for k, v in vars(resolve()).items() if k != "recipe"}
+    assert resolve("--resume", "x.pth", saved=older).recipe == "reference"
+    with pytest.raises(UserError, match=r"--recipe strong differs from reference"):
+        resolve("--resume", "x.pth", "--recipe", "strong", saved=older)
     args = resolve("--resume", "x.pth", "--min-size", "800", "--test-only", saved=saved)
     assert (args.min_size, args.max_size) == (800, 1333)
 

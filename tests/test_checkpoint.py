@@ -14,6 +14,7 @@ from helpers import run_forked
 
 import checkpoint
 import engine
+import models
 import samplers
 from internals.errors import CheckpointError, RunError, UserError
 
@@ -346,6 +347,17 @@ ARGS = {
 }
 
 
+def test_optimizer_of_other_parameters_is_rejected():
+    states = []
+    for decays in ((0.1, None), (0.1, None, 0.0)):
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(models.parameter_groups(model, *decays), lr=0.1)
+        states.append(engine.TrainState(model, optimizer, lambda step: 0.1))
+    saved = {**states[0].state_dict(), "args": ARGS}
+    with pytest.raises(UserError, match=r"start from its weights, --weights x.pth"):
+        checkpoint.restore(states[1], saved, ARGS, "x.pth", resume_anyway=True)
+
+
 def restore(before: dict, now: dict, resume_anyway: bool = False) -> engine.TrainState:
     """Resume a run with the arguments `before` after two epochs and five steps."""
     model = torch.nn.Linear(1, 1)
@@ -364,6 +376,13 @@ def test_restore_progress(capsys):
     older = {key: value for key, value in ARGS.items() if key != "ema"}
     assert restore(older, {**ARGS, "ema": 0.9}).step == 25
     assert capsys.readouterr().out == ""
+
+
+def test_older_checkpoints_have_the_defaults_of_later_flags():
+    older = {key: value for key, value in ARGS.items() if key not in checkpoint.BEFORE}
+    assert restore(older, {**ARGS, **checkpoint.BEFORE}).step == 25
+    with pytest.raises(UserError, match=r"--train-norm-affine False \(now True\)"):
+        restore(older, {**ARGS, **checkpoint.BEFORE, "train_norm_affine": True})
 
 
 @pytest.mark.parametrize("name", checkpoint.RESUME_INVARIANTS)

@@ -57,10 +57,11 @@ def _comparable(monkeypatch):
         torch.cuda.empty_cache()
 
 
-def build(name: str = "fasterrcnn_resnet50_fpn", size: int = 128) -> nn.Module:
+def build(name: str = "fasterrcnn_resnet50_fpn", size: int = 128, **options) -> nn.Module:
     """Build a detector with frozen norms that keep the activations of random weights bounded."""
     torch.manual_seed(0)
-    model = models.build_model(name, 7, pretrained="detector", min_sizes=(size,), max_size=2 * size)
+    sizes = {"min_sizes": (size,), "max_size": 2 * size}
+    model = models.build_model(name, 7, pretrained="detector", **sizes, **options)
     for key, buffer in model.named_buffers():
         if key.endswith("running_var"):
             buffer.fill_(4.0)
@@ -229,8 +230,9 @@ def test_infinite_float16_gradients_are_skipped():
 
 
 @needs_gpu
-def test_step_does_not_wait():
-    state = make_state(build())
+@pytest.mark.parametrize("affine", [False, True])
+def test_step_does_not_wait(affine):
+    state = make_state(build(train_norm_affine=affine))
     batches = [make_batch(seed=seed).pin_memory() for seed in range(4)]
     train(state, batches, print_freq=1000)
     seen = []
@@ -258,14 +260,16 @@ def test_step_does_not_wait():
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_graphs_equal_eager_steps(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "affine"), [(None, False), (torch.float16, False), (torch.float16, True)]
+)
+def test_graphs_equal_eager_steps(dtype, affine):
     """Two shapes alternate; the third batch has more boxes than the graphs were made for."""
     shapes = [(128, 160), (160, 128)] * 4
     batches = [make_batch(2, *shape, seed=n) for n, shape in enumerate(shapes)]
     results, weights = [], []
     for with_graphs in (False, True):
-        model = build()
+        model = build(train_norm_affine=affine)
         if with_graphs:
             use_cuda_graphs(model)
         state = make_state(model, dtype)

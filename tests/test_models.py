@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,66 @@ def test_norm_weight_decay():
     (everything,) = models.parameter_groups(model, 0.1, None)
     total = sum(len(group["params"]) for group in groups)
     assert total == len(everything["params"]) == len(list(model.parameters()))
+
+
+def test_parameter_groups_by_hand():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(1, 2, 1), torch.nn.GroupNorm(1, 2)
+            self.frozen, self.affine = FrozenBatchNorm2d(2), FrozenBatchNorm2d(2)
+            for name in ("weight", "bias"):
+                delattr(self.affine, name)
+                setattr(self.affine, name, torch.nn.Parameter(torch.ones(2)))
+            self.fixed = torch.nn.Linear(1, 1).requires_grad_(False)
+
+    model = Net()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def groups(*decays) -> list[tuple]:
+        rows = models.parameter_groups(model, *decays)
+        return [(row["weight_decay"], [names[p] for p in row["params"]]) for row in rows]
+
+    conv, bias = "conv.weight", "conv.bias"
+    norms = ["norm.weight", "norm.bias", "affine.weight", "affine.bias"]
+    assert groups(0.1, None) == groups(0.1, None, None) == [(0.1, [conv, bias, *norms])]
+    assert groups(0.1, 0.2) == [(0.1, [conv, bias]), (0.2, norms)]
+    assert groups(0.1, None, 0.0) == [(0.1, [conv, *norms]), (0.0, [bias])]
+    assert groups(0.1, 0.2, 0.0) == [(0.1, [conv]), (0.2, norms), (0.0, [bias])]
+
+
+def test_weight_decay_of_adamw_is_decoupled():
+    """Without gradients a step multiplies weights by 1 - lr x weight decay, as in the source."""
+    model = torch.nn.Linear(2, 2)
+    before = copy.deepcopy(model)
+    groups = models.parameter_groups(model, 0.1, None, 0.0)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model.weight, before.weight * (1 - 1e-5), rtol=2e-7, atol=0)
+    assert model.bias.equal(before.bias)
+
+
+def test_affine_of_frozen_norms_trains_in_layers_that_train():
+    kind = {"pretrained": "backbone", "train_norm_affine": True}
+    model = build_on_meta(models.build_model, RESNET, 4, **kind)
+    plain = build_on_meta(models.build_model, RESNET, 4, pretrained="backbone", stock=True)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    added = {n for n, p in model.named_parameters() if p.requires_grad}
+    added -= {n for n, p in plain.named_parameters() if p.requires_grad}
+    norms = [n for n, m in plain.named_modules() if isinstance(m, FrozenBatchNorm2d)]
+    trained = [n for n in norms if re.match(r"backbone\.body\.layer[234]\.", n)]
+    assert len(trained) == 42  # of 53: 1 in the stem, 10 in layer1
+    assert added == {f"{n}.{name}" for n in trained for name in ("weight", "bias")}
+    for name, flags in (
+        (RESNET, {**kind, "pretrained": None}),
+        (RESNET, {**kind, "freeze_backbone": True}),
+        ("fasterrcnn_resnet50_fpn_v2", kind),
+        ("ssd300_vgg16", kind),
+    ):
+        with pytest.raises(UserError, match="--train-norm-affine has no effect"):
+            build_on_meta(models.build_model, name, 4, **flags)
 
 
 # ------------------------------------------------------------------------ losses and detections

@@ -169,6 +169,13 @@ def test_test_only_without_training(tiny, output):
     assert "evaluation only" in text_of(html)
 
 
+def test_recipe_is_shown_if_the_run_has_one(tiny, output):
+    lines = two_epochs(tiny)
+    assert "Recipe" not in text_of(write_page(write_output(output, lines)))  # an older version
+    lines[0] = start_line(tiny, recipe="strong")
+    assert "Recipe strong" in text_of(write_page(write_output(output, lines)))
+
+
 def test_overfit(tiny, output):
     lines = two_epochs(tiny)
     lines[0] = start_line(tiny, overfit=2)

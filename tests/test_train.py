@@ -299,6 +299,33 @@ def test_frozen_backbone_does_not_change(trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_trained_affine_of_frozen_norms(trained, tmp_path):
+    """Only scale and bias change, in layers that train; resuming, EMA and --test-only work."""
+    flags = ("--data-path", trained / "data", "--train-norm-affine", "--opt", "adamw", "--lr", 1e-3)
+    flags = (*flags, "--norm-weight-decay", 0, "--bias-weight-decay", 0, "--ema", "0.5")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    output = fine_tune(trained, *flags, "--max-steps", 3, "--output-dir", whole)
+    assert "statistics frozen, scale and bias trained" in output
+    assert "weight decay 0.0001 (norms 0, biases 0), no gradient clipping" in output
+    for stop in (2, 3):
+        resume = ("--resume", "auto", "--max-steps", stop, "--output-dir", resumed)
+        fine_tune(trained, *flags, *resume)
+    before, after = (load_state(f / "checkpoint.pth") for f in (trained / "out", whole))
+    again = load_state(resumed / "checkpoint.pth")
+    for name in ("model", "raw_model"):
+        assert list(after[name]) == [k for k in before["model"] if "num_batches" not in k]
+        assert all(torch.equal(again[name][k], v) for k, v in after[name].items())
+    changed = {k for k, v in after["raw_model"].items() if not torch.equal(v, before["model"][k])}
+    assert not {key for key in changed if "running_" in key}
+    body, first, last = "backbone.body.", "backbone.body.0.1.", "backbone.body.16.1."
+    assert {f"{last}weight", f"{last}bias"} <= changed
+    assert not {key for key in changed if key.startswith((first, f"{body}2."))}
+    assert_same_evaluation(whole, trained / "data", tmp_path / "test")
+    with pytest.raises(UserError, match=r"--train-norm-affine True \(now False\)"):
+        fine_tune(trained, *flags, "--no-train-norm-affine", *resume)
+
+
+@pytest.mark.slow
 def test_early_stopping_is_resumed(trained, tmp_path):
     """The learning rate is too small to change AP, so the first evaluation stays the best."""
     flags = ("--data-path", trained / "data", "--output-dir", tmp_path, "--overfit", "2")

@@ -43,6 +43,15 @@ def test_step_does_not_wait_and_evaluation_waits_once():
 
 
 @pytest.mark.slow
+def test_trained_affine_does_not_wait():
+    counts = count_waits("affine", 2)["2"]
+    assert counts["step"]["waits"] == {}
+    assert sum(counts["evaluation"]["waits"].values()) == 1
+    # Scale and bias are computed in each step.
+    assert counts["step"]["operators"] > count_waits("fixed", 2)["2"]["step"]["operators"]
+
+
+@pytest.mark.slow
 def test_waits_are_found():
     """The counter itself: torchvision's parts wait more often for more images."""
     counts = count_waits("parts", 2, 4)

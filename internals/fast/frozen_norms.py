@@ -18,6 +18,21 @@ def fold_frozen_norms(module: nn.Module) -> None:
             fold_frozen_norms(child)
 
 
+def train_affine(module: nn.Module) -> bool:
+    """Train scale and bias of the folded norms whose convolution trains; statistics stay frozen.
+
+    The names in the state_dict stay the same. Returns whether there are such norms.
+    """
+    convolutions = [m for m in module.modules() if isinstance(m, FoldedConv2d)]
+    norms = [conv.norm[0] for conv in convolutions if conv.weight.requires_grad]
+    for norm in norms:
+        for name in ("weight", "bias"):
+            value = getattr(norm, name)
+            delattr(norm, name)  # a buffer, which cannot become a parameter of the same name
+            setattr(norm, name, nn.Parameter(value))
+    return bool(norms)
+
+
 class FoldedNorm(FrozenBatchNorm2d):
     """A frozen norm that is applied by the FoldedConv2d before it."""
 
@@ -31,7 +46,8 @@ class FoldedConv2d(nn.Conv2d):
 
     This saves two reads and writes of the feature map in each direction, in float32 under autocast.
     Scale and bias are cached, and so are the scaled weights if they do not train; the cache is
-    invalidated when one of its source tensors or the epsilon changes, and by `eval`.
+    invalidated when one of its source tensors or the epsilon changes, and by `eval`. Scale and bias
+    that train (`train_affine`) are not cached where they need gradients.
     """
 
     norm: tuple[FrozenBatchNorm2d]
@@ -46,7 +62,8 @@ class FoldedConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve with the scaled weights and the bias of the norm."""
         (norm,) = self.norm
-        if torch.compiler.is_compiling():  # the compiler fuses these operations
+        trains_affine = norm.weight.requires_grad and torch.is_grad_enabled()
+        if trains_affine or torch.compiler.is_compiling():  # the compiler fuses these operations
             scale, bias = _scale_and_bias(norm)
             return self._conv_forward(x, self.weight * scale, bias)
         buffers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)

@@ -49,6 +49,21 @@ def test_lines_fit_80_columns(tmp_path, capsys, monkeypatch):
     assert max(map(len, lines)) <= 80
 
 
+def test_decay_and_clipping_are_described():
+    names = ("momentum", "weight_decay", "norm_weight_decay", "bias_weight_decay", "clip_grad_norm")
+
+    def describe(*values) -> str:
+        return run_log.describe_decay(
+            types.SimpleNamespace(**dict(zip(names, values, strict=True)))
+        )
+
+    text = describe(0.9, 1e-4, None, None, None)
+    assert text == "momentum 0.9, weight decay 0.0001, no gradient clipping"
+    text = describe(None, 0.1, 0.0, 0.0, 10.0)
+    assert text == "weight decay 0.1 (norms 0, biases 0), gradients clipped to norm 10"
+    assert "(norms 0.05)" in describe(None, 0.1, 0.05, None, None)
+
+
 @pytest.mark.parametrize("is_best", [True, False])
 def test_best_ap_is_logged(capsys, is_best):
     run_log.log_best(make_state(8, epoch=1), 0.25, is_best)
