@@ -28,6 +28,7 @@ RESUME_INVARIANTS = (
     "seed",
     "global_batch",
     "keep_empty",
+    "repeat_factor_threshold",
     "aspect_ratio_group_factor",
     "precision",
     "opt",
@@ -52,9 +53,12 @@ SAMPLER_INVARIANTS = {
     "seed",
     "global_batch",
     "keep_empty",
+    "repeat_factor_threshold",
     "aspect_ratio_group_factor",
     "train_data",
 }
+# The values of resume invariants that checkpoints of earlier versions lack, to compare them, too.
+EARLIER_VALUES = {"repeat_factor_threshold": None}
 
 
 # ------------------------------------------------------------------------------------- saving
@@ -302,7 +306,7 @@ def restore(state: TrainState, saved: dict, run_args: dict, path: str, resume_an
     Raises:
         UserError: A resume invariant has changed.
     """
-    before = saved["args"]
+    before = {**EARLIER_VALUES, **saved["args"]}
     changed = [k for k in RESUME_INVARIANTS if k in before and before[k] != run_args[k]]
     described = ", ".join(_describe_change(k, before[k], run_args[k]) for k in changed)
     if changed and not resume_anyway:

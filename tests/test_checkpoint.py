@@ -366,6 +366,13 @@ def test_restore_progress(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_older_checkpoint_is_compared_where_the_length_of_epochs_depends_on_it():
+    older = {key: value for key, value in ARGS.items() if key != "repeat_factor_threshold"}
+    assert restore(older, ARGS).step == 25
+    with pytest.raises(UserError, match=r"with --repeat-factor-threshold None \(now 0.1\)"):
+        restore(older, {**ARGS, "repeat_factor_threshold": 0.1})
+
+
 @pytest.mark.parametrize("name", checkpoint.RESUME_INVARIANTS)
 def test_changed_invariant_is_rejected(name, capsys):
     descriptions = {"train_data": "other training data", "val_data": "other validation data"}
@@ -381,7 +388,7 @@ def test_changed_invariant_is_rejected(name, capsys):
     output = capsys.readouterr().out
     assert f"--resume-anyway: so far trained with {described}" in output
     restarts = name in ("seed", "global_batch", "keep_empty", "aspect_ratio_group_factor")
-    restarts = restarts or name == "train_data"
+    restarts = restarts or name in ("train_data", "repeat_factor_threshold")
     assert ("epoch 2 restarts" in output) == restarts
     assert (state.epoch, state.step) == (2, 40 if restarts else 25)
 
