@@ -77,7 +77,8 @@ def repeat_factors(index, images: np.ndarray, threshold: float) -> tuple[np.ndar
     """
     ids = np.asarray(index.categories.ids)
     category_of_box = np.searchsorted(ids, index.category_ids[index.usable])
-    pairs = np.unique(index.image_of_rows()[index.usable] * len(ids) + category_of_box)
+    pairs = np.sort(index.image_of_rows()[index.usable] * len(ids) + category_of_box)
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique of NumPy 2.4 takes 50 times as long
     image, category = np.divmod(pairs, len(ids))
     share = np.bincount(category, minlength=len(ids)) / len(images)
     of_category = np.sqrt(threshold / np.where(share > 0, share, 1)).clip(min=1)
