@@ -16,6 +16,7 @@ from internals.command_line import (
     non_negative_int,
     positive_float,
     positive_int,
+    share,
 )
 from internals.recipes import RECIPES, STRONG_MODELS
 
@@ -98,6 +99,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--keep-empty", action=argparse.BooleanOptionalAction,
         help="train on images without usable boxes, too, which reduces false detections; "
         "--no-keep-empty skips them, as torchvision's references do (default: keep them)")
+    add("--repeat-factor-threshold", type=share, metavar="T",
+        help="repeat the images of rare categories: one that is in a share f of the images, below "
+        "T, is seen sqrt(T / f) times as often, such as 0.1 (default: off)")
     add("--trust-boxes", action="store_true",
         help="train although the boxes look like shares of the image, or corners instead of sizes "
         "(default: refuse)")

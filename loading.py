@@ -1,6 +1,7 @@
 """The data of a run: annotation files, checked; loaders of training and evaluation."""
 
 import argparse
+import math
 from functools import partial
 
 import numpy as np
@@ -108,6 +109,29 @@ def resolve_categories(
     return known
 
 
+def choose_repeat_factors(
+    args: argparse.Namespace, index: coco_utils.CocoIndex, images: np.ndarray
+) -> np.ndarray | None:
+    """Return how often an epoch has each image, and log it; None: --repeat-factor-threshold is off.
+
+    None, too, if no category is rare.
+    """
+    threshold = args.repeat_factor_threshold
+    if threshold is None:
+        return None
+    of_image, of_category = samplers.repeat_factors(index, images, threshold)
+    rare, rarest = np.count_nonzero(of_category > 1), of_category.argmax()
+    if not rare:
+        utils.log_field("repeats", f"none: no category is rarer than {threshold:g}")
+        return None
+    total = int(math.fsum(of_image))  # as in TrainingPlan
+    text = f"{len(images):,} images become {total:,} an epoch; rarer than {threshold:g}: {rare:,} "
+    utils.log_field("repeats", f"{text}of {len(of_category):,} categories,")
+    name, factor = index.categories.display_names[rarest], of_category[rarest]
+    utils.log_field("", f"with factors up to {factor:.2f} ({name})")
+    return of_image
+
+
 def build_loaders(
     args: argparse.Namespace,
     indexes: dict[str, coco_utils.CocoIndex],
@@ -139,5 +163,6 @@ def build_loaders(
     widths, heights = indexes["train"].sizes[images].T
     groups = samplers.aspect_ratio_groups(widths, heights, args.aspect_ratio_group_factor)
     batch_size = args.batch_size * args.accumulate_steps
-    plan = samplers.TrainingPlan(groups, batch_size, world_size, rank, args.seed)
+    factors = choose_repeat_factors(args, indexes["train"], images)
+    plan = samplers.TrainingPlan(groups, batch_size, world_size, rank, args.seed, factors)
     return make_loader(dataset, batch_sampler=plan), val_loader

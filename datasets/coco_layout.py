@@ -278,6 +278,14 @@ def write_dataset(
         files: For each split, the image file of each file name.
         notes: Messages for the user.
     """
+    linked = write_files(output, contents, files)
+    print_summary(output, contents, notes, linked, next_command(output, contents))
+
+
+def write_files(
+    output: Path, contents: dict[str, dict], files: dict[str, dict[str, Path]]
+) -> list[bool]:
+    """Write the files of `write_dataset`; return of each image whether it is a hard link."""
     try:
         (output / "annotations").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -291,12 +299,19 @@ def write_dataset(
     for split, content in contents.items():
         file = output / f"annotations/instances_{split}2017.json"
         file.write_text(json.dumps(content), encoding="utf-8")
+    return linked
+
+
+def print_summary(
+    output: Path, contents: dict[str, dict], notes: list[str], linked: list[bool], command: str
+) -> None:
+    """Print the numbers of each split, the notes, how images were written, and what is next."""
     print(_table(contents))
     for note in notes:
         print(f"note: {note}")
     kinds = {True: "hard links, which take no space", False: "copies, as links are not possible"}
     images = [f"{n:,} images as {kinds[is_link]}" for is_link, n in Counter(linked).items()]
-    print(f"{output}: {' and '.join(images)}\nNext:\n  {_next_command(output, contents)}")
+    print(f"{output}: {' and '.join(images)}\nNext:\n  {command}")
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:
@@ -339,7 +354,7 @@ def _counts(content: dict) -> list[tuple[str, int]]:
     ]
 
 
-def _next_command(output: Path, contents: dict[str, dict]) -> str:
+def next_command(output: Path, contents: dict[str, dict]) -> str:
     """Return the next command to run, relative to the current folder."""
     if "val" in contents:
         command = ["train.py", "--data-path", output, "--check-data"]

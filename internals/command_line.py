@@ -62,6 +62,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """Parse a number above 0 and at most 1; an argparse type."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
 def evaluator_name(text: str) -> str:
     """Parse an evaluator name, an argparse type: faster-coco-eval is an alias of hotcoco."""
     return "hotcoco" if text == "faster-coco-eval" else text

@@ -111,7 +111,7 @@ def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainSta
     utils.log_field(
         "schedule",
         f"epochs {state.epoch} to {args.epochs - 1}, {len(plan):,} steps each, of "
-        f"{len(plan.groups):,} images{limit}",
+        f"{plan.images:,} images{limit}",
     )
     drops = "then cosine to 0"
     if args.lr_scheduler == "multisteplr":

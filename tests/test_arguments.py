@@ -104,6 +104,8 @@ def test_defaults_depend_on_other_flags(monkeypatch):
         ("--seed 9223372036854775808", "is too large"),
         ("--batch-size two", "invalid int value: .two."),
         ("--lr nan", "nan is below 0"),
+        ("--repeat-factor-threshold 0", "0 is not above 0 and at most 1"),
+        ("--repeat-factor-threshold 1.5", "1.5 is not above 0 and at most 1"),
         ("--unknown", "unrecognized arguments: --unknown"),
         ("--batch 4", "unrecognized arguments: --batch"),
         ("--epoch 4", "unrecognized arguments: --epoch 4, did you mean --epochs?"),

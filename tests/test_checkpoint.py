@@ -402,7 +402,7 @@ def test_changed_invariant_is_rejected(name, capsys):
     output = capsys.readouterr().out
     assert f"--resume-anyway: so far trained with {described}" in output
     restarts = name in ("seed", "global_batch", "keep_empty", "aspect_ratio_group_factor")
-    restarts = restarts or name == "train_data"
+    restarts = restarts or name in ("train_data", "repeat_factor_threshold")
     assert ("epoch 2 restarts" in output) == restarts
     assert (state.epoch, state.step) == (2, 40 if restarts else 25)
 

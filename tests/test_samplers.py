@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import rewrite, split_of
+from helpers import rewrite, split_of, write_split
 
 import samplers
 from coco_utils import CocoIndex
@@ -70,9 +70,112 @@ def test_start_in_the_middle_of_an_epoch():
     assert len(plan) == len(batches) == 10
 
 
+def test_plan_without_repeats_is_that_of_earlier_versions():
+    """The numbers were printed before there were repeats."""
+    groups = np.random.default_rng(0).integers(0, 3, 11)
+    plan = TrainingPlan(groups, 2, 2, 1, seed=5)
+    assert plan.batches(0).tolist() == [[5, 3, 4, 6], [8, 0, 9, 2]]
+    assert plan.batches(7).tolist() == [[5, 3, 4, 6], [1, 9, 0, 2]]
+    plan.start(7, 1)
+    assert list(plan) == [[(0, 8636840434875530895), (2, 12151908989600622437)]]
+    plan = TrainingPlan(groups, 4, seed=2**40)  # a seed of two words
+    plan.start(3, 1)
+    assert next(iter(plan))[:2] == [(10, 2840299632063209070), (0, 11306437165137261978)]
+
+
 def test_image_seeds_are_distinct():
-    seeds = {samplers.image_seed(s, e, i) for s in range(3) for e in range(3) for i in range(3)}
-    assert len(seeds) == 27
+    triples = itertools.product(range(3), repeat=3)
+    seeds = {samplers.image_seed(*triple, copy) for triple in triples for copy in range(3)}
+    assert len(seeds) == 81
+
+
+def index_of(root, categories_of_images: list[list[int]]) -> CocoIndex:
+    """Write images with a box for each of the given category ids, 2 or 5."""
+    boxes = [[[i, 1, 1, 9, 9] for i in ids] for ids in categories_of_images]
+    write_split(root, "train", [(20, 20)] * len(boxes), boxes)
+    return CocoIndex(split_of(root))
+
+
+def test_repeat_factors(tmp_path):
+    """Category 2 is in 4 of 8 images, once twice; category 5 in one, beside a 2; one is empty."""
+    index = index_of(tmp_path, [[2, 2], [2, 5], [2], [2], [], [], [], []])
+    every = np.arange(8)
+    of_image, of_category = samplers.repeat_factors(index, every, 0.5)
+    assert of_category.tolist() == [1, 2]  # sqrt(0.5 / 0.5), sqrt(0.5 / 0.125)
+    assert of_image.tolist() == [1, 2, 1, 1, 1, 1, 1, 1]
+    of_image, of_category = samplers.repeat_factors(index, every, 1)
+    assert of_category == pytest.approx([2**0.5, 8**0.5])
+    assert of_image == pytest.approx([2**0.5, 8**0.5, 2**0.5, 2**0.5, 1, 1, 1, 1])
+    # without the empty images the shares are 1 and 1/4
+    of_image, of_category = samplers.repeat_factors(index, index.images_with_boxes(), 1)
+    assert (of_image.tolist(), of_category.tolist()) == ([1, 2, 1, 1], [1, 2])
+
+
+def test_crowds_and_categories_without_boxes_do_not_count_as_rare(tmp_path):
+    index = index_of(tmp_path, [[2], [5], [2], [2]])
+    rewrite(split_of(tmp_path), lambda data: data["annotations"][1].update(iscrowd=1))
+    index = CocoIndex(split_of(tmp_path))
+    of_image, of_category = samplers.repeat_factors(index, np.arange(4), 0.5)
+    assert (of_image.tolist(), of_category.tolist()) == ([1, 1, 1, 1], [1, 1])
+
+
+def factors_of(count: int) -> np.ndarray:
+    """Return factors from 1 to 3.5, half of them 1."""
+    return np.random.default_rng(1).uniform(-1.5, 3.5, count).clip(min=1)
+
+
+@pytest.mark.parametrize("global_batch", [1, 4, 7])
+def test_images_are_repeated_in_proportion_to_their_factors(global_batch):
+    factors, epochs = factors_of(60), 400
+    plan = TrainingPlan(groups_of(60), global_batch, factors=factors)
+    assert plan.images == int(factors.sum()) > 60
+    assert len(plan) == plan.images // global_batch
+    counts = np.zeros((epochs, 60), dtype=int)
+    for epoch in range(epochs):
+        batches = plan.batches(epoch)
+        assert batches.shape == (len(plan), global_batch)  # the same in all epochs
+        counts[epoch] = np.bincount(batches.flat, minlength=60)
+    expected = factors * (len(plan) * global_batch / factors.sum())
+    assert (np.abs(counts - expected) < 1).all()  # rounded down or up
+    # The mean of 400 draws of the rest, each 0 or 1, has a standard deviation of 0.025 at most.
+    assert counts.mean(axis=0) == pytest.approx(expected, abs=0.1)
+
+
+def test_repeats_do_not_depend_on_world_size_and_resume_at_any_step():
+    groups, factors = groups_of(30), factors_of(30)
+    single = TrainingPlan(groups, 4, seed=3, factors=factors)
+    single.start(2)
+    batches = list(single)
+    for world_size in (2, 4):
+        for first in (0, 5):
+            shares = [
+                TrainingPlan(groups, 4 // world_size, world_size, rank, 3, factors)
+                for rank in range(world_size)
+            ]
+            for plan in shares:
+                plan.start(2, first)
+            assert [
+                list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)
+            ] == batches[first:]
+
+
+def test_copies_of_an_image_have_different_seeds():
+    plan = TrainingPlan(groups_of(30), 4, seed=3, factors=factors_of(30))
+    plan.start(1)
+    pairs = [pair for batch in plan for pair in batch]
+    copies = {image: [seed for i, seed in pairs if i == image] for image, _ in pairs}
+    assert max(map(len, copies.values())) == 4
+    assert len({seed for _, seed in pairs}) == len(pairs)
+    for image, seeds in copies.items():
+        assert seeds == [samplers.image_seed(3, 1, image, copy) for copy in range(len(seeds))]
+
+
+def test_only_last_batches_mix_groups_with_repeats():
+    groups = groups_of(200)
+    plan = TrainingPlan(groups, 8, factors=factors_of(200))
+    kinds = [len(set(groups[batch])) for batch in plan.batches(0)]
+    assert kinds == sorted(kinds, key=lambda kind: kind > 1)
+    assert kinds.count(1) >= len(kinds) - 3
 
 
 def test_keep_empty_selects_images_without_boxes(tiny):

@@ -488,9 +488,12 @@ def test_split_without_usable_images_is_rejected(tiny, tmp_path):
 def test_empty_images_train_unless_told_otherwise(tiny, tmp_path):
     rewrite(split_of(tiny), lambda data: data.update(annotations=data["annotations"][:6]))
     flags = ("--data-path", tiny, "--max-steps", "1")
-    for count, extra in ((8, ()), (4, ("--no-keep-empty",))):
+    # With repeats: 4 without boxes, 2 x sqrt(8 / 4) and 2 x sqrt(8 / 2), that is 10.8.
+    repeats = ("--repeat-factor-threshold", "1")
+    for count, extra in ((8, ()), (4, ("--no-keep-empty",)), (10, repeats)):
         text = train_in_process(*flags, *extra, "--output-dir", tmp_path / f"out{count}")
-        assert f"steps each, of {count} images" in text
+        assert f"{count // 2} steps each, of {count} images" in text
+        assert (f"8 images become {count} an epoch" in text) == (extra == repeats)
 
 
 def test_too_narrow_images_are_rejected_before_the_first_step(tiny, tmp_path):

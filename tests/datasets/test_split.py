@@ -171,3 +171,73 @@ def test_non_coco_file_is_rejected(tmp_path, out, text):
 def test_val_share_is_between_0_and_1(out, share):
     with pytest.raises(UserError, match=f"{share} is not between 0 and 1"):
         main("a.json", "a", out, "--val-share", share)
+
+
+def image_ids_of(root: Path, name: str) -> set[int]:
+    return {row["id"] for row in read(root, name)["images"]}
+
+
+@pytest.mark.parametrize(("count", "folds", "seed"), [(200, 5, 0), (37, 10, 1), (20, 20, 2)])
+def test_folds_are_disjoint_complete_and_stratified(tmp_path, out, count, folds, seed):
+    file, folder = write_many(tmp_path, count, seed)
+    main(file, folder, out, "--folds", folds, "--seed", seed)
+    roots = [out / f"fold{number}" for number in range(folds)]
+    assert sorted(out.iterdir()) == sorted(roots)
+    vals = [image_ids_of(root, "val") for root in roots]
+    assert sum(map(len, vals)) == count
+    assert set().union(*vals) == set(range(count))
+    for root, val in zip(roots, vals, strict=True):
+        assert image_ids_of(root, "train") == set(range(count)) - val
+        assert {int(path.stem) for path in (root / "val2017").iterdir()} == val
+    assert max(map(len, vals)) - min(map(len, vals)) <= 1
+    counts = [count_images_by_category(read(root, "val")) for root in roots]
+    for category in (1, 2, 5, 9):
+        values = [by_category[category] for by_category in counts]
+        assert max(values) - min(values) <= 1, category
+
+
+def test_images_without_boxes_are_spread_over_folds(tmp_path, out):
+    boxes = [[[2, 1, 1, 3, 3]] if n % 2 else [] for n in range(12)]
+    write_split(tmp_path, "train", [(8, 8)] * 12, boxes)
+    main(*split_of(tmp_path), out, "--folds", "3")
+    for number in range(3):
+        val = read(out / f"fold{number}", "val")
+        assert (len(val["images"]), len(val["annotations"])) == (4, 2)
+
+
+def test_folds_depend_on_seed_only(tmp_path, out):
+    inputs = write_many(tmp_path, 60)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        main(*inputs, out / name, "--folds", 4, "--seed", seed)
+    folds = {
+        name: [image_ids_of(out / name / f"fold{n}", "val") for n in range(4)] for name in "abc"
+    }
+    assert folds["a"] == folds["b"] != folds["c"]
+
+
+def test_folds_are_read_by_train(coco, out, capsys):
+    main(*split_of(coco), out, "--folds", "2")
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].split() == ["fold0", "fold1"]
+    assert "8 images as hard links" in printed
+    assert printed.rstrip().endswith(f"train.py --data-path {out / 'fold0'} --check-data")
+    for number in range(2):
+        done = run_train("--data-path", out / f"fold{number}", "--check-data", "-j", "0")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--folds", "1"), "1 is below 2"),
+        (
+            ("--folds", "5"),
+            r"instances_train2017\.json has 4 images, too few to split with --folds",
+        ),
+        (("--folds", "2", "--val-share", "0.2"), "--val-share: not allowed with argument --folds"),
+    ],
+)
+def test_impossible_folds_are_rejected(coco, out, flags, message):
+    with pytest.raises(UserError, match=message):
+        main(*split_of(coco), out, *flags)
+    assert not out.exists()
