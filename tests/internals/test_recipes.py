@@ -109,7 +109,7 @@ def test_documented_commands_are_valid(line, monkeypatch):
     assert args.recipe == ("strong" if "strong" in line else "reference")
 
 
-@pytest.mark.parametrize("launcher", set(re.findall(r"start_scripts/\w+\.sh", DOCS)))
+@pytest.mark.parametrize("launcher", sorted(set(re.findall(r"start_scripts/\w+\.sh", DOCS))))
 def test_documented_launchers_exist(launcher):
     assert (ROOT / launcher).is_file()
 
