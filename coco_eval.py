@@ -21,6 +21,7 @@ import torch
 from torchvision.ops import box_convert
 
 from coco_utils import NO_CATEGORY, Categories, CocoIndex
+from internals.data_checks import MAX_DETECTIONS
 from internals.errors import RunError, UserError
 from internals.score_thresholds import Matches, best_points
 
@@ -41,7 +42,6 @@ MEANING = {
     "ARl": "AR, large boxes",
 }
 METRICS = tuple(MEANING)
-MAX_DETECTIONS = 100  # of a category that COCO's metrics count in an image
 MAX_CATEGORIES = 10  # in `table`; metrics.jsonl and the report have them all
 
 
@@ -364,9 +364,24 @@ def ap_by_category(metrics: dict) -> dict[str, float | None]:
     per_category = metrics.get("per_category") or {}
     if not all(isinstance(row, dict) for row in per_category.values()):
         return per_category
+    return _by_category(per_category, "AP")
+
+
+def points_by_category(metrics: dict) -> dict[str, dict | None]:
+    """Return `score_threshold` of each category by its name, as `ap_by_category` does AP.
+
+    It is None for all categories in `metrics.jsonl` of earlier versions.
+    """
+    per_category = metrics.get("per_category") or {}
+    if not all(isinstance(row, dict) for row in per_category.values()):
+        return {}
+    return _by_category(per_category, "score_threshold")
+
+
+def _by_category(per_category: dict, key: str) -> dict:
     names = Categories.from_names({int(i): row["name"] for i, row in per_category.items()})
-    aps = {int(i): row["AP"] for i, row in per_category.items()}
-    return {name: aps[i] for i, name in zip(names.ids, names.display_names, strict=True)}
+    values = {int(i): row.get(key) for i, row in per_category.items()}
+    return {name: values[i] for i, name in zip(names.ids, names.display_names, strict=True)}
 
 
 def table(metrics: dict) -> str:

@@ -25,6 +25,7 @@ MODEL_ARGS = (
     "fixed_size",
     "rpn_score_thresh",
     "bit_depth",
+    "max_detections",
 )
 
 
