@@ -21,7 +21,7 @@ import utils
 from internals.command_line import ArgumentParser
 from internals.errors import UserError
 from internals.failures import run_command
-from internals.score_thresholds import best_point, overall_curve
+from internals.score_thresholds import best_point, best_points, overall_curve
 from reporting import fonts
 from reporting.analysis import (
     DetectionResults,
@@ -64,13 +64,13 @@ def category_table(history: RunHistory, results: DetectionResults | None) -> lis
 
     None: unknown.
     """
-    boxes = {}
+    last, boxes = history.last or {}, {}
+    aps, points = coco_eval.ap_by_category(last), coco_eval.points_by_category(last)
     if results:
         names = results.index.categories.display_names
+        points = dict(zip(names, best_points(results.matches)[1], strict=True))
         of_usable = results.gt_category[results.index.usable]
         boxes = dict.fromkeys(names, 0) | Counter(names[k] for k in of_usable)
-    last = history.last or {}
-    aps, points = coco_eval.ap_by_category(last), coco_eval.points_by_category(last)
     rows = [
         {
             "name": n,
