@@ -12,6 +12,7 @@ from internals.command_line import (
     evaluator_name,
     fraction,
     int_at_least_2,
+    int_at_least_11,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -191,6 +192,10 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--evaluator", type=evaluator_name, choices=coco_eval.EVALUATORS, default="hotcoco",
         help="library that computes COCO's metrics; both: fail if hotcoco and pycocotools differ "
         "(default: %(default)s)")
+    add("--max-detections", type=int_at_least_11, metavar="N",
+        help="objects of an image that the model returns and the metrics count, above the 10 of "
+        "AR10; the name of AR100 says another N (default: the metrics count 100, the model "
+        "returns 100, SSD 200, RetinaNet and SSDlite 300)")
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,10 @@ import contextlib
 import io
 import json
 import math
+import re
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import hotcoco
 import numpy as np
@@ -19,7 +21,9 @@ import torch
 from torchvision.ops import box_convert
 
 from coco_utils import NO_CATEGORY, Categories, CocoIndex
+from internals.data_checks import MAX_DETECTIONS
 from internals.errors import RunError, UserError
+from internals.score_thresholds import Matches, best_points
 
 EVALUATORS = ("hotcoco", "pycocotools", "both")
 
@@ -38,13 +42,6 @@ MEANING = {
     "ARl": "AR, large boxes",
 }
 METRICS = tuple(MEANING)
-# The lines of `table`.
-ROWS = {
-    ("AP", "AP50", "AP75"): "IoU 0.50:0.95, 0.50, 0.75",
-    ("APs", "APm", "APl"): "small, medium, large",
-    ("AR1", "AR10", "AR100"): "1, 10, 100 detections",
-    ("ARs", "ARm", "ARl"): "small, medium, large",
-}
 MAX_CATEGORIES = 10  # in `table`; metrics.jsonl and the report have them all
 
 
@@ -79,59 +76,117 @@ def detection_rows(
 # --------------------------------------------------------------------------------------- scoring
 
 
-def evaluate_detections(index: CocoIndex, detections: np.ndarray, evaluator: str) -> dict:
-    """Compute COCO's metrics.
+class Evaluation(NamedTuple):
+    """The result of `evaluate_with_curves`.
+
+    Attributes:
+        metrics: Of `evaluate_detections`.
+        curves: The precisions whose mean is AP, float64 `[10, 101, K]`: at IoU 0.50, 0.55, ...,
+            0.95, at recall 0, 0.01, ..., 1, and for each category of `index.categories`; NaN for
+            categories without ground truth.
+        matches: The matches at IoU 0.50, for curves of F1.
+    """
+
+    metrics: dict
+    curves: np.ndarray
+    matches: Matches
+
+
+def metric_meanings(max_detections: int) -> dict[str, str]:
+    """Return the meaning of the twelve metrics by name; the name of the last AR says the limit."""
+    return {
+        name.replace("100", f"{max_detections}"): text.replace("100", f"{max_detections}")
+        for name, text in MEANING.items()
+    }
+
+
+def evaluate_detections(
+    index: CocoIndex,
+    detections: np.ndarray,
+    evaluator: str,
+    max_detections: int = MAX_DETECTIONS,
+) -> dict:
+    """Compute COCO's metrics, and the score thresholds with the highest F1.
 
     Args:
         index: The ground truth.
         detections: float64 `[N, 7]`, rows of `detection_rows`; N may be 0.
         evaluator: One of `EVALUATORS`.
+        max_detections: Of each category the highest scores of an image, so many, count; above 10.
 
     Returns:
-        The twelve metrics by name (see `METRICS`), and `per_category`: `name` and `AP` by category
-        id. A metric without ground truth, such as APl if no box is large, is None.
+        The twelve metrics by name (see `metric_meanings`); `score_threshold`, of all categories
+        together at IoU 0.50: `threshold`, `F1`, `precision` and `recall`; and `per_category`:
+        `name`, `AP` and `score_threshold` by category id. What has no ground truth, such as APl if
+        no box is large, is None, as is a threshold if nothing is found.
 
     Raises:
         RunError: The evaluator is "both", and the two differ.
     """
-    return evaluate_with_curves(index, detections, evaluator)[0]
+    return evaluate_with_curves(index, detections, evaluator, max_detections).metrics
 
 
 def evaluate_with_curves(
-    index: CocoIndex, detections: np.ndarray, evaluator: str
-) -> tuple[dict, np.ndarray]:
-    """Compute the metrics of `evaluate_detections`, and the precisions whose mean is AP.
-
-    Returns:
-        The metrics, and the precisions, float64 `[10, 101, K]`: at IoU 0.50, 0.55, ..., 0.95, at
-        recall 0, 0.01, ..., 1, and for each category of `index.categories`; NaN for categories
-        without ground truth.
-    """
+    index: CocoIndex,
+    detections: np.ndarray,
+    evaluator: str,
+    max_detections: int = MAX_DETECTIONS,
+) -> Evaluation:
+    """Compute the metrics of `evaluate_detections`, and what curves are drawn from."""
     if evaluator == "both":
-        metrics, curves = evaluate_with_curves(index, detections, "hotcoco")
-        _check_equal(metrics, evaluate_detections(index, detections, "pycocotools"))
-        return metrics, curves
-    make_evaluation = {"hotcoco": _with_hotcoco, "pycocotools": _with_pycocotools}[evaluator]
+        result = evaluate_with_curves(index, detections, "hotcoco", max_detections)
+        expected = evaluate_detections(index, detections, "pycocotools", max_detections)
+        _check_equal(result.metrics, expected)
+        return result
+    make_evaluation, find_matches = {
+        "hotcoco": (_with_hotcoco, _hotcoco_matches),
+        "pycocotools": (_with_pycocotools, _pycocotools_matches),
+    }[evaluator]
+    truth, found = _ground_truth_columns(index), _detection_columns(index, detections)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = make_evaluation(
             [{"id": number} for number in range(1, 1 + len(index))],
             [{"id": k, "name": name} for k, name in enumerate(index.categories.names, start=1)],
-            _ground_truth_columns(index),
-            _detection_columns(index, detections),
+            truth,
+            found,
         )
+        evaluation.params.maxDets = [1, 10, max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    values = [None if value < 0 else float(value) for value in evaluation.stats]
-    metrics = dict(zip(METRICS, values, strict=True))
-    # precision: [IoU thresholds, recall thresholds, categories, area ranges, detection limits]
+    metrics = _summarize(evaluation.eval["precision"], evaluation.eval["recall"], max_detections)
+    matches = find_matches(evaluation, truth, found, len(index.categories.ids))
+    metrics["score_threshold"], thresholds = best_points(matches)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    metrics["per_category"] = {}
-    for k, category_id in enumerate(index.categories.ids):
-        measured = precision[:, :, k][precision[:, :, k] > -1]
-        AP = float(measured.mean()) if measured.size else None
-        metrics["per_category"][category_id] = {"name": index.categories.names[k], "AP": AP}
-    return metrics, np.where(precision > -1, precision, np.nan)
+    metrics["per_category"] = {
+        category_id: {
+            "name": index.categories.names[k],
+            "AP": _mean(precision[:, :, k]),
+            "score_threshold": thresholds[k],
+        }
+        for k, category_id in enumerate(index.categories.ids)
+    }
+    return Evaluation(metrics, np.where(precision > -1, precision, np.nan), matches)
+
+
+def _summarize(precision: np.ndarray, recall: np.ndarray, max_detections: int) -> dict:
+    """Compute the twelve metrics; pycocotools' own `summarize` knows the limit 100 alone.
+
+    Args:
+        precision: `[IoU thresholds, recall thresholds, categories, area ranges, limits]`, -1
+            without ground truth. The area ranges are all, small, medium, large.
+        recall: The same without recall thresholds.
+        max_detections: The last limit, for its name.
+    """
+    arrays = [precision[..., 0, -1], precision[0, ..., 0, -1], precision[5, ..., 0, -1]]
+    arrays += [precision[..., area, -1] for area in (1, 2, 3)]
+    arrays += [recall[..., 0, limit] for limit in range(3)]
+    arrays += [recall[..., area, -1] for area in (1, 2, 3)]
+    return dict(zip(metric_meanings(max_detections), map(_mean, arrays), strict=True))
+
+
+def _mean(values: np.ndarray) -> float | None:
+    measured = values[values > -1]
+    return float(measured.mean()) if measured.size else None
 
 
 def _with_hotcoco(images: list, categories: list, truth: dict, found: dict) -> hotcoco.COCOeval:
@@ -156,6 +211,37 @@ def _with_pycocotools(images: list, categories: list, truth: dict, found: dict):
         coco.createIndex()
         objects.append(coco)
     return pycocotools.cocoeval.COCOeval(*objects, "bbox")
+
+
+def _hotcoco_matches(evaluation, truth: dict, found: dict, num_categories: int) -> Matches:
+    # Its `evalImgs` take minutes for COCO. Without the annotations that may be wrong, which are
+    # searched for among higher scores, this takes as long as `evaluate`.
+    status = evaluation.image_diagnostics(iou_thr=0.5, score_thr=2)
+    # By ids, which hotcoco counts from 1; ignored ones are missing.
+    boxes, detections = (
+        np.fromiter(status[name], np.int64, len(status[name])) - 1
+        for name in ("gt_status", "dt_status")
+    )
+    correct = (text == "tp" for text in status["dt_status"].values())
+    return Matches(
+        scores=found["score"][detections],
+        correct=np.fromiter(correct, bool, len(detections)),
+        categories=found["category_id"][detections] - 1,
+        boxes=np.bincount(truth["category_id"][boxes] - 1, minlength=num_categories),
+    )
+
+
+def _pycocotools_matches(evaluation, truth: dict, found: dict, num_categories: int) -> Matches:
+    all_areas = evaluation.params.areaRng[0]
+    parts = [part for part in evaluation.evalImgs if part and part["aRng"] == all_areas]
+    boxes = np.zeros(num_categories, dtype=np.int64)
+    columns = [(np.empty(0), np.empty(0, bool), np.empty(0, np.int64))]
+    for part in parts:
+        k, counted = part["category_id"] - 1, part["dtIgnore"][0] == 0
+        boxes[k] += np.count_nonzero(np.asarray(part["gtIgnore"]) == 0)
+        scores, correct = np.array(part["dtScores"])[counted], part["dtMatches"][0][counted] > 0
+        columns.append((scores, correct, np.full(len(scores), k)))
+    return Matches(*map(np.concatenate, zip(*columns, strict=True)), boxes)
 
 
 def _ground_truth_columns(index: CocoIndex) -> dict[str, np.ndarray]:
@@ -201,8 +287,12 @@ def _renumber(index: CocoIndex, columns: dict[str, np.ndarray]) -> dict[str, np.
 def _check_equal(ours: dict, reference: dict) -> None:
     """Raise RunError unless the metrics of hotcoco and pycocotools have the same bits."""
     values, expected = (
-        {name: metrics[name] for name in METRICS}
-        | {f"AP of category {i}": row["AP"] for i, row in metrics["per_category"].items()}
+        {name: value for name, value in metrics.items() if name != "per_category"}
+        | {
+            f"{name} of category {i}": row[name]
+            for i, row in metrics["per_category"].items()
+            for name in ("AP", "score_threshold")
+        }
         for metrics in (ours, reference)
     )
     different = [
@@ -274,16 +364,38 @@ def ap_by_category(metrics: dict) -> dict[str, float | None]:
     per_category = metrics.get("per_category") or {}
     if not all(isinstance(row, dict) for row in per_category.values()):
         return per_category
+    return _by_category(per_category, "AP")
+
+
+def points_by_category(metrics: dict) -> dict[str, dict | None]:
+    """Return `score_threshold` of each category by its name, as `ap_by_category` does AP.
+
+    It is None for all categories in `metrics.jsonl` of earlier versions.
+    """
+    per_category = metrics.get("per_category") or {}
+    if not all(isinstance(row, dict) for row in per_category.values()):
+        return {}
+    return _by_category(per_category, "score_threshold")
+
+
+def _by_category(per_category: dict, key: str) -> dict:
     names = Categories.from_names({int(i): row["name"] for i, row in per_category.items()})
-    aps = {int(i): row["AP"] for i, row in per_category.items()}
-    return {name: aps[i] for i, name in zip(names.ids, names.display_names, strict=True)}
+    values = {int(i): row.get(key) for i, row in per_category.items()}
+    return {name: values[i] for i, name in zip(names.ids, names.display_names, strict=True)}
 
 
 def table(metrics: dict) -> str:
     """Format the twelve metrics and the AP of categories as lines of at most 80 columns."""
-    lines = []
-    for names, meaning in ROWS.items():
-        cells = [f"{name:<6}{_format(metrics[name])}" for name in names]
+    lines, names = [], list(metric_meanings(limit_of(metrics)))
+    for n, meaning in enumerate(
+        (
+            "IoU 0.50:0.95, 0.50, 0.75",
+            "small, medium, large",
+            f"1, 10, {limit_of(metrics)} detections",
+            "small, medium, large",
+        )
+    ):
+        cells = [f"{name:<6}{_format(metrics[name])}" for name in names[3 * n : 3 * n + 3]]
         lines.append(f"  {'  '.join(cells)}  {meaning}")
     chosen = per_category = ap_by_category(metrics)
     heading = "AP by category:"
@@ -295,7 +407,38 @@ def table(metrics: dict) -> str:
     lines += textwrap.wrap(
         f"{heading} {', '.join(texts)}", 80, initial_indent="  ", subsequent_indent="    "
     )
+    if best := metrics.get("score_threshold"):
+        lines.append(
+            f"  best F1 {best['F1']:.3f} at score {best['threshold']:.3f}: precision "
+            f"{best['precision']:.3f}, recall {best['recall']:.3f}"
+        )
     return "\n".join(lines)
+
+
+def limit_of(metrics: dict) -> int:
+    """Return the limit of detections that the names of metrics say: of AR1, AR10, AR100 the last.
+
+    Args:
+        metrics: Of `evaluate_detections`, or an "eval" line of `metrics.jsonl`.
+    """
+    limits = [int(name[2:]) for name in metrics if re.fullmatch(r"AR\d+", name)]
+    return max(limits, default=MAX_DETECTIONS)
+
+
+def chosen_thresholds(metrics: dict) -> dict | None:
+    """Return the score thresholds that go into a checkpoint; None if nothing was found.
+
+    Returns:
+        `overall`, the threshold with the best F1 of all categories together, and `per_category`,
+        those of each category by id, without the categories that have none.
+    """
+    if not metrics["score_threshold"]:
+        return None
+    rows = {i: row["score_threshold"] for i, row in metrics["per_category"].items()}
+    return {
+        "overall": metrics["score_threshold"]["threshold"],
+        "per_category": {i: row["threshold"] for i, row in rows.items() if row},
+    }
 
 
 def _format(value: float | None) -> str:

@@ -132,20 +132,20 @@ def evaluate(
     *,
     amp_dtype: torch.dtype | None,
     on_result: Callable[[CocoIndex, dict, np.ndarray], None],
-) -> float | None:
+) -> dict:
     """Evaluate `model`, log the metrics, and write `detections.json`.
 
     Args:
         model: The detector itself, not its DDP wrapper.
         loader: Of a `coco_utils.CocoDetection`, with batches of `coco_utils.collate`.
         categories: Those that the model was trained on.
-        args: Of these `output_dir`, `evaluator` and `val_loss`.
+        args: Of these `output_dir`, `evaluator`, `max_detections` and `val_loss`.
         amp_dtype: The data type of autocast; None for float32.
         on_result: Called on rank 0 with the ground truth, the metrics of
             `coco_eval.evaluate_detections` (with `val_loss`, if computed), and the detections.
 
     Returns:
-        AP, on every process; None without ground truth.
+        The metrics, on every process.
 
     Raises:
         StopRequested: A process received a signal to stop.
@@ -154,10 +154,11 @@ def evaluate(
     detections, seconds = detect(model, loader, categories, amp_dtype)
     val_loss = validation_loss(model, loader, amp_dtype=amp_dtype) if args.val_loss else None
 
-    def score() -> float | None:
+    def score() -> dict:
         index, start = loader.dataset.index, time.perf_counter()
         coco_eval.write_results(detections, args.output_dir / "detections.json")
-        metrics = coco_eval.evaluate_detections(index, detections, args.evaluator)
+        limit = args.max_detections or coco_eval.MAX_DETECTIONS
+        metrics = coco_eval.evaluate_detections(index, detections, args.evaluator, limit)
         utils.log(
             f"evaluation  {len(index):,} images in {seconds:.1f} s, "
             f"{len(index) / seconds:.2f} images/s\n  {len(detections):,} detections, scored by "
@@ -176,7 +177,7 @@ def evaluate(
             utils.log(f"  validation {terms[0]} = {' + '.join(terms[1:])}")
             metrics["val_loss"] = val_loss
         on_result(index, metrics, detections)
-        return metrics["AP"]
+        return metrics
 
     return utils.run_on_rank_0(score)
 

@@ -105,7 +105,9 @@ def build_metadata(saved: dict) -> dict[str, str]:
         "model": args["model"],
         "num_classes": coco_utils.Categories.from_list(rows).num_classes,
         **{key: args[key] for key in ("min_size", "max_size", "fixed_size", "rpn_score_thresh")},
+        "max_detections": args.get("max_detections"),
         "categories": rows,
+        "score_thresholds": saved.get("score_thresholds"),
     }
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items() if v}
 

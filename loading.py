@@ -71,6 +71,13 @@ def find_too_narrow(args: argparse.Namespace, indexes: dict) -> list[str]:
     return list(filter(None, found))
 
 
+def log_crowded_images(args: argparse.Namespace, indexes: dict) -> None:
+    """Log the splits with images that have more boxes than --max-detections, if any."""
+    for split, index in indexes.items():
+        if issue := data_checks.find_crowded_images(index, args.max_detections):
+            utils.log_field("", f"note: {split}: {issue}")
+
+
 def check_data(args: argparse.Namespace) -> None:
     """Open every image and report on the data (--check-data).
 
@@ -83,7 +90,9 @@ def check_data(args: argparse.Namespace) -> None:
     splits = ("val",) if args.test_only else ("train", "val")
     indexes = {split: load_index(args, split) for split in splits}
     data_checks.set_image_rules(indexes, args.bit_depth, args.truncated_images == "use")
-    errors = data_checks.check_all(indexes, args.workers, args.max_bad_images, args.trust_boxes)
+    errors = data_checks.check_all(
+        indexes, args.workers, args.max_bad_images, args.trust_boxes, args.max_detections
+    )
     errors += find_too_narrow(args, indexes)
     if errors:
         raise DataError("\n".join(errors))

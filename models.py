@@ -88,6 +88,7 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
     max_size: int | None = None,
     fixed_size: tuple[int, int] | None = None,
     rpn_score_thresh: float | None = None,
+    max_detections: int | None = None,
     stock: bool = False,
 ) -> nn.Module:
     """Build a torchvision detector with random weights, except for its backbone.
@@ -107,6 +108,7 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
         max_size: The upper bound of the longer side in pixels; None for torchvision's default.
         fixed_size: Height and width to stretch every image to instead.
         rpn_score_thresh: Proposals below this objectness are dropped; None for 0.
+        max_detections: See `limit_detections`; None for torchvision's default, 100 to 300.
         stock: Use only torchvision's classes, without the faster modules of `internals.fast`.
 
     Raises:
@@ -146,6 +148,8 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
         ) from error
     if freeze_backbone:
         freeze_norms(model.backbone)
+    if max_detections is not None:
+        limit_detections(model, max_detections)
     if stock:
         return model
     keep_boxes_float32(model)
@@ -186,6 +190,7 @@ def structure_of(args: dict) -> dict:
         "max_size": args["max_size"],
         "fixed_size": args["fixed_size"],
         "rpn_score_thresh": args["rpn_score_thresh"],
+        "max_detections": args.get("max_detections"),
     }
 
 
@@ -212,6 +217,17 @@ def torchvision_detector(name: str, weights: str) -> tuple[nn.Module, Categories
     id_to_name = {i: text for i, text in enumerate(names) if text not in ("__background__", "N/A")}
     ids = tuple(id_to_name)
     return model.eval(), Categories(ids=ids, names=tuple(id_to_name.values()), labels=ids)
+
+
+def limit_detections(model: nn.Module, max_detections: int) -> None:
+    """Make a detector return up to `max_detections` objects of an image, of as many candidates."""
+    if hasattr(model, "roi_heads"):
+        model.roi_heads.detections_per_img = max_detections
+        for top_n in (model.rpn._pre_nms_top_n, model.rpn._post_nms_top_n):
+            top_n["testing"] = max(top_n["testing"], max_detections)
+    else:
+        model.detections_per_img = max_detections
+        model.topk_candidates = max(model.topk_candidates, max_detections)
 
 
 def freeze_norms(module: nn.Module) -> None:

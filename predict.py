@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,8 +70,13 @@ Exit codes: 0 done; 1 failed; 2 error in the command line, the checkpoint or som
 """
 
 
-def score(text: str) -> float:
-    """Parse a number from 0 to 1; an argparse type."""
+BEST, BEST_PER_CATEGORY = "best", "best-per-category"
+
+
+def score(text: str) -> float | str:
+    """Parse a number from 0 to 1, or the name of thresholds of a checkpoint; an argparse type."""
+    if text in (BEST, BEST_PER_CATEGORY):
+        return text
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -93,9 +99,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="image files, folders (with their subfolders), or patterns such as 'day*/*.jpg'")
     add("--output-dir", type=Path, required=True, metavar="DIR",
         help="a new or empty folder, required; existing files are never overwritten")
-    add("--score-threshold", type=score, default=0.5, metavar="SCORE",
+    add("--score-threshold", type=score, default=0.5, metavar="SCORE|best|best-per-category",
         help="drop detections with a lower score, 0 to 1; most models themselves drop those below "
-        "0.05 (default: %(default)s)")
+        "0.05; best: the threshold of the checkpoint with the highest F1 on its validation images, "
+        "best-per-category: with those of each category (default: %(default)s)")
+    add("--max-detections", type=positive_int, metavar="N",
+        help="keep the N highest scores of an image (default: as in training, 100 in a "
+        "Faster R-CNN)")
     add("--format", choices=WRITERS, default="coco",
         help="format of the detections, see below (default: %(default)s)")
     add("--show-truth", type=Path, metavar="FILE",
@@ -229,24 +239,71 @@ def read_input(
 # --------------------------------------------------------------------------------- inference
 
 
-def load_model(weights: str, name: str | None) -> tuple[nn.Module, Categories, int | None]:
-    """Load a model from a checkpoint, or one of torchvision by `name`.
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, and what is known about it.
 
-    Returns:
-        The model, its categories, and the bits of the 16-bit images that it was trained on, if any.
+    Attributes:
+        model: On the CPU.
+        categories: Those it detects.
+        bit_depth: The bits of the 16-bit images that it was trained on, if any.
+        thresholds: Of `coco_eval.chosen_thresholds`, if any.
     """
+
+    model: nn.Module
+    categories: Categories
+    bit_depth: int | None = None
+    thresholds: dict | None = None
+
+
+def load_model(weights: str, name: str | None) -> LoadedModel:
+    """Load a model from a checkpoint, or one of torchvision by `name`."""
     path = Path(weights)
     if name:
         if path.exists():
             raise UserError(f"--model is for torchvision's weights: remove it, {path} is a file")
-        return (*models.torchvision_detector(name, weights), None)
+        return LoadedModel(*models.torchvision_detector(name, weights))
     if path.is_dir():
         raise UserError(f"{path} is a folder: use a checkpoint in it, {path / checkpoint.BEST}")
     if not path.exists():
         raise UserError(f"{path}: no such file. For torchvision's weights add --model NAME")
     saved = checkpoint.load(path)
-    categories = Categories.from_list(saved["categories"])
-    return models.from_checkpoint(saved), categories, saved["args"].get("bit_depth", EARLIER_DEPTH)
+    return LoadedModel(
+        model=models.from_checkpoint(saved),
+        categories=Categories.from_list(saved["categories"]),
+        bit_depth=saved["args"].get("bit_depth", EARLIER_DEPTH),
+        thresholds=saved.get("score_thresholds"),
+    )
+
+
+def choose_thresholds(args: argparse.Namespace, loaded: LoadedModel) -> dict[int, float]:
+    """Return the score threshold of each category id, and log those of the checkpoint.
+
+    Raises:
+        UserError: --score-threshold asks for those of the checkpoint, and it has none.
+    """
+    chosen, ids = args.score_threshold, loaded.categories.ids
+    if chosen not in (BEST, BEST_PER_CATEGORY):
+        return dict.fromkeys(ids, chosen)
+    if args.model:
+        raise UserError(f"--score-threshold {chosen} is for checkpoints: torchvision's weights "
+                        "have no threshold, give a number")  # fmt: skip
+    if loaded.thresholds is None:
+        raise UserError(
+            f"--score-threshold {chosen}: {args.checkpoint} has no threshold, as it was saved "
+            "before an evaluation, in which something was found, or by an earlier version: use "
+            f"{checkpoint.BEST}, or evaluate it with train.py --test-only --resume, which prints "
+            "the best threshold, and give that number"
+        )
+    overall = loaded.thresholds["overall"]
+    if chosen == BEST:
+        utils.log(f"score threshold: {overall:.3f}, with the best F1 on the validation images")
+        return dict.fromkeys(ids, overall)
+    own = loaded.thresholds["per_category"]
+    names = [fonts.one_line(loaded.categories.id_to_name[i]) for i in own]
+    listed = ", ".join(f"{name} {own[i]:.3f}" for i, name in zip(own, names, strict=True))
+    utils.log(f"score thresholds, with the best F1 on the validation images: {listed}; "
+              f"others {overall:.3f}")  # fmt: skip
+    return dict.fromkeys(ids, overall) | own
 
 
 def choose_rules(images: list[InputImage], bit_depth: int | None, truncated: str) -> ImageRules:
@@ -267,7 +324,7 @@ class Detector:
     categories: Categories
     device: torch.device
     amp_dtype: torch.dtype | None
-    score_threshold: float
+    thresholds: dict[int, float]  # the lowest score by category id
     highest_score: float = 0.0  # so far
 
     @torch.inference_mode()
@@ -279,7 +336,8 @@ class Detector:
         category_ids = self.categories.ids_of_labels()
         for image, output in zip(batch, outputs, strict=True):
             rows = coco_eval.detection_rows([output], [image.image_id], category_ids)
-            image.detections = rows[rows[:, 5] >= self.score_threshold]
+            lowest = [self.thresholds[i] for i in rows[:, 6].astype(int).tolist()]
+            image.detections = rows[rows[:, 5] >= lowest]
             self.highest_score = max(self.highest_score, rows[:, 5].max(initial=0))
         return batch
 
@@ -437,16 +495,18 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     paths_and_names = find_images(args.images)
     images = [InputImage(*row, image_id) for image_id, row in enumerate(paths_and_names, start=1)]
-    model, categories, bit_depth = load_model(args.checkpoint, args.model)
+    loaded = load_model(args.checkpoint, args.model)
+    model, categories, bit_depth, _ = loaded
+    if args.max_detections:
+        models.limit_detections(model, args.max_detections)
+    thresholds = choose_thresholds(args, loaded)
     index = match_annotations(images, args.show_truth, categories) if args.show_truth else None
     prepare_output_dir(args.output_dir, must_be_empty=True)
     amp_dtype, precision = resolve_precision(device, args.amp)
     utils.log(f"{args.checkpoint}: {len(categories.ids)} categories; on {device}, {precision}")
 
     rules = choose_rules(images, args.bit_depth or bit_depth, args.truncated_images)
-    detector = Detector(
-        move_model(model, device), categories, device, amp_dtype, args.score_threshold
-    )
+    detector = Detector(move_model(model, device), categories, device, amp_dtype, thresholds)
     folder = args.output_dir / "pictures"
     draw = partial(draw_image, folder=folder, categories=categories, index=index)
     batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
@@ -466,7 +526,7 @@ def main(argv: list[str] | None = None) -> None:
         names = ", ".join(unlisted[:20]) + (", ..." if len(unlisted) > 20 else "")
         utils.log(f"not in {args.show_truth}, no ground truth drawn: {names}")
     utils.log(f"{summarize(done, categories)}; {speed:.2f} images/s")
-    if done and detector.highest_score < args.score_threshold:
+    if done and detector.highest_score < min(thresholds.values()):
         utils.log(f"highest score: {detector.highest_score:.2f}; try a lower --score-threshold")
     utils.log(f"output: {file} and {folder}{os.sep}")
     if interrupted:

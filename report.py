@@ -21,6 +21,7 @@ import utils
 from internals.command_line import ArgumentParser
 from internals.errors import UserError
 from internals.failures import run_command
+from internals.score_thresholds import best_point, best_points, overall_curve
 from reporting import fonts
 from reporting.analysis import (
     DetectionResults,
@@ -43,6 +44,7 @@ MAX_MATRIX = 20  # of more categories the confusion matrix shows the most confus
 def accuracy_table(history: RunHistory) -> dict:
     """Return the twelve metrics of COCO, of the last and of the best evaluation."""
     test_only = flags_of(history.eval_start).get("test_only")
+    limit = coco_eval.limit_of(history.last)
     columns = {"last (--test-only)" if test_only else "last": history.last}
     if history.best not in (None, history.last):
         columns["best"] = history.best
@@ -51,21 +53,33 @@ def accuracy_table(history: RunHistory) -> dict:
     return {
         "heads": [name + epoch_suffix(line) for name, line in columns.items()],
         "rows": [
-            (name, coco_eval.MEANING[name], [line.get(name) for line in columns.values()])
-            for name in coco_eval.METRICS
+            (name, meaning, [line.get(name) for line in columns.values()])
+            for name, meaning in coco_eval.metric_meanings(limit).items()
         ],
     }
 
 
 def category_table(history: RunHistory, results: DetectionResults | None) -> list[dict]:
-    """Return AP and number of ground-truth boxes (None: unknown) by category, best AP first."""
-    boxes = {}
+    """Return AP, best score threshold and number of ground-truth boxes by category, best AP first.
+
+    None: unknown.
+    """
+    last, boxes = history.last or {}, {}
+    aps, points = coco_eval.ap_by_category(last), coco_eval.points_by_category(last)
     if results:
         names = results.index.categories.display_names
+        points = dict(zip(names, best_points(results.matches)[1], strict=True))
         of_usable = results.gt_category[results.index.usable]
         boxes = dict.fromkeys(names, 0) | Counter(names[k] for k in of_usable)
-    aps = coco_eval.ap_by_category(history.last or {})
-    rows = [{"name": n, "ap": ap, "boxes": boxes.get(n)} for n, ap in aps.items()]
+    rows = [
+        {
+            "name": n,
+            "ap": ap,
+            "threshold": points[n]["threshold"] if points.get(n) else None,
+            "boxes": boxes.get(n),
+        }
+        for n, ap in aps.items()
+    ]
     return sorted(rows, key=lambda row: -1 if row["ap"] is None else row["ap"], reverse=True)
 
 
@@ -294,6 +308,7 @@ def render(title: str, history: RunHistory, results: DetectionResults | None, sv
         flags={k: v for k, v in flags_of(history.start).items() if v not in (None, False)},
         accuracy=accuracy_table(history) if history.last else None,
         categories=category_table(history, results),
+        best=best_point(overall_curve(results.matches)) if results else None,
         svgs=svgs,
         has_val_loss=any(line.get("val_loss") for line in history.evals),
         counts=results.counts() if results else None,

@@ -29,6 +29,7 @@ MODEL_ARGS = (
     "rpn_score_thresh",
     "bit_depth",
     "recipe",
+    "max_detections",
 )
 
 

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
 import checkpoint
+import coco_eval
 import coco_utils
 import engine
 import loading
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     validate_args(args, device)
     if errors := loading.find_too_narrow(args, indexes):
         raise DataError("\n".join(errors))
+    loading.log_crowded_images(args, indexes)
     amp_dtype, precision = choose_precision(args, device)
 
     # Data
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     about = run_log.run_metadata(model, device, precision, train_loader, val_loader, categories)
     metrics.write("start", args=to_plain_dict(args), **about, val_images_left_out=left_out)
 
-    def evaluate(model: nn.Module, epoch: int | None, step: int | None) -> float | None:
+    def evaluate(model: nn.Module, epoch: int | None, step: int | None) -> dict:
         record = partial(run_log.record_evaluation, metrics, tensorboard, epoch, step)
         return engine.evaluate(
             model, val_loader, categories, args, amp_dtype=amp_dtype, on_result=record
@@ -104,8 +106,9 @@ def main(argv: list[str] | None = None) -> None:
         return write_report(args)
 
     # Epochs
-    def save(best: bool = False) -> None:
+    def save(best: bool = False, score_thresholds: dict | None = None) -> None:
         content = {**state.state_dict(), "categories": categories.to_list(), "args": run_args}
+        content["score_thresholds"] = score_thresholds  # of these very weights, else None
         write = partial(checkpoint.save, args.output_dir, content, args.keep_checkpoints, best)
         utils.run_on_rank_0(write)
 
@@ -137,11 +140,11 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
                 on_step_end=timer.after_step,
             )
             timer.save()  # a run interrupted in the evaluation then repeats no step
-        AP = evaluate(state.eval_model, state.epoch, state.step)
-        best = state.update_best(AP)
-        run_log.log_best(state, AP, best)
+        metrics = evaluate(state.eval_model, state.epoch, state.step)
+        best = state.update_best(metrics["AP"])
+        run_log.log_best(state, metrics["AP"], best)
         state.epoch = state.step // steps_per_epoch
-        timer.save(best=best)
+        timer.save(best=best, score_thresholds=coco_eval.chosen_thresholds(metrics))
         if first_step == 0:
             seconds_per_step = (time.perf_counter() - start) / steps_per_epoch
             run_log.log_time_left(end - state.step, seconds_per_step)

@@ -43,6 +43,7 @@ def at_least(kind: type, minimum: float):
 positive_int = at_least(int, 1)
 non_negative_int = at_least(int, 0)
 int_at_least_2 = at_least(int, 2)
+int_at_least_11 = at_least(int, 11)
 non_negative_float = at_least(float, 0.0)
 
 

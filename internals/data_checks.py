@@ -27,7 +27,7 @@ from internals.errors import DataError
 from internals.image_notes import NOTE_REMEDIES
 from internals.images import DEEP_SUFFIXES, MAX_PIXELS, ImageRules, measure_bit_depth
 
-MAX_DETECTIONS = 100  # of an image, by COCO's metrics and torchvision's default
+MAX_DETECTIONS = 100  # of an image and category, that COCO's metrics count
 
 
 def raise_if_fatal(index, issues: Iterable[DataIssue]) -> None:
@@ -84,15 +84,22 @@ def _image_issues(index) -> Iterator[DataIssue]:
         sizes.prod(axis=1) > MAX_PIXELS,
         remedy="Downscale the images and their boxes",
     )
+
+
+def find_crowded_images(index, max_detections: int | None) -> DataIssue | None:
+    """Find the images with more boxes than detections (--max-detections), if any."""
+    limit = max_detections or MAX_DETECTIONS
     boxes = np.bincount(index.image_of_rows()[index.usable], minlength=len(index))
-    yield _image_issue(
+    enough = -(-boxes.max(initial=0) * 12 // 1000) * 100  # a fifth more, as some are false
+    issue = _image_issue(
         index,
-        f"images with more than {MAX_DETECTIONS} boxes, up to {boxes.max(initial=0):,}",
-        boxes > MAX_DETECTIONS,
-        remedy=f"The model returns at most {MAX_DETECTIONS} detections an image, and COCO's "
-        "metrics count no more: the others are missed. Cut such images into tiles",
+        f"images with more than {limit} boxes, up to {boxes.max(initial=0):,}",
+        boxes > limit,
+        remedy=f"At most {limit} detections of an image count: the other boxes are missed. Use "
+        f"--max-detections {enough}, or cut such images into tiles",
         fatal=False,
     )
+    return issue if issue.count else None
 
 
 def _file_issues(index) -> Iterator[DataIssue]:
@@ -372,7 +379,11 @@ def drop_bad_images(indexes: dict, workers: int, allowed: int) -> tuple[dict, li
 
 
 def examine(
-    index, split: str, workers: int, trust_boxes: bool = False
+    index,
+    split: str,
+    workers: int,
+    trust_boxes: bool = False,
+    max_detections: int | None = None,
 ) -> tuple[list[DataIssue], list[tuple[int, str, str]]]:
     """Log the contents of a split and all its issues; open every image.
 
@@ -386,12 +397,19 @@ def examine(
     utils.log(f"  opened {len(index):,} images in {time.perf_counter() - start:.1f} s")
     # `issues` has those without a file already.
     opened = [finding for finding in unreadable if not index.file_problems[finding[0]]]
-    for issue in (*issues, *group_by_kind(opened), *group_by_kind(notes)):
+    crowded = filter(None, [find_crowded_images(index, max_detections)])
+    for issue in (*issues, *crowded, *group_by_kind(opened), *group_by_kind(notes)):
         utils.log(f"  {'error' if issue.fatal else 'note'}: {issue}")
     return [x for x in issues if x.fatal and x.kind not in file_names.KINDS], unreadable
 
 
-def check_all(indexes: dict, workers: int, allowed: int, trust_boxes: bool) -> list[str]:
+def check_all(
+    indexes: dict,
+    workers: int,
+    allowed: int,
+    trust_boxes: bool,
+    max_detections: int | None = None,
+) -> list[str]:
     """Examine all splits; up to `allowed` images may be bad (see also `find_issues`).
 
     Returns:
@@ -399,7 +417,7 @@ def check_all(indexes: dict, workers: int, allowed: int, trust_boxes: bool) -> l
     """
     fatal, bad = [], []
     for split, index in indexes.items():
-        issues, unreadable = examine(index, split, workers, trust_boxes)
+        issues, unreadable = examine(index, split, workers, trust_boxes, max_detections)
         fatal += issues
         bad += unreadable
     for text in compare_splits(indexes):

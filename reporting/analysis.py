@@ -11,9 +11,11 @@ from hotcoco.primitives import bbox_iou
 import coco_eval
 from coco_utils import CocoIndex
 from internals.bit_depth import EARLIER_DEPTH
+from internals.data_checks import MAX_DETECTIONS
 from internals.errors import UserError
 from internals.images import ImageRules
 from internals.layouts import find_split
+from internals.score_thresholds import Matches
 
 SCORE_THRESHOLD = 0.5  # of all figures but the curves and the dashed recall by size
 IOU_THRESHOLD = 0.5
@@ -139,7 +141,7 @@ class DetectionResults:
 
     Attributes:
         index: The ground truth, M boxes in K categories.
-        curves: Precision by IoU and recall, from `coco_eval.evaluate_with_curves`.
+        curves, matches: From `coco_eval.evaluate_with_curves`.
         confident: float64 `[N, 7]`, rows of `coco_eval.detection_rows` with a score of at least
             0.5. The following attributes are about these alone.
         matched_gt, matched_detection: int64 `[N]` and `[M]`, from `match_detections` across
@@ -151,9 +153,11 @@ class DetectionResults:
             detections are matched within their categories; NaN without a match.
     """
 
-    def __init__(self, index: CocoIndex, detections: np.ndarray, curves: np.ndarray):
+    def __init__(
+        self, index: CocoIndex, detections: np.ndarray, curves: np.ndarray, matches: Matches
+    ):
         self.index = index
-        self.curves = curves
+        self.curves, self.matches = curves, matches
         self.confident = detections[detections[:, 5] >= SCORE_THRESHOLD]
         self.matched_gt, self.matched_detection = match_detections(index, self.confident)
         self.gt_category = np.searchsorted(index.categories.ids, index.category_ids)
@@ -219,7 +223,10 @@ def read_results(output_dir: Path, history: RunHistory) -> DetectionResults:
             f"{np.count_nonzero(~known):,} detections have images or categories that are not in "
             f"{index.annotation_file}, and are skipped"
         )
-    metrics, curves = coco_eval.evaluate_with_curves(index, detections[known], EVALUATOR)
+    limit = flags_of(history.eval_start).get("max_detections") or MAX_DETECTIONS
+    metrics, curves, matches = coco_eval.evaluate_with_curves(
+        index, detections[known], EVALUATOR, limit
+    )
     logged, computed = history.last.get("AP"), metrics["AP"]
     if abs((logged or 0) - (computed or 0)) > 1e-6:
         history.notes.append(
@@ -227,7 +234,7 @@ def read_results(output_dir: Path, history: RunHistory) -> DetectionResults:
             "one of the files has changed since. The tables and the curve of AP are from "
             "metrics.jsonl, everything else is from detections.json"
         )
-    return DetectionResults(index, detections[known], curves)
+    return DetectionResults(index, detections[known], curves, matches)
 
 
 def load_evaluated_index(start: dict) -> CocoIndex:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from internals.score_thresholds import best_point, overall_curve
 from reporting.analysis import DetectionResults, RunHistory, recall_by_size, shorten
 from reporting.fonts import one_line
 
@@ -74,6 +75,8 @@ def draw_figures(history: RunHistory, results: DetectionResults | None) -> dict[
         for name, threshold in (("precision50", 0), ("precision75", 5)):
             draw = partial(draw_precision, results=results, threshold=threshold)
             svgs[name] = to_svg(name, draw, height=4)
+    if results and best_point(overall_curve(results.matches)):
+        svgs["f1"] = to_svg("f1", partial(draw_f1, results=results), height=4)
     if results and results.index.usable.any():
         svgs["sizes"] = to_svg("sizes", partial(draw_sizes, results=results), height=5, rows=2)
     return svgs
@@ -181,6 +184,26 @@ def draw_precision(axes: Axes, results: DetectionResults, threshold: int) -> Non
     axes.plot(recall, mean, color=INK, lw=3, label=f"{mean.mean():.2f} {label}")
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
     axes.figure.legend(loc="outside lower center", ncols=3)
+
+
+def draw_f1(axes: Axes, results: DetectionResults) -> None:
+    """Draw F1, precision and recall of all categories together by score threshold."""
+    curve = overall_curve(results.matches)
+    best = best_point(curve)
+    # Those next to 300 equally spaced thresholds: a curve may have a million.
+    shown = np.searchsorted(-curve.thresholds, np.linspace(-1, 0, 301))
+    shown = np.unique(shown.clip(max=len(curve.thresholds) - 1))
+    for n, (label, values) in enumerate(
+        (("F1", curve.F1), ("precision", curve.precision), ("recall", curve.recall))
+    ):
+        width = 3 if label == "F1" else 1.5
+        draw_line(axes, curve.thresholds[shown], values[shown], label=label, lw=width, marker="",
+                  **line_style(n))  # fmt: skip
+    label = f"best F1 {best['F1']:.2f} at {best['threshold']:.2f}"
+    axes.axvline(best["threshold"], color=SOFT, lw=1, ls=":")
+    axes.plot(best["threshold"], best["F1"], "o", color=INK, markersize=8, label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="score threshold")
+    axes.figure.legend(loc="outside lower center", ncols=4, columnspacing=1)
 
 
 def draw_sizes(both: np.ndarray, results: DetectionResults) -> None:

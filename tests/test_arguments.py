@@ -99,6 +99,7 @@ def test_defaults_depend_on_other_flags(monkeypatch):
         ("--data-augmentation mosaic", "invalid choice: 'mosaic' .choose from hflip, .*FILE.py:FU"),
         ("--data-augmentation mine.py", "invalid choice: 'mine.py'"),
         ("--batch-size 0", "0 is below 1"),
+        ("--max-detections 10", "10 is below 11"),
         ("--clip-grad-norm 0", "0 is not a number above 0"),
         ("--lr inf", "inf is too large"),
         ("--seed 9223372036854775808", "is too large"),

@@ -16,15 +16,28 @@ from internals.errors import RunError, UserError
 BOTH = ("hotcoco", "pycocotools")
 
 
-def pycocotools_metrics(annotations, results: list[dict]) -> np.ndarray:
-    """Return the twelve metrics of pycocotools for an annotation file and results."""
+def pycocotools_metrics(
+    annotations, results: list[dict], max_detections: int = 100
+) -> np.ndarray | list:
+    """Return the twelve metrics of pycocotools for an annotation file and results.
+
+    Its `summarize` has the limit 100 in its first line: other limits are summed up from its arrays.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(annotations)
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.params.maxDets = [1, 10, max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation.stats
+        if max_detections == 100:
+            evaluation.summarize()
+            return evaluation.stats
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+    columns = [precision[:, :, :, 0, 2], precision[0, :, :, 0, 2], precision[5, :, :, 0, 2]]
+    columns += [precision[:, :, :, area, 2] for area in (1, 2, 3)]
+    columns += [recall[:, :, 0, 0], recall[:, :, 0, 1], recall[:, :, 0, 2]]
+    columns += [recall[:, :, area, 2] for area in (1, 2, 3)]
+    return [np.mean(x[x > -1]) if (x > -1).any() else -1 for x in columns]
 
 
 def random_truth(tiny, rng) -> CocoIndex:
@@ -74,7 +87,8 @@ def test_metrics_equal_pycocotools(tiny, seed, evaluator, tmp_path):
     for name, value in zip(coco_eval.METRICS, expected, strict=True):
         assert metrics[name] == (None if value < 0 else value)
     averages = [row["AP"] for row in metrics["per_category"].values() if row["AP"] is not None]
-    assert metrics["per_category"][9] == {"name": "unseen", "AP": None}
+    unseen = {"name": "unseen", "AP": None, "score_threshold": None}
+    assert metrics["per_category"][9] == unseen
     assert np.mean(averages) == pytest.approx(metrics["AP"])
 
 
@@ -143,15 +157,107 @@ def test_hotcoco_equals_pycocotools(tmp_path, seed):
     index = random_index(tmp_path / "random.json", rng, sound)
     index.as_annotated = not sound
     detections = random_results(index, rng) if seed % 10 else np.empty((0, 7))
-    expected, expected_curves = coco_eval.evaluate_with_curves(index, detections, "pycocotools")
-    metrics, curves = coco_eval.evaluate_with_curves(index, detections, "hotcoco")
-    assert metrics == expected
-    assert np.array_equal(curves, expected_curves, equal_nan=True)
-    if len(detections):
-        stats = pycocotools_metrics(index.annotation_file, coco_eval.coco_results(detections))
-        assert [metrics[name] for name in coco_eval.METRICS] == [
-            None if value < 0 else value for value in stats
-        ]
+    for limit in (100, 11 if seed % 3 else 140):
+        expected = coco_eval.evaluate_with_curves(index, detections, "pycocotools", limit)
+        result = coco_eval.evaluate_with_curves(index, detections, "hotcoco", limit)
+        assert result.metrics == expected.metrics
+        assert np.array_equal(result.curves, expected.curves, equal_nan=True)
+        assert sorted_rows(result.matches) == sorted_rows(expected.matches)
+        assert (result.matches.boxes == expected.matches.boxes).all()
+        if len(detections):
+            results = coco_eval.coco_results(detections)
+            stats = pycocotools_metrics(index.annotation_file, results, limit)
+            names = coco_eval.metric_meanings(limit)
+            assert [result.metrics[name] for name in names] == [
+                None if value < 0 else value for value in stats
+            ]
+
+
+def sorted_rows(matches) -> list:
+    return sorted(zip(*(column.tolist() for column in matches[:3]), strict=True))
+
+
+def dense_index(file, count: int) -> CocoIndex:
+    """Return an index of one image with so many boxes in a row, of one category."""
+    boxes = [[12.0 * n, 4.0, 8.0, 8.0] for n in range(count)]
+    row = {"image_id": 1, "category_id": 3, "area": 64.0, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "x", "width": 12 * count, "height": 20}],
+        "annotations": [{"id": n, "bbox": box, **row} for n, box in enumerate(boxes, start=1)],
+        "categories": [{"id": 3, "name": "egg"}],
+    }
+    file.write_text(json.dumps(content))
+    return CocoIndex(Split(file, file.parent))
+
+
+@pytest.mark.parametrize("evaluator", BOTH)
+def test_more_than_100_detections_of_an_image(tmp_path, evaluator):
+    index = dense_index(tmp_path / "dense.json", 250)
+    detections = perfect_detections(index)
+    metrics = coco_eval.evaluate_detections(index, detections, evaluator)
+    assert metrics["AR100"] == pytest.approx(0.4)
+    metrics = coco_eval.evaluate_detections(index, detections, evaluator, 300)
+    assert metrics["AP"] == metrics["AR300"] == metrics["ARs"] == pytest.approx(1)
+    assert metrics["AR1"] == pytest.approx(1 / 250)
+    assert metrics["AR10"] == pytest.approx(10 / 250)
+    assert "AR100" not in metrics
+    assert coco_eval.limit_of(metrics) == 300
+    table = coco_eval.table(metrics)
+    assert "AR1   0.004  AR10  0.040  AR300 1.000  1, 10, 300 detections" in table
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_metrics_of_the_default_limit_keep_their_names():
+    assert coco_eval.metric_meanings(100) == coco_eval.MEANING
+    meanings = coco_eval.metric_meanings(300)
+    assert meanings["AR300"] == "AR, 300 detections an image"
+    assert [*meanings][:8] == [*coco_eval.METRICS][:8]
+
+
+@pytest.mark.parametrize("evaluator", BOTH)
+def test_score_threshold_by_hand(tiny, evaluator):
+    """Boxes of cats and a dog; a crowd of cats; the detections have two equal scores."""
+
+    def change(data):
+        crowd = {"id": 77, "image_id": 102, "category_id": 2, "bbox": [40, 20, 20, 20], "area": 400}
+        data["annotations"].append({**crowd, "iscrowd": 1})
+
+    rewrite(split_of(tiny, "val"), change)
+    index = CocoIndex(split_of(tiny, "val"))
+    detections = [
+        [100, 4, 4, 30, 20, 0.9, 2],  # a cat
+        [102, 42, 22, 10, 10, 0.85, 2],  # in the crowd: ignored
+        [101, 30, 40, 10, 10, 0.8, 2],  # background
+        [102, 4, 4, 30, 20, 0.6, 2],  # a cat
+        [102, 5, 4, 30, 20, 0.6, 2],  # the same cat again, with the same score
+        [101, 10, 8, 20, 30, 0.4, 5],  # the dog
+        [100, 4, 4, 30, 20, 0.2, 5],  # a cat, as a dog
+    ]
+    metrics = coco_eval.evaluate_detections(index, np.array(detections, float), evaluator)
+    # Cats, 3 boxes: F1 is 2/4 at 0.9, 2/5 at 0.8, and 4/7 at 0.6.
+    expected = {"threshold": 0.3, "F1": 4 / 7, "precision": 2 / 4, "recall": 2 / 3}
+    assert metrics["per_category"][2]["score_threshold"] == pytest.approx(expected)
+    expected = {"threshold": 0.3, "F1": 1, "precision": 1, "recall": 1}
+    assert metrics["per_category"][5]["score_threshold"] == pytest.approx(expected)
+    # All, 4 boxes: 2/5, 2/6, 4/8, and with the dog 6/9.
+    expected = {"threshold": 0.3, "F1": 6 / 9, "precision": 3 / 5, "recall": 3 / 4}
+    assert metrics["score_threshold"] == pytest.approx(expected)
+    assert "best F1 0.667 at score 0.300: precision 0.600, recall 0.750" in coco_eval.table(metrics)
+    chosen = coco_eval.chosen_thresholds(metrics)
+    assert chosen["overall"] == pytest.approx(0.3)
+    assert chosen["per_category"] == pytest.approx({2: 0.3, 5: 0.3})
+
+
+def test_no_score_threshold_where_nothing_is_found(tiny):
+    index = CocoIndex(split_of(tiny, "val"))
+    detections = np.array([[100, 40, 30, 5, 5, 0.9, 2.0], [101, 10, 8, 20, 30, 0.4, 5]])
+    metrics = coco_eval.evaluate_detections(index, detections, "both")
+    assert metrics["per_category"][2]["score_threshold"] is None
+    assert coco_eval.chosen_thresholds(metrics)["per_category"].keys() == {5}
+    metrics = coco_eval.evaluate_detections(index, detections[:1], "both")
+    assert metrics["score_threshold"] is None
+    assert coco_eval.chosen_thresholds(metrics) is None
+    assert "best F1" not in coco_eval.table(metrics)
 
 
 def perfect_detections(index: CocoIndex) -> np.ndarray:
@@ -218,8 +324,9 @@ def test_categories_of_one_name_are_kept_apart(tiny):
     detections = perfect_detections(index)
     detections[detections[:, 6] == 7, 1] += 300
     metrics = coco_eval.evaluate_detections(index, detections, "hotcoco")
-    assert metrics["per_category"][2] == {"name": "cat", "AP": pytest.approx(1)}
-    assert metrics["per_category"][7] == {"name": "cat", "AP": 0}
+    assert [metrics["per_category"][i]["name"] for i in (2, 5, 7)] == ["cat", "dog", "cat"]
+    assert metrics["per_category"][2]["AP"] == pytest.approx(1)
+    assert metrics["per_category"][7]["AP"] == 0
     assert "cat (id 2) 1.000, dog 1.000, cat (id 7) 0.000" in coco_eval.table(metrics)
     read = json.loads(json.dumps(metrics))
     assert coco_eval.ap_by_category(read) == coco_eval.ap_by_category(metrics)
@@ -245,9 +352,11 @@ def test_both_evaluators_must_agree(tiny, monkeypatch):
     both = coco_eval.evaluate_detections(index, detections, "both")
     assert both == coco_eval.evaluate_detections(index, detections, "hotcoco")
 
+    make_evaluation = coco_eval._with_hotcoco
+
     def score_with_error(*columns):
         columns[-1]["score"][:5] = 0
-        return coco_eval._with_pycocotools(*columns)
+        return make_evaluation(*columns)
 
     monkeypatch.setattr(coco_eval, "_with_hotcoco", score_with_error)
     with pytest.raises(
@@ -274,7 +383,7 @@ def test_detection_rows_have_dataset_ids():
 def test_mean_of_curves_is_ap(tiny, evaluator):
     rng = np.random.default_rng(0)
     index = random_truth(tiny, rng)
-    metrics, curves = coco_eval.evaluate_with_curves(
+    metrics, curves, _ = coco_eval.evaluate_with_curves(
         index, random_detections(index, rng), evaluator
     )
     assert metrics["AP"] > 0

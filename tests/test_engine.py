@@ -352,7 +352,8 @@ class ValidationLoader(Loader):
 
 
 def evaluate(model: nn.Module, loader: ValidationLoader, output_dir, **kwargs) -> float | None:
-    flags = {"output_dir": output_dir, "evaluator": "hotcoco", "val_loss": False, **kwargs}
+    flags = {"evaluator": "hotcoco", "val_loss": False, "max_detections": None, **kwargs}
+    flags["output_dir"] = output_dir
     metrics = utils.MetricsFile(output_dir)
     return engine.evaluate(
         model,
@@ -363,7 +364,7 @@ def evaluate(model: nn.Module, loader: ValidationLoader, output_dir, **kwargs) -
         on_result=lambda index, scores, detections: metrics.write(
             "eval", epoch=1, step=8, **scores
         ),
-    )
+    )["AP"]
 
 
 def eval_line(output_dir) -> dict:

@@ -28,6 +28,9 @@ NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
 TRANSFORM = GeneralizedRCNNTransform(96, 160, [0.5] * 3, [0.5] * 3)
 
 
+THRESHOLDS = {"overall": 0.4375, "per_category": {"5": 0.75}}  # JSON has no numbers as keys
+
+
 def spread_model() -> torch.nn.Module:
     """Return an untrained detector whose scores are as spread as those of a trained one.
 
@@ -62,6 +65,7 @@ def saved(tmp_path_factory) -> Path:
     state = {
         "model": spread_model().state_dict(), "optimizer": {}, "scaler": {}, "epoch": 1, "step": 1,
         "best_AP": None, "categories": categories, "args": args,
+        "score_thresholds": {"overall": 0.4375, "per_category": {5: 0.75}},
     }  # fmt: skip
     return checkpoint.save(root, state)
 
@@ -132,6 +136,7 @@ def test_onnx_inputs_outputs_and_metadata(exported):
     )
     assert "red, green and blue" in metadata["input"]
     assert "fixed_size" not in metadata
+    assert json.loads(metadata["score_thresholds"]) == THRESHOLDS
 
 
 def test_output_order():
@@ -407,6 +412,7 @@ def test_safetensors_load_into_torchvision(saved, tmp_path, command):
     assert "identical after loading into torchvision's model" in output
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
+    assert json.loads(metadata["score_thresholds"]) == THRESHOLDS
     assert [row["name"] for row in json.loads(metadata["categories"])] == ["cat", "dög"]
     model = torchvision.models.get_model(
         metadata["model"],

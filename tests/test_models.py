@@ -142,6 +142,40 @@ def test_mismatched_backbone_is_rejected():
         build_on_meta(models.build_model, RESNET, 3, **flags)
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+def test_max_detections_limits_detections_and_candidates(name):
+    def limits(**options) -> list[int]:
+        model = build_on_meta(models.build_model, name, 3, pretrained=None, **options)
+        head = getattr(model, "roi_heads", model)
+        if head is model:
+            return [head.detections_per_img, model.topk_candidates]
+        model.eval()
+        return [head.detections_per_img, model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()]
+
+    plain = limits()
+    stock = build_on_meta(get_model, name, weights=None, weights_backbone=None)
+    assert plain[0] == getattr(stock, "roi_heads", stock).detections_per_img
+    assert limits(max_detections=5) == [5, *plain[1:]]
+    assert limits(max_detections=1500) == [1500] * len(plain)
+
+
+def test_more_detections_than_the_default_are_returned():
+    """Of a model that considers 150 candidates by default."""
+    torch.manual_seed(0)
+    model = models.build_model("fasterrcnn_mobilenet_v3_large_320_fpn", 3, pretrained=None).eval()
+    image = torch.rand(3, 320, 320)
+
+    @torch.inference_mode()
+    def detect(limit: int) -> dict:
+        models.limit_detections(model, limit)
+        return model([image])[0]
+
+    best, more = detect(100), detect(400)
+    assert len(best["scores"]) == 100
+    assert len(more["scores"]) > 150
+    assert len(detect(7)["scores"]) == 7
+
+
 def test_fixed_size_is_height_and_width():
     model = build_on_meta(models.build_model, SMALL, 4, pretrained=None, fixed_size=(96, 160))
     images, _ = model.transform([torch.rand(3, 50, 40), torch.rand(3, 300, 200)])

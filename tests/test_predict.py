@@ -14,7 +14,7 @@ import models
 import predict
 from coco_utils import Categories
 from internals import mixed_precision
-from internals.errors import RunError
+from internals.errors import RunError, UserError
 from internals.failures import run_command
 
 
@@ -116,6 +116,45 @@ def test_score_threshold(model, val, tmp_path, capsys):
     assert rows == [row for row in all_rows if row["score"] >= median]
     assert 0 < len(rows) < len(all_rows)
     assert f"images: 3; detections: {len(rows)} (" in capsys.readouterr().out
+
+
+def with_thresholds(model: Path, folder: Path, thresholds) -> Path:
+    state = torch.load(model, weights_only=True)
+    file = folder / "thresholds.pth"
+    torch.save({**state, "score_thresholds": thresholds}, file)
+    return file
+
+
+def test_score_thresholds_of_the_checkpoint(model, val, tmp_path, capsys):
+    detect(model, val, "--output-dir", tmp_path / "all", "--score-threshold", 0)
+    all_rows = read(tmp_path / "all/detections.json")
+    low, high = np.quantile([row["score"] for row in all_rows], [0.3, 0.8]).tolist()
+    file = with_thresholds(model, tmp_path, {"overall": low, "per_category": {5: high}})
+    for name, by_category in (("best", {2: low, 5: low}), ("best-per-category", {2: low, 5: high})):
+        detect(file, val, "--output-dir", tmp_path / name, "--score-threshold", name)
+        rows = read(tmp_path / name / "detections.json")
+        kept = [row for row in all_rows if row["score"] >= by_category[row["category_id"]]]
+        assert rows == kept
+        assert 0 < len(rows) < len(all_rows)
+    printed = capsys.readouterr().out
+    assert f"score threshold: {low:.3f}, with the best F1 on the validation images" in printed
+    assert f"validation images: dog {high:.3f}; others {low:.3f}" in printed
+
+
+def test_checkpoint_without_score_thresholds_is_an_error(model, val, tmp_path):
+    out = ("--output-dir", tmp_path / "out")
+    with pytest.raises(UserError, match=r"thresholds.pth has no threshold, .* use model_best.pth"):
+        detect(with_thresholds(model, tmp_path, None), val, *out, "--score-threshold", "best")
+    assert not (tmp_path / "out").exists()
+
+
+def test_max_detections(model, val, tmp_path):
+    flags = ("--score-threshold", 0)
+    detect(model, val, "--output-dir", tmp_path / "all", *flags)
+    detect(model, val, "--output-dir", tmp_path / "some", *flags, "--max-detections", 3)
+    rows = read(tmp_path / "all/detections.json")
+    best = [r for i in (1, 2, 3) for r in [row for row in rows if row["image_id"] == i][:3]]
+    assert read(tmp_path / "some/detections.json") == best
 
 
 def test_formats_agree(model, val, tmp_path):
@@ -412,6 +451,8 @@ def test_invalid_arguments_are_rejected(command, model, trained, annotations, tm
         ((model, image, *out, "--model", models.MODELS[0]), "--model is for torchvision's weights"),
         (("X", image, *out, "--model", models.MODELS[0]), "unknown weights 'X': choose from"),
         ((model, image, *out, "--score-threshold", 2), "2 is not between 0 and 1"),
+        ((model, image, *out, "--score-threshold", "worst"), "invalid score value: 'worst'"),
+        ((model, image, *out, "--max-detections", 0), "0 is below 1"),
         ((model, image, *out, "--batch-size", 0), "0 is below 1"),
         ((model, image, *out, "--device", "gpu"), "--device gpu: use cuda, cuda:N, mps or cpu"),
         ((model, image, *out, "--device", "cuda"), "there are 0 CUDA devices"),

@@ -19,7 +19,7 @@ from report_helpers import (
 import report
 from internals.errors import UserError
 
-FIGURES = {"loss", "loss_terms", "ap", "lr", "precision50", "precision75", "sizes"}
+FIGURES = {"loss", "loss_terms", "ap", "lr", "precision50", "precision75", "f1", "sizes"}
 
 
 @pytest.fixture
@@ -61,6 +61,8 @@ def test_complete_report(output):
         "0.02 (sgd), x 0.1 after 1 and 2 epochs",
         "1 h 2 min, evaluations included",
         "1 missed (cat)",
+        # Of 4 boxes, from the highest score on: F1 2/5, 2/6, 4/7, 4/8, 4/9, and 6/10 with all.
+        "is highest at a score threshold of 0.150: precision 50%, recall 75%",
     ):
         assert expected in text
     assert "Notes" not in text
@@ -208,7 +210,7 @@ def test_empty_start_line(output):
 def test_no_detections(tiny, output):
     lines = [start_line(tiny), train_line(1), eval_line(tiny, 0, ())]
     html = write_page(write_output(output, lines, ()))
-    assert figures_in(html) == FIGURES
+    assert figures_in(html) == FIGURES - {"f1"}
     assert "there are 0 detections" in text_of(html)
     assert "4 ground-truth boxes were missed" in text_of(html)
     assert "Notes" not in html
@@ -341,3 +343,25 @@ def test_page_in_browser(output, tmp_path):
     done, requested = browse(other, tmp_path)
     assert "CONSOLE" in done.stderr
     assert requested
+
+
+def test_best_score_threshold_of_categories(tiny, output):
+    rows = report.category_table(report.read_history(output / "metrics.jsonl"), None)
+    thresholds = {row["name"]: row["threshold"] for row in rows}
+    assert thresholds == pytest.approx({"cat": 0.15, "dog": 0.4})
+
+
+def test_metrics_of_more_detections(tiny, tmp_path):
+    """The limit is that of the run; lines of earlier versions have no thresholds."""
+    lines = two_epochs(tiny)
+    lines[0]["args"]["max_detections"] = 300
+    for line in lines:
+        if line["kind"] == "eval":
+            line["AR300"] = line.pop("AR100")
+            del line["score_threshold"]
+            for row in line["per_category"].values():
+                del row["score_threshold"]
+    text = text_of(write_page(write_output(tmp_path / "out", lines)))
+    assert "AR300 AR, 300 detections an image 0." in text
+    assert "AR100" not in text
+    assert "Notes" not in text

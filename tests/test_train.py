@@ -27,6 +27,7 @@ from helpers import (
 from PIL import Image
 
 import coco_utils
+import engine
 from internals.errors import DataError, UserError
 from internals.images import ImageRules
 from reporting.analysis import load_evaluated_index
@@ -71,13 +72,45 @@ def test_training_output(trained):
     saved = load_state(out / "checkpoint.pth")
     assert saved.keys() == {
         *("model", "optimizer", "scaler", "epoch", "step", "best_AP", "categories", "args"),
-        *("format", "evaluations_since_best"),
+        *("format", "evaluations_since_best", "score_thresholds"),
     }
     assert (saved["epoch"], saved["step"]) == (2, 8)
     assert "images/s" in printed
     assert "IoU 0.50:0.95" in printed
     assert "0.0025 = 0.02 x 2 / 16" in printed
     assert "val_loss" not in read_metrics(out, "eval")[0]
+
+
+def test_checkpoints_have_the_score_thresholds_of_their_own_weights(tiny, tmp_path, monkeypatch):
+    """Those saved before their weights are evaluated have none; also with --max-detections."""
+    index = coco_utils.CocoIndex(split_of(tiny, "val"))
+    image_ids = index.image_ids[index.image_of_rows()]
+    scores = np.where(index.category_ids == 2, 0.8, 0.6)
+    found = np.column_stack([image_ids, index.boxes, scores, index.category_ids])
+    before = []
+
+    def detect(*args):
+        before.append(load_state(tmp_path / "checkpoint.pth"))
+        return found, 1.0
+
+    monkeypatch.setattr(engine, "detect", detect)
+    flags = ("--data-path", tiny, "--output-dir", tmp_path, "--checkpoint-every", 3)
+    printed = train_in_process(*flags, "--keep-checkpoints", 9, "--max-detections", 300)
+    assert "best F1 1.000 at score 0.300: precision 1.000, recall 1.000" in printed
+    assert "AR300 1.000" in printed
+    assert load_state(tmp_path / "checkpoint_00000003.pth")["score_thresholds"] is None
+    assert [(state["step"], state["score_thresholds"]) for state in before] == [(4, None)]
+    expected = {"overall": 0.3, "per_category": {2: 0.4, 5: 0.3}}
+    for name in ("checkpoint.pth", "model_best.pth", "checkpoint_00000004.pth"):
+        assert load_state(tmp_path / name)["score_thresholds"] == expected
+    (line,) = read_metrics(tmp_path, "eval")
+    points = {"threshold": 0.3, "F1": 1, "precision": 1, "recall": 1}
+    assert line["score_threshold"] == points
+    assert line["per_category"]["2"]["score_threshold"] == {**points, "threshold": 0.4}
+    assert line["AR300"] == pytest.approx(1)
+    assert "AR100" not in line
+    with pytest.raises(UserError, match=r"--max-detections 200 differs from 300"):
+        train_in_process(*flags, "--resume", "auto", "--max-detections", 200)
 
 
 def test_finished_training_is_not_repeated_or_overwritten(trained, tmp_path):

@@ -240,8 +240,13 @@ def test_images_with_more_boxes_than_detections_are_counted(tiny):
             data["annotations"].append({**row, "id": 10000 + n, "bbox": box, "area": 9})
 
     rewrite(split_of(tiny), change)
-    kinds = kinds_of(CocoIndex(split_of(tiny)))
-    assert kinds == {"images with more than 100 boxes, up to 151": ["0.png (id 100)"]}
+    index = CocoIndex(split_of(tiny))
+    issue = data_checks.find_crowded_images(index, None)
+    assert issue.kind == "images with more than 100 boxes, up to 151"
+    assert issue.examples == ["0.png (id 100)"]
+    assert "Use --max-detections 200, or cut" in str(issue)
+    assert "more than 150 boxes" in str(data_checks.find_crowded_images(index, 150))
+    assert data_checks.find_crowded_images(index, 151) is None
 
 
 def test_images_with_same_file_are_reported(tiny):

@@ -17,6 +17,7 @@ def test_metrics_and_images_are_written(tiny, tmp_path):
     written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = written.Tags()
     assert {"train/loss", "train/lr", "eval/AP", "eval/per_category/cat"} <= set(tags["scalars"])
+    assert {f"eval/score_threshold/{x}" for x in ("threshold", "F1")} <= set(tags["scalars"])
     assert not {"eval/APl", "train/step", "eval/epoch"} & set(tags["scalars"])  # APl is null
     assert not [tag for tag in tags["scalars"] if "seconds" in tag]
     [loss] = written.Scalars("train/loss")
