@@ -280,25 +280,27 @@ def load_pretrained_detector(
         state, where = find_state_dict(content, model.state_dict(), Path(weights))
         rows = content.get("categories")
         same = rows == categories.to_list() if rows else same_classes(model, state)
+        trained = content.get("args")
     else:
         choices = torchvision.models.get_model_weights(name)
         hint = "or use --weights-backbone none instead"
         state, same = download(find_weights(choices, weights), hint), categories.is_coco
-        where = weights
+        where, trained = weights, {"model": name, "anchor_sizes": None, "anchor_ratios": None}
     if head_required and not same:
         raise UserError(
             f"--weights {weights} was trained on other categories than the data's: fine-tune it "
             "first, without --test-only"
         )
-    new_layers, difference = anchors.find_new_layers(model.state_dict(), state)
-    if head_required and new_layers:
-        raise UserError(f"--weights {weights} does not fit: the model has {difference}. Use the "
-                        "--anchor-sizes and --anchor-ratios of its training")  # fmt: skip
+    new_layers, difference = anchors.compare(model, state, trained)
+    if head_required and difference:
+        raise UserError(f"--weights {weights} has other anchors than this model: {difference}. Use "
+                        "the --anchor-sizes and --anchor-ratios of its training")  # fmt: skip
     load_detector(model, state, same, f"--weights {weights}", new_layers)
     new_head = f"with a new head for {len(categories.ids)} categories"
     utils.log_field("weights", f"{where}, {'with its head' if same else new_head}")
-    if new_layers:
-        utils.log_field("", f"with new output layers for anchors: {difference}")
+    if difference:
+        start = "the layers of their outputs start anew" if new_layers else "all layers are kept"
+        utils.log_field("", f"other anchors, {start}: {difference}")
 
 
 def same_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:

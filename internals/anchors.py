@@ -142,20 +142,33 @@ def per_location(state: dict[str, torch.Tensor]) -> int | None:
     return len(layers[0]) // 4 if layers else None
 
 
-def find_new_layers(
-    expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]
+def compare(
+    model: nn.Module, state: dict[str, torch.Tensor], trained: object
 ) -> tuple[list[str], str]:
-    """Find the layers that cannot be loaded as they are for another number of anchors per location.
+    """Compare the anchors of weights to load with those of a detector.
 
     Args:
-        expected: The state_dict of the model.
-        state: That of the weights to load.
+        model: Any detector.
+        state: The state_dict to load.
+        trained: The flags of its training, if known: a dict with model and anchors.
 
     Returns:
-        The names of their tensors in `expected`, and a description; nothing if all can be loaded.
+        The layers that have another shape as the number of anchors per location differs, as names
+        of tensors; and a description of the difference. Both are empty if there is none.
     """
-    ours, theirs = per_location(expected), per_location(state)
-    if ours is None or theirs in (None, ours):
+    ours, theirs = per_location(model.state_dict()), per_location(state)
+    if None in (ours, theirs) or (ours, theirs) == (1, 1):  # FCOS has one point per location
         return [], ""
-    names = [name for name in expected if name.startswith(LAYERS)]
-    return names, f"{ours} anchors per location instead of {theirs}"
+    if ours != theirs:
+        names = [name for name in model.state_dict() if name.startswith(LAYERS)]
+        return names, f"{ours} per location instead of {theirs}"
+    if not isinstance(trained, dict) or "anchor_sizes" not in trained:
+        return [], ""
+    sizes, ratios = trained["anchor_sizes"], trained["anchor_ratios"]
+    if sizes is None:
+        sizes, ratios = default_anchors(trained["model"])
+    generator = find_generator(model)
+    now = [list(level) for level in generator.sizes], list(generator.aspect_ratios[0])
+    if now == (sizes, ratios):
+        return [], ""
+    return [], f"{describe(*now)}; trained with {describe(sizes, ratios)}"
