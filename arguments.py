@@ -6,6 +6,8 @@ from pathlib import Path
 import coco_eval
 import models
 import transforms
+from internals.anchors import sizes_of_level
+from internals.backbones import RESNETS
 from internals.bit_depth import BIT_DEPTHS
 from internals.command_line import (
     ArgumentParser,
@@ -128,6 +130,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="start from an ImageNet backbone; none: from random weights, with all layers and "
         "norms trained (default: IMAGENET1K_V1; IMAGENET1K_FEATURES for ssd300_vgg16; strong: "
         "IMAGENET1K_V2)")
+    add("--backbone", choices=RESNETS, metavar="NAME",
+        help=f"one of {', '.join(RESNETS)}; for fasterrcnn_resnet50_fpn and retinanet_resnet50_fpn "
+        "(default: the model's own)")
     add("--trainable-backbone-layers", type=non_negative_int, metavar="N",
         help="train the last N layers of a pretrained backbone, of 5 in a ResNet or VGG and 6 in a "
         "MobileNet (default: 3; ssd300_vgg16: 4; ssdlite: all)")
@@ -137,6 +142,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--train-norm-affine", action=argparse.BooleanOptionalAction,
         help="train scale and bias of the frozen norms in the backbone layers that train; their "
         "statistics stay frozen (default: off; strong: on)")
+    add("--anchor-sizes", type=sizes_of_level, nargs="+", metavar="PIXELS",
+        help="the sizes of anchors in the resized image, for each feature level, the finest first; "
+        "several of a level with commas: 16,24 32,48 ... (default: 32 64 128 256 512 for Faster "
+        "R-CNN, torchvision's for others)")
+    add("--anchor-ratios", type=positive_float, nargs="+", metavar="RATIO",
+        help="height / width of the anchors of each size (default: 0.5 1 2)")
     add("--max-size", type=positive_int, metavar="PIXELS",
         help="upper bound of the longer side (default: 1333 for --min-size 800, and in proportion)")
     add("--fixed-size", type=positive_int, nargs=2, metavar=("H", "W"),

@@ -103,6 +103,7 @@ def build_metadata(saved: dict) -> dict[str, str]:
     args, rows = saved["args"], saved["categories"]
     metadata = {
         "model": args["model"],
+        **{key: args.get(key) for key in ("backbone", "anchor_sizes", "anchor_ratios")},
         "num_classes": coco_utils.Categories.from_list(rows).num_classes,
         **{key: args[key] for key in ("min_size", "max_size", "fixed_size", "rpn_score_thresh")},
         "max_detections": args.get("max_detections"),

@@ -13,7 +13,7 @@ import models
 import samplers
 import transforms
 import utils
-from internals import data_checks, preemption
+from internals import anchor_coverage, data_checks, preemption
 from internals.errors import DataError, UserError
 from internals.layouts import find_split
 from settings import resolve_defaults
@@ -98,6 +98,8 @@ def check_data(args: argparse.Namespace) -> None:
         raise DataError("\n".join(errors))
     if not args.test_only:
         select_images(args, indexes["train"])
+        for line in anchor_coverage.report(indexes["train"], args):
+            utils.log(line)
     utils.log("data check passed")
 
 

@@ -5,6 +5,7 @@ parameter names, state_dict and what is frozen are therefore torchvision's.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import utils
 from coco_utils import Categories
+from internals import anchors, backbones
 from internals.errors import UserError
 from internals.fast import use_fast_modules
 from internals.fast.frozen_norms import train_affine
@@ -84,6 +86,9 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
     trainable_backbone_layers: int | None = None,
     freeze_backbone: bool = False,
     train_norm_affine: bool = False,
+    backbone: str | None = None,
+    anchor_sizes: list[list[float]] | None = None,
+    anchor_ratios: list[float] | None = None,
     min_sizes: tuple[int, ...] | None = None,
     max_size: int | None = None,
     fixed_size: tuple[int, int] | None = None,
@@ -103,6 +108,9 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
             torchvision's default, 3 of 5 in a ResNet.
         freeze_backbone: Train no backbone layer, and update no statistics of its norms.
         train_norm_affine: Train scale and bias of the frozen norms in backbone layers that train.
+        backbone: One of `backbones.RESNETS`; None for the detector's own.
+        anchor_sizes: In pixels, by feature level; None for torchvision's anchors.
+        anchor_ratios: Height / width of the anchors of each size; None with `anchor_sizes`.
         min_sizes: Shorter sides in pixels: training draws one per image, evaluation uses the last;
             None for torchvision's default.
         max_size: The upper bound of the longer side in pixels; None for torchvision's default.
@@ -128,24 +136,24 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
     options["fixed_size"] = (fixed_size[1], fixed_size[0]) if fixed_size else None  # width, height
     options["trainable_backbone_layers"] = trainable_backbone_layers
     options = {key: value for key, value in options.items() if value is not None}
+    weights = backbones.default_weights(architecture.backbone, backbone)
+    build = backbones.detector_builder(name, architecture.backbone, backbone)
     try:
-        with without_download(architecture.backbone, backbone_state):
-            model = torchvision.models.get_model(
-                name,
-                weights=None,
-                weights_backbone=architecture.backbone if frozen else None,
-                num_classes=num_classes,
-                **options,
+        with without_download(weights, backbone_state):
+            model = build(
+                weights_backbone=weights if frozen else None, num_classes=num_classes, **options
             )
     except ValueError as error:  # torchvision raises it for a number of layers out of range only
         raise UserError(f"--trainable-backbone-layers: {str(error).strip()}") from error
     except RuntimeError as error:
-        expected = classifier_state(architecture.backbone)
+        expected = classifier_state(weights)
         raise UserError(
             "--weights-backbone does not fit this model: "
             f"{describe_misfit(expected, backbone_state or {}) or error}. It takes the weights of "
             "torchvision's classifier, with its head; those of a detector are for --weights"
         ) from error
+    if anchor_sizes:
+        anchors.set_anchors(model, anchor_sizes, anchor_ratios)
     if freeze_backbone:
         freeze_norms(model.backbone)
     if max_detections is not None:
@@ -187,6 +195,7 @@ def structure_of(args: dict) -> dict:
     return {
         "pretrained": pretrained_kind(args["weights"], args["weights_backbone"]),
         "freeze_backbone": args.get("freeze_backbone", False),
+        **{key: args.get(key) for key in ("backbone", "anchor_sizes", "anchor_ratios")},
         "max_size": args["max_size"],
         "fixed_size": args["fixed_size"],
         "rpn_score_thresh": args["rpn_score_thresh"],
@@ -270,14 +279,17 @@ def parameter_groups(
 # ----------------------------------------------------------------------------------- weights
 
 
-def backbone_weights(model_name: str, weights: str) -> dict[str, torch.Tensor]:
+def backbone_weights(
+    model_name: str, weights: str, backbone: str | None = None
+) -> dict[str, torch.Tensor]:
     """Load the state_dict of a classifier from a file, or download torchvision's of that name."""
+    default = backbones.default_weights(ARCHITECTURES[model_name].backbone, backbone)
     if is_file(weights):
         content = load_weights_file(Path(weights), foreign=True)
-        expected = classifier_state(ARCHITECTURES[model_name].backbone)
+        expected = classifier_state(default)
         return find_state_dict(content, expected, Path(weights))[0]
     hint = "or start from random weights with --weights-backbone none"
-    return download(find_weights(type(ARCHITECTURES[model_name].backbone), weights), hint)
+    return download(find_weights(type(default), weights), hint)
 
 
 def load_pretrained_detector(
@@ -301,19 +313,27 @@ def load_pretrained_detector(
         state, where = find_state_dict(content, model.state_dict(), Path(weights))
         rows = content.get("categories")
         same = rows == categories.to_list() if rows else same_classes(model, state)
+        trained = content.get("args")
     else:
         choices = torchvision.models.get_model_weights(name)
         hint = "or use --weights-backbone none instead"
         state, same = download(find_weights(choices, weights), hint), categories.is_coco
-        where = weights
+        where, trained = weights, {"model": name, "anchor_sizes": None, "anchor_ratios": None}
     if head_required and not same:
         raise UserError(
             f"--weights {weights} was trained on other categories than the data's: fine-tune it "
             "first, without --test-only"
         )
-    load_detector(model, state, same, f"--weights {weights}")
+    new_layers, difference = anchors.compare(model, state, trained)
+    if head_required and difference:
+        raise UserError(f"--weights {weights} has other anchors than this model: {difference}. Use "
+                        "the --anchor-sizes and --anchor-ratios of its training")  # fmt: skip
+    load_detector(model, state, same, f"--weights {weights}", new_layers)
     new_head = f"with a new head for {len(categories.ids)} categories"
     utils.log_field("weights", f"{where}, {'with its head' if same else new_head}")
+    if difference:
+        start = "the layers of their outputs start anew" if new_layers else "all layers are kept"
+        utils.log_field("", f"other anchors, {start}: {difference}")
 
 
 def same_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
@@ -326,23 +346,28 @@ def same_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
 
 
 def load_detector(
-    model: nn.Module, state: dict[str, torch.Tensor], keep_head: bool, source: str
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    keep_head: bool,
+    source: str,
+    new_layers: Sequence[str] = (),
 ) -> None:
-    """Load a detector's state_dict, except for the class head if not `keep_head`.
+    """Load a detector's state_dict, except `new_layers`, and the class head if not `keep_head`.
 
     Raises:
         UserError: The state_dict, from `source`, does not fit the model.
     """
-    with_head = state
+    expected, with_head = model.state_dict(), state
     if not keep_head:
-        ours = {
-            key: value for key, value in model.state_dict().items() if CLASS_HEAD_PATTERN.match(key)
-        }
+        ours = {key: value for key, value in expected.items() if CLASS_HEAD_PATTERN.match(key)}
         with_head = {k: v for k, v in state.items() if not CLASS_HEAD_PATTERN.match(k)} | ours
+    with_head = with_head | {key: expected[key] for key in new_layers}
     try:
         model.load_state_dict(with_head)
     except RuntimeError as error:
-        differences = describe_misfit(model.state_dict(), with_head) or error
-        backbones = [architecture.backbone for architecture in ARCHITECTURES.values()]
-        advice = advise_misfit(model.state_dict(), state, MODELS, backbones)
+        differences = describe_misfit(expected, with_head) or error
+        classifiers = [architecture.backbone for architecture in ARCHITECTURES.values()]
+        advice = backbones.advise_backbone(expected, state) or advise_misfit(
+            expected, state, MODELS, classifiers
+        )
         raise UserError(f"{source} does not fit this model: {differences}. {advice}") from error

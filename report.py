@@ -18,6 +18,7 @@ import numpy as np
 
 import coco_eval
 import utils
+from internals import anchors
 from internals.command_line import ArgumentParser
 from internals.errors import UserError
 from internals.failures import run_command
@@ -122,6 +123,8 @@ def setup_facts(history: RunHistory) -> list[tuple[str, str]]:
         val_images = f"the same (--overfit {args['overfit']})"
     rows = [
         ("Model", args.get("model")),
+        ("Backbone", args.get("backbone")),
+        ("Anchors", anchor_boxes(args)),
         ("Image size", image_size(args)),
         ("Initial weights", initial_weights(args)),
         ("Categories", f"{len(names)}: {list_some(names, 12)}" if names else None),
@@ -175,6 +178,13 @@ def training_facts(history: RunHistory) -> list[tuple[str, str | None]]:
         ("Learning rate", learning_rate(args)),
         ("Moving average of weights", f"decay {args['ema']}" if args.get("ema") else None),
     ]
+
+
+def anchor_boxes(args: dict) -> str | None:
+    """Describe the anchors, if they are not torchvision's of the model."""
+    if args.get("anchor_sizes") is None:
+        return None
+    return anchors.describe(args["anchor_sizes"], args["anchor_ratios"])
 
 
 def image_size(args: dict) -> str | None:

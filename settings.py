@@ -8,6 +8,7 @@ import torch
 
 import models
 import utils
+from internals import anchors, backbones
 from internals.bit_depth import EARLIER_DEPTH
 from internals.custom_augmentation import is_custom
 from internals.errors import UserError
@@ -21,6 +22,9 @@ MODEL_ARGS = (
     "model",
     "weights",
     "weights_backbone",
+    "backbone",
+    "anchor_sizes",
+    "anchor_ratios",
     "trainable_backbone_layers",
     "data_augmentation",
     "min_size",
@@ -60,6 +64,8 @@ def resolve_defaults(args: argparse.Namespace, saved: dict | None, device: torch
     args.model = args.model or models.MODELS[0]
     architecture = models.ARCHITECTURES[args.model]
     apply_recipe(args)
+    args.backbone = args.backbone or backbones.name_of(architecture.backbone)
+    anchors.resolve(args)
     if args.weights is None and args.weights_backbone is None:
         args.weights_backbone = architecture.backbone.name
     args.data_augmentation = args.data_augmentation or ("none" if args.overfit else "hflip")
@@ -84,14 +90,21 @@ def resolve_defaults(args: argparse.Namespace, saved: dict | None, device: torch
 
 def _take_model_args(args: argparse.Namespace, saved: dict) -> None:
     resized = args.min_size not in (None, saved.get("min_size"))
+    before = {
+        **BEFORE,
+        "backbone": backbones.name_of(models.ARCHITECTURES[saved["model"]].backbone),
+    }
     for name in MODEL_ARGS:
         given, trained_with = getattr(args, name), saved.get(name, BEFORE.get(name))
         differs = _without_folder(given) != _without_folder(trained_with)
+        given, trained_with = getattr(args, name), saved.get(name, before.get(name))
         if given is None and name == "max_size" and resized:
             continue  # the default follows --min-size
         if given is None:
             setattr(args, name, trained_with)
         elif differs and not args.test_only and not args.resume_anyway:
+            if name == "anchor_sizes":
+                given, trained_with = map(anchors.describe_sizes, (given, trained_with))
             raise UserError(
                 f"--{name.replace('_', '-')} {given} differs from {trained_with}, with which "
                 f"{args.resume} was trained: remove the flag, add --resume-anyway, or start a new "
@@ -143,6 +156,8 @@ def _validate_training_args(args: argparse.Namespace) -> None:
 
 
 def _validate_model_args(args: argparse.Namespace) -> None:
+    own = models.ARCHITECTURES[args.model].backbone
+    backbones.validate(args.model, args.backbone, own, args.weights)
     from_scratch = args.weights is None and args.weights_backbone in (None, "none")
     if args.weights and args.weights_backbone:
         raise UserError("--weights includes a backbone: remove --weights-backbone")

@@ -166,7 +166,9 @@ def build_model(
     if pretrained == "backbone" and not saved:
         utils.log_field("weights", f"backbone {args.weights_backbone}, the rest random")
         with utils.first_on_each_machine():
-            backbone_state = models.backbone_weights(args.model, args.weights_backbone)
+            backbone_state = models.backbone_weights(
+                args.model, args.weights_backbone, args.backbone
+            )
     torch.manual_seed(args.seed)
     model = models.build_model(
         args.model,

@@ -49,7 +49,13 @@ def apply_recipe(args: argparse.Namespace) -> None:
             f"--recipe strong has a weight decay of {defaults['weight_decay']}, which is for adamw "
             "and too large for sgd: add --weight-decay, or remove --opt sgd"
         )
-    if args.weights or args.weights_backbone:
+    given = args.weights or args.weights_backbone
+    if args.recipe == "strong" and args.backbone in ("resnet18", "resnet34") and not given:
+        raise UserError(
+            f"--recipe strong starts from IMAGENET1K_V2 weights, which {args.backbone} does not "
+            "have: add --weights-backbone IMAGENET1K_V1, or choose another --backbone"
+        )
+    if given:
         defaults.pop("weights_backbone", None)
     # Without weights all norms are trained, and their statistics, too.
     nothing_frozen = args.weights is None and args.weights_backbone == "none"

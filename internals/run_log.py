@@ -15,6 +15,7 @@ import torch
 import torchvision
 
 import utils
+from internals import anchors
 from internals.train_state import TrainState
 
 
@@ -61,12 +62,15 @@ def log_model(args: argparse.Namespace, model: torch.nn.Module) -> None:
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters) / 1e6
     trainable = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
-    text = f"{args.model}, {total:.1f} M parameters, {trainable:.1f} M trainable"
+    backbone = "" if args.backbone in args.model else f", backbone {args.backbone}"
+    text = f"{args.model}{backbone}, {total:.1f} M parameters, {trainable:.1f} M trainable"
     if not args.test_only:
         utils.log_field("recipe", args.recipe)
     utils.log_field("model", text)
     if args.train_norm_affine and not args.test_only:
         utils.log_field("", "norms of the backbone: statistics frozen, scale and bias trained")
+    if args.anchor_sizes:
+        utils.log_field("anchors", anchors.describe(args.anchor_sizes, args.anchor_ratios))
     size = "x".join(map(str, args.fixed_size or ())) or f"{args.min_size} to {args.max_size}"
     augmentation = "" if args.test_only else f", augmentation {args.data_augmentation}"
     utils.log_field("images", f"resized to {size} pixels{augmentation}")

@@ -119,10 +119,18 @@ def test_backbone_weights_match_torchvision(name, monkeypatch):
     assert not all(torch.equal(expected[key], without[key]) for key in body)
 
 
-def test_frozen_norms_are_folded():
-    for pretrained, count in ((None, 0), ("backbone", 53), ("detector", 53)):
-        model = build_on_meta(models.build_model, RESNET, 4, pretrained=pretrained)
-        assert sum(isinstance(m, FoldedConv2d) for m in model.modules()) == count
+@pytest.mark.parametrize(
+    ("pretrained", "backbone", "count"),
+    [
+        *((None, None, 0), ("backbone", None, 53), ("detector", None, 53)),
+        *((None, "resnet18", 0), ("backbone", "resnet18", 20), ("detector", "resnet34", 36)),
+        ("backbone", "resnext101_32x8d", 104),
+    ],
+)
+def test_frozen_norms_are_folded(pretrained, backbone, count):
+    options = {"pretrained": pretrained, "backbone": backbone}
+    model = build_on_meta(models.build_model, RESNET, 4, **options)
+    assert sum(isinstance(m, FoldedConv2d) for m in model.modules()) == count
 
 
 @pytest.mark.parametrize(("name", "most"), [(RESNET, 5), (SMALL, 6), ("ssd300_vgg16", 5)])
@@ -276,24 +284,40 @@ OTHERS = (
     *(RESNET, "fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn", "fcos_resnet50_fpn"),
     "ssdlite320_mobilenet_v3_large",
 )
-CASES = [(SMALL, None), (SMALL, "detector"), *slow(*((name, "detector") for name in OTHERS))]
+# Basic blocks instead of bottlenecks, and another number of anchors per location.
+RESNET18 = {
+    "backbone": "resnet18",
+    "anchor_sizes": [[8, 12], [16, 24], [32, 48], [64, 96], [128, 192]],
+    "anchor_ratios": [0.33, 0.5, 1.0, 2.0, 3.0],
+}
+GROUPS = {"backbone": "resnext50_32x4d"}
+CASES = [
+    *((SMALL, None, {}), (SMALL, "detector", {})),
+    *((RESNET, "backbone", RESNET18), ("retinanet_resnet50_fpn", "detector", RESNET18)),
+    *slow((RESNET, None, RESNET18), (RESNET, "detector", GROUPS)),
+    *slow(*((name, "detector", {}) for name in OTHERS)),
+]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+def case_name(case: tuple) -> str:
+    return "-".join(map(str, (*case[:2], *case[2].get("backbone", "").split())))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=case_name)
 def stock_and_ours(request) -> tuple:
     """Build torchvision's model and ours with the same weights, which tests do not change.
 
     In float64, as a model with random weights has proposals of almost equal score: other rounding
     by another memory layout or CPU would select other proposals.
     """
-    name, pretrained = request.param
+    name, pretrained, options = request.param
     torch.manual_seed(0)
-    sizes = {"min_sizes": (64,), "max_size": 100}
+    sizes = {"min_sizes": (64,), "max_size": 100, **options}
     stock, ours = (
         models.build_model(name, 4, pretrained=pretrained, **sizes, stock=plain).double()
         for plain in (True, False)
     )
-    trainable = models.build_model(name, 4, pretrained=None, stock=True).double()
+    trainable = models.build_model(name, 4, pretrained=None, **options, stock=True).double()
     set_norms(trainable, stock.transform(batch()[0])[0].tensors)
     frozen = stock.backbone.state_dict()
     weights = trainable.backbone.state_dict()
