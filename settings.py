@@ -95,9 +95,8 @@ def _take_model_args(args: argparse.Namespace, saved: dict) -> None:
         "backbone": backbones.name_of(models.ARCHITECTURES[saved["model"]].backbone),
     }
     for name in MODEL_ARGS:
-        given, trained_with = getattr(args, name), saved.get(name, BEFORE.get(name))
-        differs = _without_folder(given) != _without_folder(trained_with)
         given, trained_with = getattr(args, name), saved.get(name, before.get(name))
+        differs = _without_folder(given) != _without_folder(trained_with)
         if given is None and name == "max_size" and resized:
             continue  # the default follows --min-size
         if given is None:
