@@ -67,6 +67,15 @@ def test_defaults_depend_on_other_flags(monkeypatch):
         ("--fixed-size 64 96 --min-size 512", "--fixed-size replaces --min-size"),
         ("--fixed-size 64", "expected 2 arguments"),
         ("--sync-bn", "--sync-bn needs torchrun"),
+        ("--model fcos_resnet50_fpn --backbone resnet18", "fcos_resnet50_fpn has its own backbone"),
+        ("--model fasterrcnn_resnet50_fpn_v2 --backbone resnet101", "has its own backbone, remove"),
+        (
+            "--backbone resnet18 --weights COCO_V1",
+            "has the backbone resnet50, not resnet18",
+        ),
+        ("--backbone vgg16", "invalid choice"),
+        ("--model fcos_resnet50_fpn --anchor-ratios 1", "are for Faster R-CNN and RetinaNet"),
+        ("--anchor-sizes 16 32", "has 5: give 5 sizes"),
         ("--cuda-graphs", "is for training on a CUDA device"),
         ("--ema 1", "1 is not between 0 and 1"),
         ("--weights-backbone none --freeze-backbone", "--freeze-backbone needs pretrained"),
@@ -138,6 +147,37 @@ def test_model_flags_come_from_checkpoint():
         resolve("--resume", "x.pth", "--recipe", "strong", saved=older)
     args = resolve("--resume", "x.pth", "--min-size", "800", "--test-only", saved=saved)
     assert (args.min_size, args.max_size) == (800, 1333)
+
+
+def test_backbone_and_anchors_come_from_checkpoint():
+    sizes = ("--anchor-sizes", "8", "16", "32", "64", "128")
+    saved = settings.to_plain_dict(resolve("--backbone", "resnet18", *sizes))
+    assert (saved["backbone"], saved["weights_backbone"]) == ("resnet18", "IMAGENET1K_V1")
+    for flags in ((), ("--backbone", "resnet18"), sizes, ("--anchor-ratios", "0.5", "1", "2")):
+        args = resolve("--resume", "x.pth", *flags, saved=saved)
+        assert args.backbone == "resnet18"
+        assert args.anchor_sizes == [[8], [16], [32], [64], [128]]
+        assert args.anchor_ratios == [0.5, 1.0, 2.0]
+    for flags, message in (
+        (("--backbone", "resnet50"), "--backbone resnet50 differs from resnet18"),
+        (("--anchor-sizes", *"23456"), "--anchor-sizes 2 3 4 5 6 differs from 8 16 32 64 128"),
+        (("--anchor-ratios", "1"), r"--anchor-ratios \[1.0\] differs from \[0.5, 1.0, 2.0\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve("--resume", "x.pth", *flags, saved=saved)
+
+
+def test_checkpoint_of_an_earlier_version_has_the_own_backbone_and_anchors():
+    for model, own in (("retinanet_resnet50_fpn", "resnet50"), ("ssd300_vgg16", "vgg16")):
+        saved = vars(resolve("--model", model))
+        for name in ("backbone", "anchor_sizes", "anchor_ratios"):
+            del saved[name]
+        args = resolve("--resume", "x.pth", saved=saved)
+        assert (args.backbone, args.anchor_sizes, args.anchor_ratios) == (own, None, None)
+    saved = {**vars(resolve()), "backbone": "resnet50"}
+    assert resolve("--resume", "x.pth", "--backbone", "resnet50", saved=saved).epochs == 26
+    with pytest.raises(UserError, match=r"--anchor-sizes 2 3 4 5 6 differs from torchvision's, w"):
+        resolve("--resume", "x.pth", "--anchor-sizes", *"23456", saved=saved)
 
 
 def test_to_plain_dict():

@@ -26,11 +26,19 @@ from helpers import (
 )
 from PIL import Image
 
+import checkpoint
 import coco_utils
+<<<<<<< HEAD
 import engine
+=======
+import export
+import models
+import predict
+import report
+>>>>>>> models
 from internals.errors import DataError, UserError
 from internals.images import ImageRules
-from reporting.analysis import load_evaluated_index
+from reporting.analysis import load_evaluated_index, read_history
 
 BCCD = ROOT.parent / "shared/data/bccd"
 FROM_WEIGHTS = [flag for flag in SMALL_FLAGS if flag not in ("--weights-backbone", "none")]
@@ -662,3 +670,142 @@ def test_more_than_the_end_must_not_be_missing(tiny, tmp_path):
     flags = ("--data-path", tiny, "--output-dir", tmp_path, "--truncated-images", "use")
     with pytest.raises(UserError, match=r"1\.png is truncated: .*too little of it"):
         train_in_process(*flags)
+
+
+# ----------------------------------------------------------------- other backbones and anchors
+
+SMALL_ANCHORS = ("--anchor-sizes", "8,12", "16,24", "32,48", "64,96", "128,192")
+OTHER_MODELS = {
+    "fasterrcnn_resnet50_fpn": (*SMALL_ANCHORS, "--anchor-ratios", "0.33", "0.5", "1", "2", "3"),
+    "retinanet_resnet50_fpn": SMALL_ANCHORS,
+}
+
+
+def run_documented_example(folder: Path) -> dict:
+    """Run the lines of the documentation that load a checkpoint into plain torchvision."""
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/output-formats.md").read_text("utf-8"), flags=re.S
+    )
+    (example,) = [block for block in blocks if "output/model_best.pth" in block]
+    example = example.replace("output/model_best.pth", (folder / "model_best.pth").as_posix())
+    variables = {}
+    exec(example, variables)
+    return variables
+
+
+def compare_with_documented_example(folder: Path) -> None:
+    stock = run_documented_example(folder)["model"]
+    assert not any(type(m).__module__.startswith(("internals", "models")) for m in stock.modules())
+    ours = models.from_checkpoint(checkpoint.load(folder / "model_best.pth"), stock=True)
+    image = torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(0)).double()
+    for model in (stock, ours):  # in float64, as frozen norms round in another way
+        getattr(model.double(), "roi_heads", model).score_thresh = 0.0
+    with torch.inference_mode():
+        expected, actual = ours([image])[0], stock([image])[0]
+    assert len(expected["boxes"]) > 10
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_backbone_and_anchors_in_every_command(name, tiny, tmp_path):
+    """Trained, resumed, predicted with, exported, reported, and loaded by plain torchvision."""
+    common = ("--data-path", tiny, "--model", name, "--weights-backbone", "none", "-j", "0",
+              "--min-size", "64", "--epochs", "1", "--no-report")  # fmt: skip
+    own = ("--backbone", "resnet18", *OTHER_MODELS[name])
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    main_in_process(*common, *own, "--output-dir", whole)
+    output = main_in_process(*common, *own, "--output-dir", out, "--max-steps", "2")
+    assert f"{name}, backbone resnet18" in output
+    assert "anchors    sizes 8,12 16,24 32,48 64,96 128,192, height / width 0." in output
+    resume = (*common, "--output-dir", out, "--resume", "auto")
+    for flags, message in (
+        (("--backbone", "resnet34"), "--backbone resnet34 differs from resnet18"),
+        (("--anchor-sizes", *"23456"), "--anchor-sizes 2 3 4 5 6 differs from 8,12 16,24"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main_in_process(*resume, *flags)
+    assert "2 steps done" in main_in_process(*resume, "--backbone", "resnet18")
+    assert weights_hash(out / "checkpoint.pth") == weights_hash(whole / "checkpoint.pth")
+    compare_with_documented_example(out)
+    test_only = ("--test-only", "--resume", out / "checkpoint.pth", "--no-report", "-j", "0")
+    main_in_process("--data-path", tiny, "--output-dir", tmp_path / "test", *test_only)
+    assert read_metrics(tmp_path / "test", "eval")[0]["AP"] == pytest.approx(
+        read_metrics(out, "eval")[-1]["AP"], abs=1e-9
+    )
+
+    best = str(out / "model_best.pth")
+    predict.main([best, str(tiny / "val2017"), "--output-dir", str(tmp_path / "found")])
+    facts = dict(report.setup_facts(read_history(out / "metrics.jsonl")))
+    assert facts["Backbone"] == "resnet18"
+    assert facts["Anchors"].startswith("sizes 8,12 16,24 32,48 64,96 128,192, height / width 0.")
+    safetensors = pytest.importorskip("safetensors")
+    export.main([best, "--output", str(tmp_path / "x.safetensors")])
+    with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["model"], metadata["backbone"]) == (name, "resnet18")
+    assert json.loads(metadata["anchor_sizes"])[1] == [16, 24]
+    # Its weights start another training, with other anchors.
+    weights = ("--weights", tmp_path / "x.safetensors", "--backbone", "resnet18")
+    output = main_in_process("--data-path", tiny, "--model", name, *weights, "--min-size", "64",
+                             "--max-steps", "1", "-j", "0", "--no-report", "--output-dir",
+                             tmp_path / "next")  # fmt: skip
+    assert "the layers of their outputs start anew" in output
+
+
+@pytest.mark.slow
+def test_other_backbone_and_anchors_are_exported_to_onnx(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    args = {
+        "model": "fasterrcnn_resnet50_fpn", "weights": None, "weights_backbone": "IMAGENET1K_V1",
+        "backbone": "resnet18", "anchor_sizes": [[8, 12], [16, 24], [32, 48], [64, 96], [128, 192]],
+        "anchor_ratios": [0.33, 1.0, 3.0], "min_size": 96, "max_size": 160, "fixed_size": None,
+        "rpn_score_thresh": None, "val_annotations": None, "val_images": None,
+        "data_path": str(tmp_path / "none"),
+    }  # fmt: skip
+    categories = coco_utils.Categories.from_names({1: "cat", 4: "dog"})
+    model = models.build_model(args["model"], 3, **models.structure_of(args), stock=True)
+    with torch.no_grad():  # detections with various scores
+        model.roi_heads.box_predictor.cls_score.weight.mul_(60)
+        model.roi_heads.box_predictor.bbox_pred.weight.mul_(20)
+    content = {"model": model.state_dict(), "optimizer": {}, "epoch": 0, "step": 1, "format": 1}
+    torch.save(
+        {**content, "categories": categories.to_list(), "args": args}, tmp_path / "model_best.pth"
+    )
+    compare_with_documented_example(tmp_path)
+    export.main([str(tmp_path / "model_best.pth"), "--output", str(tmp_path / "x.onnx")])
+    properties = {p.key: p.value for p in onnx.load(tmp_path / "x.onnx").metadata_props}
+    assert properties["backbone"] == "resnet18"
+    assert json.loads(properties["anchor_ratios"]) == [0.33, 1.0, 3.0]
+
+
+@pytest.mark.parametrize("weights_backbone", ["none", "IMAGENET1K_V1"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", {}),
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", None),  # of an earlier version
+        ("retinanet_resnet50_fpn", {"backbone": "resnet18"}),
+    ],
+)
+def test_documented_example_loads_checkpoints(name, options, weights_backbone, tmp_path):
+    args = {
+        "model": name, "weights": None, "weights_backbone": weights_backbone, "min_size": 64,
+        "max_size": 100, "fixed_size": None, "rpn_score_thresh": None,
+    }  # fmt: skip
+    own = {"anchor_sizes": None, "anchor_ratios": None, "backbone": "mobilenet_v3_large"}
+    args |= {} if options is None else {**own, **options}
+    model = models.build_model(name, 3, **models.structure_of(args), min_sizes=(64,))
+    content = {"model": model.state_dict(), "optimizer": {}, "epoch": 0, "step": 1, "format": 1}
+    categories = coco_utils.Categories.from_names({1: "cat", 4: "dog"}).to_list()
+    file = tmp_path / "model_best.pth"
+    torch.save({**content, "categories": categories, "args": args}, file)
+    stock = run_documented_example(tmp_path)["model"]
+    assert type(stock).__module__.startswith("torchvision.")
+    loaded = stock.state_dict()
+    for key, value in model.state_dict().items():
+        if not key.endswith("num_batches_tracked"):  # which frozen norms lack
+            assert torch.equal(loaded[key], value)

@@ -73,7 +73,6 @@ def test_rules_equal_those_of_torchvisions_builder(name, layers, monkeypatch):
 
 def test_own_backbone_by_name_is_torchvisions_builder():
     for backbone in (None, "resnet50"):
-        torch.manual_seed(0)
         builder = backbones.detector_builder(
             FASTER_RCNN, models.ARCHITECTURES[FASTER_RCNN].backbone, backbone
         )
