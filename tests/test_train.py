@@ -28,14 +28,11 @@ from PIL import Image
 
 import checkpoint
 import coco_utils
-<<<<<<< HEAD
 import engine
-=======
 import export
 import models
 import predict
 import report
->>>>>>> models
 from internals.errors import DataError, UserError
 from internals.images import ImageRules
 from reporting.analysis import load_evaluated_index, read_history
