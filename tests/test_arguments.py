@@ -169,7 +169,7 @@ MAY_CHANGE = {
     *("workers", "world_size", "dist_url", "timeout_minutes"),
     *("eval_batch_size", "val_loss", "evaluator"),
     *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "print_freq"),
-    *("tensorboard", "no_report", "early_stop_patience", "max_steps"),
+    *("tracker", "no_report", "early_stop_patience", "max_steps"),
     *("dataset", "start_epoch"),
     *("trust_boxes", "evaluate_as_annotated"),
     *("max_bad_images", "overfit"),  # the content of the data is an invariant
