@@ -27,7 +27,7 @@ STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 MAX_NAME, MAX_PARAM, MAX_PARAMS = 250, 6000, 100
 
 
-class MLflowWriter:
+class MlflowWriter:
     """A `trackers.Writer` for MLflow.
 
     The client has no state of the process, such as an active run, and writes before it returns.
@@ -39,9 +39,16 @@ class MLflowWriter:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         artifacts = None if uri else (output_dir / "mlflow_artifacts").as_uri()
         self.client = MlflowClient(uri or f"sqlite:///{(output_dir / 'mlflow.db').as_posix()}")
-        if run_id and self._reopen(run_id):
-            self.run_id = run_id
-            return
+        self.run_id = (
+            run_id if run_id and self._reopen(run_id) else self._start(output_dir, artifacts)
+        )
+        where = (
+            "MLFLOW_TRACKING_URI" if uri else output_dir / "mlflow.db"
+        )  # a URI may have a password
+        utils.log_field("MLflow", f"run {self.run_id} in {where}")
+
+    def _start(self, output_dir: Path, artifacts: str | None) -> str:
+        """Start a run; return its id."""
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         experiment = self.client.get_experiment_by_name(name)
         experiment_id = (
@@ -54,7 +61,7 @@ class MLflowWriter:
             run_name=output_dir.name,
             tags={"output_dir": str(output_dir), "mlflow.source.name": "train.py"},
         )
-        self.run_id = run.info.run_id
+        return run.info.run_id
 
     def _reopen(self, run_id: str) -> bool:
         """Continue a run; return False if there is none, such as in another database."""
@@ -73,8 +80,8 @@ class MLflowWriter:
         new = [Param(k, str(v)[:MAX_PARAM]) for k, v in config.items() if k not in params]
         for start in range(0, len(new), MAX_PARAMS):
             self.client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS])
-        if config.get("commit"):
-            self.client.set_tag(self.run_id, "mlflow.source.git.commit", config["commit"])
+        if commit := config.get("run/commit"):
+            self.client.set_tag(self.run_id, "mlflow.source.git.commit", commit)
 
     def write_metrics(self, numbers: dict[str, float], step: int) -> None:
         """Write metrics; of several values for a step, MLflow shows the newest as the latest."""

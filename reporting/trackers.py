@@ -16,6 +16,7 @@ import coco_eval
 import utils
 from coco_utils import CocoIndex
 from internals.errors import StopRequested, UserError
+
 PROJECT = "faster-rcnn"  # the default name of MLflow's experiment and of W&B's project
 RUN_IDS = "trackers.json"  # in the output folder: where a resumed run continues
 NUM_IMAGES = 4
@@ -60,7 +61,7 @@ def open_writer(name: str, output_dir: Path, step: int | None, run_id: str | Non
         if name == "tensorboard":
             from reporting.tensorboard import TensorBoardWriter as Opened
         elif name == "mlflow":
-            from reporting.mlflow import MLflowWriter as Opened
+            from reporting.mlflow import MlflowWriter as Opened
         else:
             from reporting.wandb import WandbWriter as Opened
         return Opened(output_dir, step, run_id)
@@ -179,9 +180,9 @@ def _read_run_ids(file: Path) -> dict[str, str]:
 
 
 def run_config(start: dict) -> dict:
-    """Return the flags of a "start" line, and what else in it is one value: commit, device, ..."""
-    facts = {name: value for name, value in start.items() if isinstance(value, str | int | float)}
-    return {**start["args"], **facts}
+    """Return the flags of a "start" line, and what else in it is one value, such as run/commit."""
+    facts = {k: v for k, v in start.items() if isinstance(v, str | int | float)}
+    return {**start["args"], **{f"run/{name}": value for name, value in facts.items()}}
 
 
 def tagged_numbers(kind: str, values: dict) -> Iterator[tuple[str, float]]:

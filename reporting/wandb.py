@@ -40,7 +40,8 @@ class WandbWriter:
                 "WANDB_API_KEY; or set WANDB_MODE=offline, and run wandb sync later)"
             ) from error
         self.run_id = self.run.id
-        utils.log_field("W&B", self.run.url or f"{self.run.dir.removesuffix('files')} (offline)")
+        where = Path(self.run.dir).parent if self.run.offline else self.run.url
+        utils.log_field("W&B", f"run {self.run_id} in {where}")
         # W&B drops a step below one that it has, as those of a training resumed from an earlier
         # step: its own count goes on, and the step is a column of its own.
         self.run.define_metric("step", hidden=True)
