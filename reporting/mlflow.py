@@ -16,7 +16,8 @@ from reporting.trackers import PROJECT
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it logs each table of a new SQLite file
+# It logs each change to a SQLite file, and the traceback of an error before it raises it.
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param

@@ -146,16 +146,21 @@ class Trackers:
         try:
             function(*args)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            utils.log(f"--tracker {name} failed, to be tried again at an evaluation: {reason}")
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            utils.log(f"--tracker {name} failed, the training goes on: {reason}")
 
     def _close(self, status: str) -> None:
-        for name, writer in self.writers.items():
-            self._try(name, self._write_pending, name)
-            self._try(name, writer.close, status)
+        for name in self.writers:
+            self._try(name, self._close_writer, name, status)
             if missing := len(self._pending[name]):
                 utils.log(f"--tracker {name} lacks {missing} lines that metrics.jsonl has")
         self.writers = {}
+
+    def _close_writer(self, name: str, status: str) -> None:
+        try:
+            self._write_pending(name)
+        finally:
+            self.writers[name].close(status)
 
     def __enter__(self) -> "Trackers":
         return self

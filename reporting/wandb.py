@@ -20,11 +20,12 @@ class WandbWriter:
         """Continue the run of this id, or start one with the name of the output folder."""
         output_dir = output_dir.absolute()
         settings = wandb.Settings(
-            silent=True,  # a login prompt would wait for an answer; a summary would fill the screen
+            silent=True,  # else its summaries would fill the screen
             console="off",  # it would replace sys.stdout
             finish_timeout=FINISH_TIMEOUT,
             reinit="create_new",
         )
+        wandb.setup(settings=settings)  # silent from here on: init never asks for a login
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or PROJECT,
@@ -65,3 +66,4 @@ class WandbWriter:
         if status == "stopped":
             self.run.mark_preempting()
         self.run.finish(exit_code=0 if status == "finished" else 1)
+        wandb.teardown()  # ends its process, which has then written all

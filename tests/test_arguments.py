@@ -114,6 +114,20 @@ def test_model_flags_come_from_checkpoint():
     assert (args.min_size, args.max_size) == (800, 1333)
 
 
+@pytest.mark.parametrize(
+    ("flags", "trackers"),
+    [
+        ("", []),
+        ("--tensorboard", ["tensorboard"]),
+        ("--tracker wandb mlflow", ["wandb", "mlflow"]),
+        ("--tracker mlflow --tensorboard --tracker wandb", ["mlflow", "tensorboard", "wandb"]),
+        ("--tensorboard --tracker tensorboard", ["tensorboard"]),
+    ],
+)
+def test_trackers_of_all_flags_are_used_once(flags, trackers):
+    assert resolve(*flags.split()).tracker == trackers
+
+
 def test_to_plain_dict():
     args = resolve("--output-dir", "runs/1", "--lr-steps", "3", "4")
     plain = settings.to_plain_dict(args)
