@@ -24,8 +24,8 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-# MLflow's limits: characters of a name and of a param, and params in a request.
-MAX_NAME, MAX_PARAM, MAX_PARAMS = 250, 6000, 100
+# MLflow's limits: the characters of a name and of a param, and what a request may have.
+MAX_NAME, MAX_PARAM, MAX_PARAMS, MAX_METRICS = 250, 6000, 100, 1000
 
 
 class MlflowWriter:
@@ -40,12 +40,11 @@ class MlflowWriter:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         artifacts = None if uri else (output_dir / "mlflow_artifacts").as_uri()
         self.client = MlflowClient(uri or f"sqlite:///{(output_dir / 'mlflow.db').as_posix()}")
-        self.run_id = (
-            run_id if run_id and self._reopen(run_id) else self._start(output_dir, artifacts)
-        )
-        where = (
-            "MLFLOW_TRACKING_URI" if uri else output_dir / "mlflow.db"
-        )  # a URI may have a password
+        if not run_id or not self._reopen(run_id):
+            run_id = self._start(output_dir, artifacts)
+        self.run_id = run_id
+        # Not the URI itself, which may contain a password.
+        where = "MLFLOW_TRACKING_URI" if uri else output_dir / "mlflow.db"
         utils.log_field("MLflow", f"run {self.run_id} in {where}")
 
     def _start(self, output_dir: Path, artifacts: str | None) -> str:
@@ -88,8 +87,8 @@ class MlflowWriter:
         """Write metrics; of several values for a step, MLflow shows the newest as the latest."""
         now = int(1000 * time.time())
         rows = [Metric(safe_name(tag), number, now, step) for tag, number in numbers.items()]
-        for start in range(0, len(rows), 1000):  # MLflow's limit
-            self.client.log_batch(self.run_id, metrics=rows[start : start + 1000])
+        for start in range(0, len(rows), MAX_METRICS):
+            self.client.log_batch(self.run_id, metrics=rows[start : start + MAX_METRICS])
 
     def write_images(self, images: dict[str, np.ndarray], step: int) -> None:
         """Write images, which MLflow shows with a slider over the steps."""
