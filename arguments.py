@@ -222,8 +222,12 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="resume although data, batch size, rate or other settings differ (default: reject)")
     add("--print-freq", type=positive_int, default=20, metavar="N",
         help="log the losses every N steps (default: %(default)s)")
-    add("--tensorboard", action="store_true",
-        help="write losses, AP and some images to tensorboard/ in --output-dir (default: off)")
+    add("--tracker", action="extend", nargs="+", choices=["tensorboard", "mlflow", "wandb"],
+        default=[],
+        help="send losses, AP and some images to one or several trackers, see docs/trackers.md "
+        "(default: none)")
+    add("--tensorboard", action="append_const", dest="tracker", const="tensorboard",
+        help="short for --tracker tensorboard (default: off)")
     add("--no-report", action="store_true", help="do not write report.html (default: write it)")
 
 
@@ -296,6 +300,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.tracker = list(dict.fromkeys(args.tracker))  # each once
     if args.resume_anyway and not args.resume:
         parser.error("--resume-anyway needs --resume FILE or --resume auto")
     return args

@@ -88,21 +88,21 @@ def main(argv: list[str] | None = None) -> None:
         run_log.log_schedule(args, base_learning_rate(args), plan, state)
 
     # Outputs
-    tensorboard = open_tensorboard(args, saved)
-    listener = tensorboard.write_metrics if tensorboard else None
-    metrics = utils.MetricsFile(args.output_dir, listener)
+    trackers = open_trackers(args, saved)
+    metrics = utils.MetricsFile(args.output_dir, trackers.write_metrics)
     about = run_log.run_metadata(model, device, precision, train_loader, val_loader, categories)
     metrics.write("start", args=to_plain_dict(args), **about, val_images_left_out=left_out)
 
     def evaluate(model: nn.Module, epoch: int | None, step: int | None) -> dict:
-        record = partial(run_log.record_evaluation, metrics, tensorboard, epoch, step)
+        record = partial(run_log.record_evaluation, metrics, trackers, epoch, step)
         return engine.evaluate(
             model, val_loader, categories, args, amp_dtype=amp_dtype, on_result=record
         )
 
     if args.test_only:
         run_log.log_test_checkpoint(args, saved, amp_dtype)
-        evaluate(model, *trained_epoch_and_step(saved))
+        with trackers:
+            evaluate(model, *trained_epoch_and_step(saved))
         return write_report(args)
 
     # Epochs
@@ -113,7 +113,9 @@ def main(argv: list[str] | None = None) -> None:
         utils.run_on_rank_0(write)
 
     timer = preemption.CheckpointTimer(args.checkpoint_every, args.checkpoint_minutes, save)
-    train(args, state, train_loader, timer, evaluate, run_log.StepLog(metrics, plan.global_batch))
+    log_step = run_log.StepLog(metrics, plan.global_batch)
+    with trackers:
+        train(args, state, train_loader, timer, evaluate, log_step)
     run_log.log_end(metrics, args.output_dir, state.best_AP, start, timer.seconds_saving)
     return write_report(args)
 
@@ -274,13 +276,13 @@ def trained_epoch_and_step(saved: dict | None) -> tuple[int | None, int | None]:
     return max(0, saved["step"] - 1) // saved["args"]["steps_per_epoch"], saved["step"]
 
 
-def open_tensorboard(args: argparse.Namespace, saved: dict | None):
-    """Return a TensorBoardWriter on rank 0 if --tensorboard is given, else None."""
-    if not args.tensorboard or utils.rank() != 0:
-        return None
-    from reporting.tensorboard import TensorBoardWriter
+def open_trackers(args: argparse.Namespace, saved: dict | None):
+    """Return the `Trackers` of --tracker, open on rank 0; on the others they do nothing."""
+    from reporting.trackers import Trackers
 
-    return TensorBoardWriter(args.output_dir / "tensorboard", saved["step"] if saved else 0)
+    trackers, step = Trackers(), saved["step"] if saved else None
+    utils.run_on_rank_0(partial(trackers.open, args.tracker, args.output_dir, step))
+    return trackers
 
 
 def write_report(args: argparse.Namespace) -> None:

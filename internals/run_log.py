@@ -210,17 +210,16 @@ class StepLog:
 
 def record_evaluation(  # noqa: PLR0913 (the first four are bound by the caller)
     metrics: utils.MetricsFile,
-    tensorboard,
+    trackers,
     epoch: int | None,
     step: int | None,
     index,
     scores: dict,
     detections: np.ndarray,
 ) -> None:
-    """Write an evaluation to `metrics.jsonl`, and the first images to TensorBoard, if any."""
+    """Write an evaluation to `metrics.jsonl`, and the first images to the trackers."""
     metrics.write("eval", epoch=epoch, step=step, **scores)
-    if tensorboard:
-        tensorboard.write_images(index, detections, step or 0)
+    trackers.write_images(index, detections, step or 0)
 
 
 def log_best(state: TrainState, AP: float | None, is_best: bool) -> None:

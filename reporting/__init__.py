@@ -1,1 +1,1 @@
-"""Report the results of a training: analysis, figures, drawings, TensorBoard."""
+"""Report the results of a training: analysis, figures, drawings, trackers."""

@@ -1,57 +1,36 @@
-"""Write metrics and some images for TensorBoard, in `tensorboard/` of the output folder."""
+"""Write a run to `tensorboard/` of the output folder, for TensorBoard."""
 
 from pathlib import Path
 
 import numpy as np
-
-import coco_eval
-from coco_utils import CocoIndex
-from internals.errors import UserError
-from reporting import drawing
-
-NUM_IMAGES = 4
-SCORE_THRESHOLD = 0.5
+from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardWriter:
-    """Writes scalars and images; `write_metrics` is a listener of `utils.MetricsFile`."""
+    """A `trackers.Writer` for TensorBoard."""
 
-    def __init__(self, folder: Path, step: int):
+    run_id = None  # the folder is the run
+
+    def __init__(self, output_dir: Path, step: int | None, run_id: str | None):
         """Continue after `step`, and hide later steps of an interrupted run."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--tensorboard needs a package: pip install tensorboard") from error
-        self.writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
+        folder = output_dir / "tensorboard"
+        self.writer = SummaryWriter(folder, purge_step=(step or 0) + 1, flush_secs=10)
 
-    def write_metrics(self, kind: str, values: dict) -> None:
-        """Write all numbers of a "train" or "eval" line; those of a dict under its name."""
-        if kind not in ("train", "eval"):
-            return
-        for name, value in values.items():
-            numbers = value if isinstance(value, dict) else {"": value}
-            if name == "per_category":
-                numbers = coco_eval.ap_by_category(values)
-            for key, number in numbers.items():
-                if number is not None and name not in ("step", "epoch"):
-                    tag = f"{kind}/{name}/{key}".rstrip("/")
-                    self.writer.add_scalar(tag, number, values["step"] or 0)
+    def write_config(self, config: dict) -> None:
+        """Write nothing: metrics.jsonl has it."""
+
+    def write_metrics(self, numbers: dict[str, float], step: int) -> None:
+        """Write scalars."""
+        for tag, number in numbers.items():
+            self.writer.add_scalar(tag, number, step)
         self.writer.flush()
 
-    def write_images(self, index: CocoIndex, detections: np.ndarray, step: int) -> None:
-        """Draw the first validation images that have boxes, ground truth beside detections.
-
-        Args:
-            index: The ground truth.
-            detections: float64 `[N, 7]`, rows of `coco_eval.detection_rows`; those with a score of
-                at least 0.5 are drawn.
-            step: The training step of the detections.
-        """
-        for i in index.images_with_boxes()[:NUM_IMAGES]:
-            of_image = detections[:, 0] == index.image_ids[i]
-            confident = detections[of_image & (detections[:, 5] >= SCORE_THRESHOLD)]
-            confident = confident[np.argsort(-confident[:, 5], kind="stable")]
-            image = index.read_image(i)
-            drawn = drawing.draw_comparison(image, index, i, confident, index.categories)
-            self.writer.add_image(f"validation/{index.image_ids[i]}", drawn, step)
+    def write_images(self, images: dict[str, np.ndarray], step: int) -> None:
+        """Write images."""
+        for tag, image in images.items():
+            self.writer.add_image(tag, image, step, dataformats="HWC")
         self.writer.flush()
+
+    def close(self, status: str) -> None:
+        """Write what is left."""
+        self.writer.close()

@@ -180,6 +180,20 @@ def test_checkpoint_of_an_earlier_version_has_the_own_backbone_and_anchors():
         resolve("--resume", "x.pth", "--anchor-sizes", *"23456", saved=saved)
 
 
+@pytest.mark.parametrize(
+    ("flags", "trackers"),
+    [
+        ("", []),
+        ("--tensorboard", ["tensorboard"]),
+        ("--tracker wandb mlflow", ["wandb", "mlflow"]),
+        ("--tracker mlflow --tensorboard --tracker wandb", ["mlflow", "tensorboard", "wandb"]),
+        ("--tensorboard --tracker tensorboard", ["tensorboard"]),
+    ],
+)
+def test_trackers_of_all_flags_are_used_once(flags, trackers):
+    assert resolve(*flags.split()).tracker == trackers
+
+
 def test_to_plain_dict():
     args = resolve("--output-dir", "runs/1", "--lr-steps", "3", "4")
     plain = settings.to_plain_dict(args)
@@ -235,7 +249,7 @@ MAY_CHANGE = {
     *("workers", "world_size", "dist_url", "timeout_minutes"),
     *("eval_batch_size", "val_loss", "evaluator"),
     *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "print_freq"),
-    *("tensorboard", "no_report", "early_stop_patience", "max_steps"),
+    *("tracker", "no_report", "early_stop_patience", "max_steps"),
     *("dataset", "start_epoch"),
     *("trust_boxes", "evaluate_as_annotated"),
     *("max_bad_images", "overfit"),  # the content of the data is an invariant

@@ -411,10 +411,16 @@ def test_validation_loss_and_tensorboard_do_not_change_training(trained, tmp_pat
     assert [event.step for event in events.Images(images[0])] == [2, 4]
 
 
-def test_missing_tensorboard_is_reported(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        train_in_process("--data-path", tiny, "--output-dir", tmp_path, "--tensorboard")
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow"), ("wandb", "wandb")],
+)
+def test_missing_package_of_a_tracker_is_reported(name, package, tiny, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"reporting.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"--tracker {name} needs a package: pip install {name}"):
+        train_in_process("--data-path", tiny, "--output-dir", tmp_path, "--tracker", name)
+    assert not list(tmp_path.glob("*.pth"))
 
 
 def test_find_batch_size(tiny, tmp_path):
