@@ -143,5 +143,7 @@ def detect(
     order = order[:, :limit]
     rows = torch.cat([take_rows(found, order), scores[:, :limit, None]], dim=2)
     rows = torch.cat([rows, label.gather(1, order)[..., None].to(rows.dtype)], dim=2)
-    too_few = (above.flatten(1).sum(1) > scores.shape[1]) & (rows[:, -1, 4] < 0)
+    too_few = above.flatten(1).sum(1) > scores.shape[1]
+    if rows.shape[1] == limit:  # else not even all candidates are enough
+        too_few &= rows[:, -1, 4] < 0
     return rows, too_few

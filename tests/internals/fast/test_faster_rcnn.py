@@ -162,6 +162,10 @@ def test_more_candidates_are_tried_if_too_few_detections_are_left(monkeypatch):
     images, _ = make_batch("several boxes")
     monkeypatch.setattr(roi_heads.detect, "__defaults__", (100,))
     assert_same_detections(*detections_of_both(model, images))
+    model.roi_heads.detections_per_img, model.roi_heads.nms_thresh = 150, 1.0  # none is suppressed
+    found, expected = detections_of_both(model, images)
+    assert [len(each["scores"]) for each in found] == [150, 150]
+    assert_same_detections(found, expected)
 
 
 def test_no_detections():
