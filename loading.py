@@ -71,11 +71,28 @@ def find_too_narrow(args: argparse.Namespace, indexes: dict) -> list[str]:
     return list(filter(None, found))
 
 
-def log_crowded_images(args: argparse.Namespace, indexes: dict) -> None:
-    """Log the splits with images that have more boxes than --max-detections, if any."""
+def check_images(args: argparse.Namespace, indexes: dict) -> None:
+    """Check the images against the settings of the model; none is opened.
+
+    Raises:
+        DataError: Of some images no pixel would be left.
+    """
+    if errors := find_too_narrow(args, indexes):
+        raise DataError("\n".join(errors))
     for split, index in indexes.items():
         if issue := data_checks.find_crowded_images(index, args.max_detections):
             utils.log_field("", f"note: {split}: {issue}")
+
+
+def choose_images(args: argparse.Namespace, indexes: dict) -> tuple[dict, list[int]]:
+    """Set `args.bit_depth` and how images are read, and leave out bad ones (--max-bad-images).
+
+    Returns:
+        The indexes of the images that are left, and the ids of validation images left out.
+    """
+    use_truncated = args.truncated_images == "use"
+    args.bit_depth = data_checks.set_image_rules(indexes, args.bit_depth, use_truncated)
+    return data_checks.drop_bad_images(indexes, args.workers, args.max_bad_images)
 
 
 def check_data(args: argparse.Namespace) -> None:

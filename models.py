@@ -136,22 +136,7 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
     options["fixed_size"] = (fixed_size[1], fixed_size[0]) if fixed_size else None  # width, height
     options["trainable_backbone_layers"] = trainable_backbone_layers
     options = {key: value for key, value in options.items() if value is not None}
-    weights = backbones.default_weights(architecture.backbone, backbone)
-    build = backbones.detector_builder(name, architecture.backbone, backbone)
-    try:
-        with without_download(weights, backbone_state):
-            model = build(
-                weights_backbone=weights if frozen else None, num_classes=num_classes, **options
-            )
-    except ValueError as error:  # torchvision raises it for a number of layers out of range only
-        raise UserError(f"--trainable-backbone-layers: {str(error).strip()}") from error
-    except RuntimeError as error:
-        expected = classifier_state(weights)
-        raise UserError(
-            "--weights-backbone does not fit this model: "
-            f"{describe_misfit(expected, backbone_state or {}) or error}. It takes the weights of "
-            "torchvision's classifier, with its head; those of a detector are for --weights"
-        ) from error
+    model = _build_torchvision(name, backbone, frozen, backbone_state, num_classes, **options)
     if anchor_sizes:
         anchors.set_anchors(model, anchor_sizes, anchor_ratios)
     if freeze_backbone:
@@ -169,6 +154,34 @@ def build_model(  # noqa: PLR0913 (the options of torchvision's builders)
         )
     # The layout that bfloat16 convolutions on CPUs and tensor cores prefer; saves 0.4 GiB.
     return model.to(memory_format=torch.channels_last)
+
+
+def _build_torchvision(
+    name: str,
+    backbone: str | None,
+    frozen: bool,
+    backbone_state: dict[str, torch.Tensor] | None,
+    num_classes: int,
+    **options,
+) -> nn.Module:
+    """Call torchvision's builder; `frozen` is for a pretrained backbone."""
+    own = ARCHITECTURES[name].backbone
+    weights = backbones.default_weights(own, backbone)
+    build = backbones.detector_builder(name, own, backbone)
+    try:
+        with without_download(weights, backbone_state):
+            return build(
+                weights_backbone=weights if frozen else None, num_classes=num_classes, **options
+            )
+    except ValueError as error:  # torchvision raises it for a number of layers out of range only
+        raise UserError(f"--trainable-backbone-layers: {str(error).strip()}") from error
+    except RuntimeError as error:
+        expected = classifier_state(weights)
+        raise UserError(
+            "--weights-backbone does not fit this model: "
+            f"{describe_misfit(expected, backbone_state or {}) or error}. It takes the weights of "
+            "torchvision's classifier, with its head; those of a detector are for --weights"
+        ) from error
 
 
 def from_checkpoint(saved: dict, stock: bool = False) -> nn.Module:

@@ -31,10 +31,10 @@ import transforms
 import utils
 from arguments import parse_arguments
 from internals import batch_size as batch_size_search
-from internals import data_checks, failures, preemption, run_log
+from internals import failures, preemption, run_log
 from internals.command_line import prepare_output_dir
 from internals.devices import choose_device, move_model, no_gpu_note
-from internals.errors import DataError, UserError
+from internals.errors import UserError
 from internals.fast import use_cuda_graphs
 from internals.mixed_precision import initialize_momentum, resolve_precision
 from internals.train_state import MovingAverage, TrainState
@@ -55,16 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     saved = load_resume_checkpoint(args)
     resolve_defaults(args, saved["args"] if saved else None, device)
     validate_args(args, device)
-    if errors := loading.find_too_narrow(args, indexes):
-        raise DataError("\n".join(errors))
-    loading.log_crowded_images(args, indexes)
+    loading.check_images(args, indexes)
     amp_dtype, precision = choose_precision(args, device)
 
     # Data
-    args.bit_depth = data_checks.set_image_rules(
-        indexes, args.bit_depth, args.truncated_images == "use"
-    )
-    indexes, left_out = data_checks.drop_bad_images(indexes, args.workers, args.max_bad_images)
+    indexes, left_out = loading.choose_images(args, indexes)
     categories = loading.resolve_categories(args, indexes, saved)
     train_loader, val_loader = loading.build_loaders(args, indexes, categories, device)
 
