@@ -65,11 +65,13 @@ def test_all_numbers_of_a_line_get_a_tag(tiny):
         **{"train/loss_box_reg": 0.4 / 3, "train/skipped_steps": 0},
         **{"train/images_per_second": 5.0, "train/peak_memory_mib": 1000},
     }
-    line = eval_line(tiny, 0, val_loss={"loss": 2.0})
+    best = {"threshold": 0.6, "F1": 0.5}
+    line = eval_line(tiny, 0, val_loss={"loss": 2.0}, score_threshold=best)
     numbers = dict(tagged_numbers("eval", line))
     assert numbers["eval/AP"] == line["AP"]
     assert numbers["eval/per_category/dog"] == line["per_category"][5]["AP"]
     assert numbers["eval/val_loss/loss"] == 2.0
+    assert numbers["eval/score_threshold/F1"] == 0.5
     assert not {"eval/APl", "eval/step", "eval/epoch"} & set(numbers)  # APl is null
 
 
