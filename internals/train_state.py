@@ -107,8 +107,15 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore everything except the weights of `model`, which are loaded when it is built."""
+        """Restore everything except the weights of `model`, which are loaded when it is built.
+
+        Settings of the optimizer, such as the weight decay, stay those of this run.
+        """
+        groups = self.optimizer.param_groups
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         self.scaler.load_state_dict(state["scaler"])
         self.epoch = state["epoch"]
         self.step = state["step"]
