@@ -1,6 +1,7 @@
 """An augmentation of the user's own: what a function in a Python file returns."""
 
 import hashlib
+import os
 import random
 import sys
 import traceback
@@ -63,6 +64,7 @@ class CustomAugmentation:
         module = ModuleType(f"augmentation_{self.file.stem}")
         module.__file__ = str(self.file)
         sys.modules[module.__name__] = module  # dataclasses look it up
+        folder = os.getcwd()
         try:
             exec(compile(self.source, self.file, "exec"), vars(module))
             function = getattr(module, self.function, None)
@@ -71,13 +73,10 @@ class CustomAugmentation:
             transform = function()
         except UserError:
             raise
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [frame.lineno for frame in frames if frame.filename == str(self.file)]
-            where = f" in line {lines[-1]}" if lines else ""
-            raise UserError(
-                f"{FLAG} {self.name} raised {type(error).__name__}{where}: {error}"
-            ) from error
+        except (Exception, SystemExit) as error:
+            raise self._describe_error(error) from error
+        finally:
+            os.chdir(folder)  # which the file may have changed: other paths may be relative
         if not callable(transform):
             raise UserError(
                 f"{FLAG} {self.name} returned {transform!r}: return a transform, such as "
@@ -85,13 +84,19 @@ class CustomAugmentation:
             )
         return transform
 
+    def _describe_error(self, error: BaseException) -> UserError:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(self.file)]
+        where = f" in line {lines[-1]}" if lines else ""
+        return UserError(f"{FLAG} {self.name} raised {type(error).__name__}{where}: {error}")
+
     def __call__(
         self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes, labels: torch.Tensor
     ) -> tuple[torch.Tensor, tv_tensors.BoundingBoxes, torch.Tensor]:
         """Transform an image uint8 `[3, H, W]`, its boxes `[N, 4]` (x1, y1, x2, y2) and labels.
 
         Raises:
-            UserError: The result is no image with its boxes.
+            UserError: It fails, or the result is no image with its boxes.
         """
         if self.transform is None:
             self.transform = self._build()
@@ -99,11 +104,17 @@ class CustomAugmentation:
         # Nothing else in the recipe draws from these two, so their state need not be restored.
         random.seed(torch.initial_seed())
         np.random.seed(torch.initial_seed() % 2**32)
-        result = self.transform(image, {"boxes": boxes, "labels": labels})
+        try:
+            result = self.transform(image, {"boxes": boxes, "labels": labels})
+        except (Exception, SystemExit) as error:
+            raise self._describe_error(error) from error
         if problem := _find_problem(result, known):
             raise UserError(f"{FLAG} {self.name}: its transform {problem}")
         image, target = result
-        return image, target["boxes"], target["labels"]
+        boxes = target["boxes"].detach().float()  # those of an operator such as [:n] are plain
+        canvas_size = tuple(image.shape[-2:])
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas_size)
+        return image, boxes, target["labels"]
 
 
 def _read(file: Path, name: str) -> bytes:
@@ -127,15 +138,17 @@ def _find_problem(result: object, known: set[int]) -> str | None:
     if not image.numel():
         return f"returned {_describe(image)}, an image without pixels"
     boxes, labels = target.get("boxes"), target.get("labels")
-    if not isinstance(boxes, tv_tensors.BoundingBoxes):
-        return f"returned {_describe(boxes)} as boxes instead of tv_tensors.BoundingBoxes"
-    if boxes.format != tv_tensors.BoundingBoxFormat.XYXY:
-        return f"returned boxes of format {boxes.format.value} instead of XYXY"
-    if tuple(boxes.canvas_size) != tuple(image.shape[-2:]):
-        return (
-            f"returned boxes of an image of {tuple(boxes.canvas_size)} pixels (height, width) with "
-            f"one of {tuple(image.shape[-2:])}: it must transform both"
-        )
+    is_tensor = isinstance(boxes, torch.Tensor) and boxes.is_floating_point()
+    if not (is_tensor and boxes.dim() == 2 and boxes.shape[1] == 4):
+        return f"returned {_describe(boxes)} as boxes instead of float32 [N, 4]"
+    if isinstance(boxes, tv_tensors.BoundingBoxes):
+        if boxes.format != tv_tensors.BoundingBoxFormat.XYXY:
+            return f"returned boxes of format {boxes.format.value} instead of XYXY"
+        if tuple(boxes.canvas_size) != tuple(image.shape[-2:]):
+            return (
+                f"returned boxes of an image of {tuple(boxes.canvas_size)} pixels (height, width) "
+                f"with one of {tuple(image.shape[-2:])}: it must transform both"
+            )
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
         return f"returned {_describe(labels)} as labels instead of int64 [N]"
     if labels.shape != boxes.shape[:1]:
@@ -147,7 +160,7 @@ def _find_problem(result: object, known: set[int]) -> str | None:
 
 def _find_bad_box(boxes: torch.Tensor, size: tuple[int, int]) -> str | None:
     # In NumPy: PyTorch's operators take three times as long for a few boxes.
-    rows = boxes.numpy()
+    rows = boxes.detach().float().numpy()
     limits = np.array([size[1], size[0]] * 2) + TOLERANCE
     bad = ~np.isfinite(rows).all(axis=1) | (rows[:, 2:] < rows[:, :2]).any(axis=1)
     bad |= ((rows < -TOLERANCE) | (rows > limits)).any(axis=1)

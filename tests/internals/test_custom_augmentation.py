@@ -128,6 +128,7 @@ def test_spawned_workers_give_the_same_images(tiny):
         ("return v2.Compose([)", r"raised SyntaxError: .*mine.py, line 9"),
         ("def other():\n    pass", "the file has no function 'build'"),
         ("build = 3\n", "the file has no function 'build'"),
+        ("import sys; sys.exit(0)", "raised SystemExit in line 9: 0"),
         ("import no_such_package\n", "raised ModuleNotFoundError in line 8: No module named"),
     ],
 )
@@ -151,7 +152,8 @@ def test_missing_file_is_rejected(tmp_path):
         ("return image[:1], target", r"returned a tensor uint8 \[1, \d+, \d+\] instead of an im"),
         ("return image[:, :0], target", "an image without pixels"),
         ("return image.numpy(), target", "returned ndarray instead of an image"),
-        ("return image, {**target, 'boxes': target['boxes'] + 1}", "instead of tv_tensors.Bound"),
+        ("return image, {**target, 'boxes': target['boxes'][:, :3]}", r"instead of float32 \[N, 4"),
+        ("return image, {**target, 'boxes': target['boxes'].long()}", "boxes instead of float32"),
         ("return image, {'labels': target['labels']}", "NoneType as boxes"),
         ("return v2.functional.pad(image, [9]), target", "it must transform both"),
         ("return image, {**target, 'labels': target['labels'][:-1]}", "boxes with . labels"),
@@ -175,6 +177,37 @@ def test_wrong_results_name_function_and_image(tiny, tmp_path, body, message):
     with pytest.raises(DataError, match=f"{start}.*({message})"):
         dataset[(1, 5)]
     dataset[1]  # without a seed it is not augmented
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [("raise KeyError('x')", "KeyError in line 10: 'x'"), ("sys.exit(0)", "SystemExit in line 10")],
+)
+def test_failing_transforms_name_function_and_image(tiny, tmp_path, body, message):
+    dataset = dataset_of(tiny, write(tmp_path, per_image(f"import sys; {body}")))
+    with pytest.raises(DataError, match=rf"1.png \(id 101\): --data-augmentation .*{message}"):
+        dataset[(1, 5)]
+
+
+def test_boxes_may_be_a_part_of_a_tensor(tmp_path):
+    """Indexing returns a plain tensor."""
+    body = "n = len(target['boxes']) - 1; return image, {k: v[:n] for k, v in target.items()}"
+    image, target = sample()
+    _, found = transforms.augment(
+        transforms.training_preset(write(tmp_path, per_image(body)), 64), image, target, 1
+    )
+    assert torch.equal(found["boxes"], target["boxes"][:-1])
+    assert type(found["boxes"]) is torch.Tensor
+
+
+def test_file_may_change_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path.cwd()
+    (tmp_path / "other").mkdir()
+    transforms.training_preset(
+        write(tmp_path, "import os; os.chdir('other'); return v2.Identity()"), 64
+    )
+    assert Path.cwd() == folder
 
 
 def test_boxes_may_reach_out_by_rounding(tmp_path):
