@@ -306,7 +306,12 @@ def backbone_weights(
 
 
 def load_pretrained_detector(
-    model: nn.Module, name: str, weights: str, categories: Categories, head_required: bool
+    model: nn.Module,
+    name: str,
+    weights: str,
+    categories: Categories,
+    head_required: bool,
+    anchors_given: bool = True,
 ) -> None:
     """Load the weights of a whole detector; its class head only if the categories are the same.
 
@@ -315,7 +320,8 @@ def load_pretrained_detector(
         name: Its name, one of `MODELS`.
         weights: The value of --weights: a file, or the name of torchvision's weights.
         categories: Those of the data.
-        head_required: Whether other categories are an error.
+        head_required: Whether other categories, or other anchors, are an error.
+        anchors_given: Whether the user has chosen the anchors of the model.
 
     Raises:
         UserError: The weights cannot be read or downloaded, do not fit the model, or are for other
@@ -338,6 +344,8 @@ def load_pretrained_detector(
             "first, without --test-only"
         )
     new_layers, difference = anchors.compare(model, state, trained)
+    if difference and not anchors_given:
+        anchors.raise_if_forgotten(weights, trained)
     if head_required and difference:
         raise UserError(f"--weights {weights} has other anchors than this model: {difference}. Use "
                         "the --anchor-sizes and --anchor-ratios of its training")  # fmt: skip

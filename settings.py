@@ -37,6 +37,8 @@ MODEL_ARGS = (
 )
 
 
+# Those for which the weights were trained: with others the detections would be meaningless.
+FIXED_ARGS = ("model", "backbone", "anchor_sizes", "anchor_ratios")
 # The values of MODEL_ARGS that checkpoints of earlier versions lack.
 BEFORE = {"bit_depth": EARLIER_DEPTH, "recipe": "reference"}
 
@@ -101,13 +103,14 @@ def _take_model_args(args: argparse.Namespace, saved: dict) -> None:
             continue  # the default follows --min-size
         if given is None:
             setattr(args, name, trained_with)
-        elif differs and not args.test_only and not args.resume_anyway:
+        elif differs and (name in FIXED_ARGS or not (args.test_only or args.resume_anyway)):
             if name == "anchor_sizes":
                 given, trained_with = map(anchors.describe_sizes, (given, trained_with))
+            anyway = "" if name in FIXED_ARGS else " add --resume-anyway,"
             raise UserError(
                 f"--{name.replace('_', '-')} {given} differs from {trained_with}, with which "
-                f"{args.resume} was trained: remove the flag, add --resume-anyway, or start a new "
-                "training in another --output-dir"
+                f"{args.resume} was trained: remove the flag,{anyway} or start a new training in "
+                "another --output-dir"
             )
 
 

@@ -182,7 +182,12 @@ def build_model(
     elif args.weights:
         with utils.first_on_each_machine():
             models.load_pretrained_detector(
-                model, args.model, args.weights, categories, head_required=args.test_only
+                model,
+                args.model,
+                args.weights,
+                categories,
+                head_required=args.test_only,
+                anchors_given=args.anchor_sizes is not None,
             )
     if args.sync_bn and not args.test_only:
         if not models.has_trainable_norms(model):

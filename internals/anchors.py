@@ -1,7 +1,6 @@
 """Anchors of other sizes and shapes than those of torchvision's builders (--anchor-sizes, ...)."""
 
 import argparse
-import math
 from functools import cache
 
 import torch
@@ -14,6 +13,7 @@ from torchvision.models.detection.rpn import RPNHead
 from internals.errors import UserError
 
 DETECTORS = ("fasterrcnn", "retinanet")  # FCOS has points instead, and SSD boxes of its own
+MAX_SIZE = 100_000
 MAX_PER_LOCATION = 255  # internals.fast.anchors numbers them with 8 bits
 BOX_LAYERS = ("rpn.head.bbox_pred.weight", "head.regression_head.bbox_reg.weight")
 LAYERS = (  # their shapes depend on the number of anchors per location
@@ -25,8 +25,8 @@ LAYERS = (  # their shapes depend on the number of anchors per location
 def sizes_of_level(text: str) -> list[int | float]:
     """Parse the sizes of a feature level such as "16" or "16,24"; an argparse type."""
     sizes = [float(part) for part in text.split(",")]
-    if not all(1 <= size < math.inf for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text}: a size is at least 1 pixel")
+    if not all(1 <= size <= MAX_SIZE for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text}: a size is from 1 to {MAX_SIZE:,} pixels")
     return [int(size) if size.is_integer() else size for size in sizes]
 
 
@@ -98,7 +98,7 @@ def describe_sizes(sizes: list[list] | None) -> str:
     """Return sizes by level as --anchor-sizes takes them, such as "16,24 32,48"."""
     if sizes is None:
         return "torchvision's"
-    return " ".join(",".join(f"{size:g}" for size in level) for level in sizes)
+    return " ".join(",".join(map(str, level)) for level in sizes)
 
 
 def describe(sizes: list[list], ratios: list[float]) -> str:
@@ -134,6 +134,21 @@ def set_anchors(model: nn.Module, sizes: list[list], ratios: list[float]) -> Non
     new = RetinaNetHead(channels, count, classes.num_classes)
     classes.cls_logits, classes.num_anchors = new.classification_head.cls_logits, count
     boxes.bbox_reg = new.regression_head.bbox_reg
+
+
+def raise_if_forgotten(weights: str, trained: object) -> None:
+    """Raise UserError if a detector was trained with anchors of its own, and none are given now.
+
+    Args:
+        weights: The value of --weights.
+        trained: The flags of its training, if known.
+    """
+    if isinstance(trained, dict) and (sizes := trained.get("anchor_sizes")):
+        ratios = " ".join(f"{ratio:g}" for ratio in trained["anchor_ratios"])
+        raise UserError(
+            f"--weights {weights} was trained with other anchors: add --anchor-sizes "
+            f"{describe_sizes(sizes)} --anchor-ratios {ratios}, or others"
+        )
 
 
 def per_location(state: dict[str, torch.Tensor]) -> int | None:

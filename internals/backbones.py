@@ -112,7 +112,10 @@ def advise_backbone(expected: dict[str, torch.Tensor], state: dict[str, torch.Te
     ours, theirs = find_backbone(expected), find_backbone(state)
     if theirs in (None, ours) or ours is None:
         return ""
-    return f"These are the weights of a detector with another backbone: set --backbone {theirs}"
+    return (
+        f"These are the weights of a detector with the backbone {theirs}: set --backbone {theirs} "
+        "with the --model that they are of"
+    )
 
 
 def find_backbone(state: dict[str, torch.Tensor]) -> str | None:

@@ -163,8 +163,9 @@ def test_backbone_and_anchors_come_from_checkpoint():
         (("--anchor-sizes", *"23456"), "--anchor-sizes 2 3 4 5 6 differs from 8 16 32 64 128"),
         (("--anchor-ratios", "1"), r"--anchor-ratios \[1.0\] differs from \[0.5, 1.0, 2.0\]"),
     ):
-        with pytest.raises(UserError, match=message):
-            resolve("--resume", "x.pth", *flags, saved=saved)
+        for anyway in ((), ("--test-only",), ("--resume-anyway",)):
+            with pytest.raises(UserError, match=message):
+                resolve("--resume", "x.pth", *flags, *anyway, saved=saved)
 
 
 def test_checkpoint_of_an_earlier_version_has_the_own_backbone_and_anchors():

@@ -166,6 +166,14 @@ def test_checkpoint_knows_its_anchors(tmp_path, capsys):
     models.load_pretrained_detector(model, *flags)
 
 
+def test_own_anchors_are_not_forgotten():
+    trained = {"anchor_sizes": [[8], [16, 24.5]], "anchor_ratios": [0.5, 1.0]}
+    with pytest.raises(UserError, match=r"add --anchor-sizes 8 16,24.5 --anchor-ratios 0.5 1, or"):
+        anchors.raise_if_forgotten("x.pth", trained)
+    for trained in (None, {}, {"anchor_sizes": None}, "Ignored"):
+        anchors.raise_if_forgotten("x.pth", trained)
+
+
 @pytest.mark.parametrize("name", ["fcos_resnet50_fpn", "ssd300_vgg16"])
 def test_models_without_anchors_are_not_compared(name):
     model = build(name)
@@ -199,9 +207,9 @@ def test_one_flag_takes_the_default_of_the_other():
         ("--anchor-ratios 1", "fcos_resnet50_fpn", "are for Faster R-CNN and RetinaNet, not fcos"),
         ("--anchor-sizes 1 2", "ssd300_vgg16", "are for Faster R-CNN and RetinaNet, not ssd300"),
         ("--anchor-sizes 8 16 32 64 x", FASTER_RCNN, "invalid anchor size value: 'x'"),
-        ("--anchor-sizes 8 16 32 64 0", FASTER_RCNN, "0: a size is at least 1 pixel"),
-        ("--anchor-sizes 8 16 32 64 inf", FASTER_RCNN, "inf: a size is at least 1 pixel"),
-        ("--anchor-sizes 8 16 32 64 nan", FASTER_RCNN, "nan: a size is at least 1 pixel"),
+        ("--anchor-sizes 8 16 32 64 0", FASTER_RCNN, "0: a size is from 1 to 100,000"),
+        ("--anchor-sizes 8 16 32 64 inf", FASTER_RCNN, "inf: a size is from 1 to 100,000"),
+        ("--anchor-sizes 8 16 32 64 nan", FASTER_RCNN, "nan: a size is from 1 to 100,000"),
         ("--anchor-sizes 8,,9 16 32 64 9", FASTER_RCNN, "invalid anchor size value: '8,,9'"),
         ("--anchor-ratios 0", FASTER_RCNN, "0 is not a number above 0"),
         ("--anchor-sizes 2 4 8 16 32 --anchor-ratios 0.1", FASTER_RCNN, "anchor without a pixel"),
