@@ -395,7 +395,8 @@ def table(metrics: dict) -> str:
             "small, medium, large",
         )
     ):
-        cells = [f"{name:<6}{_format(metrics[name])}" for name in names[3 * n : 3 * n + 3]]
+        width = max(6, 1 + max(map(len, names)))
+        cells = [f"{name:<{width}}{_format(metrics[name])}" for name in names[3 * n : 3 * n + 3]]
         lines.append(f"  {'  '.join(cells)}  {meaning}")
     chosen = per_category = ap_by_category(metrics)
     heading = "AP by category:"

@@ -70,7 +70,7 @@ Exit codes: 0 done; 1 failed; 2 error in the command line, the checkpoint or som
 """
 
 
-BEST, BEST_PER_CATEGORY = "best", "best-per-category"
+BEST, BEST_PER_CATEGORY, DEFAULT_SCORE = "best", "best-per-category", 0.5
 
 
 def score(text: str) -> float | str:
@@ -99,10 +99,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="image files, folders (with their subfolders), or patterns such as 'day*/*.jpg'")
     add("--output-dir", type=Path, required=True, metavar="DIR",
         help="a new or empty folder, required; existing files are never overwritten")
-    add("--score-threshold", type=score, default=0.5, metavar="SCORE|best|best-per-category",
+    add("--score-threshold", type=score, metavar="SCORE|best|best-per-category",
         help="drop detections with a lower score, 0 to 1; most models themselves drop those below "
         "0.05; best: the threshold of the checkpoint with the highest F1 on its validation images, "
-        "best-per-category: with those of each category (default: %(default)s)")
+        f"best-per-category: with those of each category (default: {DEFAULT_SCORE})")
     add("--max-detections", type=positive_int, metavar="N",
         help="keep the N highest scores of an image (default: as in training, 100 in a "
         "Faster R-CNN)")
@@ -282,6 +282,12 @@ def choose_thresholds(args: argparse.Namespace, loaded: LoadedModel) -> dict[int
         UserError: --score-threshold asks for those of the checkpoint, and it has none.
     """
     chosen, ids = args.score_threshold, loaded.categories.ids
+    if chosen is None:
+        chosen = DEFAULT_SCORE
+        if loaded.thresholds:
+            overall = loaded.thresholds["overall"]
+            utils.log(f"score threshold: {chosen}; the best F1 on the validation images is at "
+                      f"{overall:.3f} (--score-threshold best)")  # fmt: skip
     if chosen not in (BEST, BEST_PER_CATEGORY):
         return dict.fromkeys(ids, chosen)
     if args.model:
@@ -289,10 +295,9 @@ def choose_thresholds(args: argparse.Namespace, loaded: LoadedModel) -> dict[int
                         "have no threshold, give a number")  # fmt: skip
     if loaded.thresholds is None:
         raise UserError(
-            f"--score-threshold {chosen}: {args.checkpoint} has no threshold, as it was saved "
-            "before an evaluation, in which something was found, or by an earlier version: use "
-            f"{checkpoint.BEST}, or evaluate it with train.py --test-only --resume, which prints "
-            "the best threshold, and give that number"
+            f"--score-threshold {chosen}: {args.checkpoint} has no threshold. It was saved within "
+            "an epoch or by an earlier version, or nothing was found in its evaluation: use "
+            f"{checkpoint.BEST}, or give a number"
         )
     overall = loaded.thresholds["overall"]
     if chosen == BEST:

@@ -143,7 +143,7 @@ def test_score_thresholds_of_the_checkpoint(model, val, tmp_path, capsys):
 
 def test_checkpoint_without_score_thresholds_is_an_error(model, val, tmp_path):
     out = ("--output-dir", tmp_path / "out")
-    with pytest.raises(UserError, match=r"thresholds.pth has no threshold, .* use model_best.pth"):
+    with pytest.raises(UserError, match=r"thresholds.pth has no threshold. .* use model_best.pth"):
         detect(with_thresholds(model, tmp_path, None), val, *out, "--score-threshold", "best")
     assert not (tmp_path / "out").exists()
 
