@@ -18,6 +18,7 @@ from internals.custom_augmentation import code_version
 from internals.errors import CheckpointError, RunError, UserError
 from internals.train_state import TrainState
 from internals.weights import load_weights_file, search_state_dict
+from models import has_trainable_norms
 from samplers import TrainingPlan
 
 FORMAT = 1
@@ -338,10 +339,12 @@ def restore(state: TrainState, saved: dict, run_args: dict, path: str, resume_an
         utils.log_field("resume", f"epoch {state.epoch} restarts, as its batches have changed")
         state.step = state.epoch * run_args["steps_per_epoch"]
     elif before["world_size"] != utils.world_size():
+        norms = has_trainable_norms(state.model)
+        why = "as norms see the images of a process only" if norms else "by rounding"
         utils.log_field(
             "resume",
             f"{utils.world_size()} processes instead of {before['world_size']}: same batches, but "
-            "the weights will differ by rounding",
+            f"the weights will differ, {why}",
         )
 
 

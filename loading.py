@@ -114,6 +114,7 @@ def check_data(args: argparse.Namespace) -> None:
     if errors:
         raise DataError("\n".join(errors))
     if not args.test_only:
+        transforms.training_preset(args.data_augmentation, args.min_size)  # for its errors
         select_images(args, indexes["train"])
         for line in anchor_coverage.report(indexes["train"], args):
             utils.log(line)

@@ -53,9 +53,9 @@ def select_train_images(index, keep_empty: bool, batch_size: int, world_size: in
         images = np.arange(len(index))
     if len(images) < batch_size * world_size:
         raise UserError(
-            f"{index.annotation_file} has {len(images)} usable images, fewer than one global batch "
-            f"of {batch_size * world_size} ({batch_size} images on each of {world_size} processes):"
-            " lower --batch-size or the number of processes"
+            f"{index.annotation_file} has {len(images)} usable images, fewer than the "
+            f"{batch_size * world_size} of a step ({batch_size} on each of {world_size} "
+            "processes): lower --batch-size, --accumulate-steps or the number of processes"
         )
     return images
 

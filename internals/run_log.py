@@ -67,8 +67,8 @@ def log_model(args: argparse.Namespace, model: torch.nn.Module) -> None:
     if not args.test_only:
         utils.log_field("recipe", args.recipe)
     utils.log_field("model", text)
-    if args.train_norm_affine and not args.test_only:
-        utils.log_field("", "norms of the backbone: statistics frozen, scale and bias trained")
+    if not args.test_only:
+        utils.log_field("", f"norms of the backbone: {describe_norms(args, model)}")
     if args.anchor_sizes:
         utils.log_field("anchors", anchors.describe(args.anchor_sizes, args.anchor_ratios))
     size = "x".join(map(str, args.fixed_size or ())) or f"{args.min_size} to {args.max_size}"
@@ -130,7 +130,7 @@ def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainSta
 
 
 def describe_decay(args: argparse.Namespace) -> str:
-    """Describe momentum, weight decay and gradient clipping."""
+    """Describe momentum, weight decay, gradient clipping and the average of weights."""
     decays = {"norms": args.norm_weight_decay, "biases": args.bias_weight_decay}
     others = ", ".join(f"{name} {decay:g}" for name, decay in decays.items() if decay is not None)
     clip = args.clip_grad_norm
@@ -139,8 +139,18 @@ def describe_decay(args: argparse.Namespace) -> str:
             *([] if args.momentum is None else [f"momentum {args.momentum:g}"]),
             f"weight decay {args.weight_decay:g}" + (f" ({others})" if others else ""),
             "no gradient clipping" if clip is None else f"gradients clipped to norm {clip:g}",
+            *([f"average of weights with decay {args.ema:g}"] if args.ema else []),
         ]
     )
+
+
+def describe_norms(args: argparse.Namespace, model: torch.nn.Module) -> str:
+    """Describe what of the backbone's norms is trained."""
+    if args.train_norm_affine:
+        return "statistics frozen, scale and bias trained"
+    modules = model.backbone.modules()
+    trained = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in modules)
+    return "trained" if trained else "frozen"
 
 
 class StepLog:
@@ -238,7 +248,7 @@ def log_time_left(steps: int, seconds_per_step: float) -> None:
         steps: The number of steps left in the whole training.
         seconds_per_step: Of the last epoch, with its evaluation.
     """
-    if steps:
+    if steps > 0:
         left = timedelta(seconds=round(steps * seconds_per_step))
         utils.log(f"{steps:,} steps left, about {left} with evaluation\n")
 

@@ -172,13 +172,16 @@ class Trackers:
 
 def _read_run_ids(file: Path) -> dict[str, str]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        run_ids = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(run_ids, dict) or not all(map(str.isalnum, run_ids.values())):
+            raise TypeError("it is no dict of ids")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(
             f"{file} is damaged ({error}): delete it, and the trackers start new runs"
         ) from None
+    return run_ids
 
 
 # ------------------------------------------------------------------------------ what they get

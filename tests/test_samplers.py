@@ -183,7 +183,7 @@ def test_keep_empty_selects_images_without_boxes(tiny):
     index = CocoIndex(split_of(tiny))
     assert samplers.select_train_images(index, False, 1, 2).tolist() == [0, 1]
     assert samplers.select_train_images(index, True, 4, 2).tolist() == list(range(8))
-    with pytest.raises(UserError, match=r"2 usable images.*8 .4 images on each of 2"):
+    with pytest.raises(UserError, match=r"2 usable images.*8 of a step .4 on each of 2"):
         samplers.select_train_images(index, False, 4, 2)
 
 

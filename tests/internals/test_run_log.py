@@ -50,18 +50,28 @@ def test_lines_fit_80_columns(tmp_path, capsys, monkeypatch):
 
 
 def test_decay_and_clipping_are_described():
-    names = ("momentum", "weight_decay", "norm_weight_decay", "bias_weight_decay", "clip_grad_norm")
+    names = (
+        "momentum",
+        "weight_decay",
+        "norm_weight_decay",
+        "bias_weight_decay",
+        "clip_grad_norm",
+        "ema",
+    )
 
     def describe(*values) -> str:
         return run_log.describe_decay(
             types.SimpleNamespace(**dict(zip(names, values, strict=True)))
         )
 
-    text = describe(0.9, 1e-4, None, None, None)
+    text = describe(0.9, 1e-4, None, None, None, None)
     assert text == "momentum 0.9, weight decay 0.0001, no gradient clipping"
-    text = describe(None, 0.1, 0.0, 0.0, 10.0)
+    text = describe(None, 0.1, 0.0, 0.0, 10.0, None)
     assert text == "weight decay 0.1 (norms 0, biases 0), gradients clipped to norm 10"
-    assert "(norms 0.05)" in describe(None, 0.1, 0.05, None, None)
+    assert "(norms 0.05)" in describe(None, 0.1, 0.05, None, None, None)
+    assert describe(None, 0.1, 0.05, None, None, 0.999).endswith(
+        "average of weights with decay 0.999"
+    )
 
 
 @pytest.mark.parametrize("is_best", [True, False])
