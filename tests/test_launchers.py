@@ -255,7 +255,7 @@ def test_user_error_ends_launcher_with_2(tiny, tmp_path, case):
     flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", "-b", batch_size)
     done = launch(DISTRIBUTED_LAUNCHER, *flags, timeout=120)
     assert done.returncode == 2, done.stderr
-    expected = "fewer than one global batch of 10" if case == "batch" else "3.png cannot be read"
+    expected = "fewer than the 10 of a step" if case == "batch" else "3.png cannot be read"
     assert expected in done.stderr
     assert done.stderr.count("train.py: error:") == 1
     assert "Traceback" not in done.stderr

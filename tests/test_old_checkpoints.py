@@ -84,7 +84,7 @@ def test_old_checkpoint_predicts(tiny, old_run, tmp_path):
     detections = json.loads((out / "detections.json").read_text())
     assert {row["category_id"] for row in detections} == {2, 5}
     flags = ("--output-dir", str(out / "best"), "--score-threshold", "best")
-    with pytest.raises(predict.UserError, match=r"has no threshold, .* by an earlier version"):
+    with pytest.raises(predict.UserError, match=r"has no threshold. .* by an earlier version"):
         predict.main([str(old_run / "checkpoint.pth"), images, *flags])
 
 

@@ -462,7 +462,7 @@ def test_missing_files_are_reported(tiny, tmp_path):
 
     assert_rejected("nowhere", "--data-path", tmp_path / "nowhere", "--output-dir", tmp_path)
     assert_rejected(r"missing\.pth: no such file", *flags, "--resume", tmp_path / "missing.pth")
-    assert_rejected("fewer than one global batch of 9", *flags, "-b", "9")
+    assert_rejected("fewer than the 9 of a step", *flags, "-b", "9")
     assert_rejected("IMAGENET1K_V1", *flags, "--weights-backbone", "IMAGE9")
     (tiny / "train2017/3.png").unlink()
     assert_rejected(r"3\.png", *flags)
