@@ -173,11 +173,13 @@ class Trackers:
 def _read_run_ids(file: Path) -> dict[str, str]:
     try:
         run_ids = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(run_ids, dict) or not all(map(str.isalnum, run_ids.values())):
-            raise TypeError("it is no dict of ids")
+        if not isinstance(run_ids, dict) or not all(
+            isinstance(run_id, str) and run_id for run_id in run_ids.values()
+        ):
+            raise ValueError("it is no dict of ids")
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{file} is damaged ({error}): delete it, and the trackers start new runs"
         ) from None

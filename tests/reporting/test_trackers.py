@@ -147,7 +147,10 @@ def test_run_ids_are_used_by_resumed_runs_only(opened, tmp_path):
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"mlflow": "7", "wandb": "7"}
     Trackers().open(["wandb"], tmp_path, 40)
     assert opened[-1].opened_with == ("wandb", tmp_path, 40, "7")
-    for content in ("{", "[]", '{"wandb": 5}'):
+    (tmp_path / "trackers.json").write_text('{"wandb": "my-run"}')  # such as WANDB_RUN_ID sets
+    Trackers().open(["wandb"], tmp_path, 40)
+    assert opened[-1].opened_with == ("wandb", tmp_path, 40, "my-run")
+    for content in ("{", "[]", '{"wandb": 5}', '{"wandb": ""}'):
         (tmp_path / "trackers.json").write_text(content)
         with pytest.raises(UserError, match=r"trackers\.json is damaged.*delete it"):
             Trackers().open(["wandb"], tmp_path, 40)
