@@ -1,4 +1,4 @@
-"""The two implementations that `step.py` and `parity.py` compare.
+"""The two implementations that `step.py` and `gpu.py` compare.
 
 `stock` is torchvision's model in a plain loop like that of its references, `ours` is this project's
 model and loop. Both get the same weights and batches.
@@ -8,9 +8,7 @@ import argparse
 import json
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import common  # noqa: F401, makes the project's modules importable
@@ -108,78 +106,39 @@ def make_optimizer(model: nn.Module, fused: bool, lr: float) -> torch.optim.Opti
     return optimizer
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """Settings of both training loops.
-
-    Attributes:
-        device: Device of the model.
-        amp_dtype: Type of autocast, None for float32.
-        seed: Seed of the model's random numbers.
-        lr_factor: Factor of the learning rate by step, None for a constant rate.
-        clip_grad_norm: Upper bound of the norm of all gradients, None for no clipping.
-        log_every: Number of steps between two log lines of `train_ours`.
-    """
-
-    device: torch.device
-    amp_dtype: torch.dtype | None
-    seed: int = 0
-    lr_factor: Callable[[int], float] | None = None
-    clip_grad_norm: float | None = None
-    log_every: int = 20
-
-
-def train_ours(model, optimizer, settings: LoopSettings, batches: list) -> list[float]:
-    """Train with this project's loop; return the losses of the logged steps."""
-    lr, losses = optimizer.param_groups[0]["lr"], []
-
-    def learning_rate(step: int) -> float:
-        return lr * (settings.lr_factor(step) if settings.lr_factor else 1.0)
-
-    state = TrainState(model, optimizer, learning_rate, settings.amp_dtype)
-    args = argparse.Namespace(
-        seed=settings.seed,
-        accumulate_steps=1,
-        clip_grad_norm=settings.clip_grad_norm,
-        print_freq=settings.log_every,
-    )
+def train_ours(model, optimizer, device: torch.device, amp_dtype, batches: list) -> None:
+    """Train with this project's loop."""
+    lr = optimizer.param_groups[0]["lr"]
+    state = TrainState(model, optimizer, lambda step: lr, amp_dtype)
+    args = argparse.Namespace(seed=0, accumulate_steps=1, clip_grad_norm=None, print_freq=20)
     engine.train_one_epoch(
         state,
         InMemoryLoader(batches),
         args,
         last_step=len(batches),
-        log_step=lambda state, progress, averages, *_: losses.append(averages["loss"]),
+        log_step=lambda *_: None,
         on_step_end=lambda step, check: None,  # no checkpoints
     )
-    return losses
 
 
-def train_stock(model, optimizer, settings: LoopSettings, batches: list) -> list[float]:
-    """Train with a plain loop, which reads the losses in every step; return them."""
+def train_stock(model, optimizer, device: torch.device, amp_dtype, batches: list) -> None:
+    """Train with a plain loop, which reads the losses in every step."""
     model.train()
-    lr, losses = optimizer.param_groups[0]["lr"], []
-    device, amp_dtype = settings.device, settings.amp_dtype
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     for step, (images, targets) in enumerate(batches):
-        utils.seed_step(settings.seed, step, len(images))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * settings.lr_factor(step) if settings.lr_factor else lr
+        utils.seed_step(0, step, len(images))
         images = [image.to(device) for image in images]
         targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             loss_dict = model(images, targets)
             loss = sum(loss_dict.values())
-        losses.append(sum(value.item() for value in loss_dict.values()))
-        if not math.isfinite(loss.item()):
-            raise SystemExit(f"step {step}: the loss is {loss.item()}")
+        logged = [value.item() for value in (loss, *loss_dict.values())]
+        if not math.isfinite(logged[0]):
+            raise SystemExit(f"step {step}: the loss is {logged[0]}")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        if settings.clip_grad_norm is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
         scaler.step(optimizer)
         scaler.update()
-    return losses
 
 
 def collate_ours(batch: tuple[list, list]) -> Batch:

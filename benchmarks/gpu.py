@@ -66,8 +66,7 @@ class Phase:
         self.results: dict[str, object] = {}
         self.size = 64 if self.tiny else 800
         self.steps, self.warm_up = (1, 1) if self.tiny else (10, 10)
-        self.settings = detectors.LoopSettings(*detectors.choose_device_and_dtype("amp"))
-        self.device = self.settings.device
+        self.device, self.amp_dtype = detectors.choose_device_and_dtype("amp")
         if self.tiny:
             FastFasterRCNN.fixed_shapes = True  # what is measured on a GPU
             detectors.NAME = SMALL
@@ -138,7 +137,7 @@ class Phase:
                 return detectors.collate_stock(batch)
             return Batch(*batch).pin_memory() if CUDA else Batch(*batch)
 
-        return partial(train, model, optimizer, self.settings), make
+        return partial(train, model, optimizer, self.device, self.amp_dtype), make
 
 
 def _short(value: object) -> object:
@@ -308,7 +307,7 @@ def _time_evaluation(phase: Phase, arm: str, images: int) -> dict:
             pixels = [(image / 255).to(phase.device) for image in batch[0]]
         else:
             pixels, _ = packed.to(phase.device)
-        dtype = phase.settings.amp_dtype
+        dtype = phase.amp_dtype
         with torch.autocast(phase.device.type, dtype=dtype, enabled=dtype is not None):
             pending.append(model(pixels))
         if arm == "stock" or len(pending) > 1:  # as `engine.detect`

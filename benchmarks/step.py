@@ -193,7 +193,7 @@ def measure(arm: str, work: Path, args: argparse.Namespace) -> dict:
     timer = PhaseTimer(model, optimizer, device)
     collate = detectors.collate_ours if ours else detectors.collate_stock
     train = detectors.train_ours if ours else detectors.train_stock
-    run = partial(train, model, optimizer, detectors.LoopSettings(device, amp_dtype))
+    run = partial(train, model, optimizer, device, amp_dtype)
     results = {}
     for batch in args.batches:
         rng, shapes = np.random.default_rng(1), cycle(SHAPES)

@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -124,19 +125,25 @@ def train(*flags, **kwargs) -> subprocess.CompletedProcess:
     return run_train(*SMALL_FLAGS, *flags, **kwargs)
 
 
-def run_train(*flags, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+def run_train(*flags, **kwargs) -> subprocess.CompletedProcess:
     """Run train.py with these flags only in a separate process."""
-    argv = [str(ROOT / "train.py"), *map(str, flags)]
+    return run_script(ROOT / "train.py", *flags, **kwargs)
+
+
+def run_script(
+    script: Path, *argv, timeout: float = 300, **environment
+) -> subprocess.CompletedProcess:
+    """Run a script of this repository in a separate process."""
+    argv = [str(script), *map(str, argv)]
     if os.name != "posix":
         return run(sys.executable, *argv, timeout=timeout, **environment)
-    return run_forked(_run_train, argv, timeout=timeout, **environment)
+    return run_forked(_run_script, argv, timeout=timeout, **environment)
 
 
-def _run_train(argv: list[str]) -> None:
+def _run_script(argv: list[str]) -> None:
     sys.argv = argv
-    import train
-
-    train.run_and_exit()
+    sys.path[:0] = [str(Path(argv[0]).parent), str(ROOT)]
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def run_forked(

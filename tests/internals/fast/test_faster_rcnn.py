@@ -1,16 +1,18 @@
 """Faster R-CNN with tensors of fixed shape compared with torchvision's parts, on a CPU."""
 
 import copy
-import sys
-from textwrap import dedent
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, stable_batched_nms, start
+from helpers import run_forked, stable_batched_nms
 from torch import nn
 from torchvision.ops import MultiScaleRoIAlign, boxes
 
 import models
+import utils
 from internals.fast import FastFasterRCNN, roi_heads
 from internals.fast.roi_align import FastRoIAlign
 from internals.mixed_precision import autocast
@@ -209,14 +211,10 @@ def test_samples_depend_on_the_image_only(monkeypatch):
     assert not torch.equal(moved, together[0][0])
 
 
-STEP = """
-    import sys
-    import torch
-    import utils
-    from test_faster_rcnn import CPU, SMALL, build, make_batch
-
+def save_gradients(kind: str, file: Path) -> None:
+    """Save the gradients of a step of two images, of which this process has one or both."""
     torch.set_num_threads(1)
-    rank, world_size = utils.rank(), utils.world_size()
+    rank = utils.rank()
     utils.init_distributed(CPU)
     model = build(SMALL).train().double()
     model.fixed_shapes = True
@@ -225,34 +223,30 @@ STEP = """
     for part in (model.rpn, model.roi_heads):  # each image has as many samples
         part.fg_bg_sampler.batch_size_per_image = 16
     ddp = utils.wrap_ddp(model, sync_buffers=False) or model
-    micro_batches = {"one": [[0, 1]], "accumulated": [[0], [1]]}.get(sys.argv[1], [[rank]])
-    for n, rows in enumerate(micro_batches):
+    micro_batches = {"one": [[0, 1]], "accumulated": [[0], [1]]}.get(kind, [[rank]])
+    for rows in micro_batches:
         losses = ddp([images[row] for row in rows], [targets[row] for row in rows])
         (sum(losses.values()) / len(micro_batches)).backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    torch.save(gradients, sys.argv[2])
+    torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, file)
     utils.cleanup_distributed()
-"""
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_gradients_do_not_depend_on_the_division_of_a_step(tmp_path):
     """Two images at once, one after the other, and in two processes."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    environments = [{}, {}, {**shared, "RANK": "0"}, {**shared, "RANK": "1"}]
-    folder = str(ROOT / "tests/internals/fast")
-    path = ":".join([str(ROOT), str(ROOT / "tests"), folder])
-    processes, gradients = [], []
-    for n, (kind, env) in enumerate(
-        zip(("one", "accumulated", "apart", "apart"), environments, strict=True)
-    ):
-        command = (sys.executable, "-c", dedent(STEP), kind, tmp_path / f"{n}.pth")
-        processes.append(start(*command, PYTHONPATH=path, **env))
-    for n, process in enumerate(processes):
-        output = process.communicate(timeout=200)[0]
-        assert process.returncode == 0, output
-        gradients.append(torch.load(tmp_path / f"{n}.pth"))
+
+    def run(kind: str, rank: int, **environment) -> dict[str, torch.Tensor]:
+        file = tmp_path / f"{kind}{rank}.pth"
+        done = run_forked(save_gradients, kind, file, RANK=str(rank), **environment)
+        assert done.returncode == 0, done.stderr
+        return torch.load(file)
+
+    gradients = [run("one", 0), run("accumulated", 0)]
+    with ThreadPoolExecutor(2) as pool:
+        gradients += pool.map(lambda rank: run("apart", rank, **shared), range(2))
     for others in gradients[1:]:
         assert_same_gradients(others, gradients[0], 1e-4)
