@@ -5,6 +5,7 @@ import pickle
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -234,6 +235,7 @@ def classifier_state(weights: WeightsEnum) -> dict[str, torch.Tensor]:
     return _state_on_meta(type(weights).__name__.removesuffix("_Weights").lower())
 
 
+@cache
 def _state_on_meta(name: str, **options) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         return torchvision.models.get_model(name, weights=None, **options).state_dict()

@@ -567,32 +567,34 @@ class RunsCode:
 
 
 def test_files_without_weights_of_a_detector_are_named(tmp_path):
-    model = get_model(SMALL, weights=None, weights_backbone=None, num_classes=3)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    parts = {key: value for key, value in model.state_dict().items() if "rpn" not in key}
-    backbone = model.backbone.state_dict()
+    state = constant_state(SMALL, 3, 1.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 0.1, momentum=0.9)
+    parts = {key: value for key, value in state.items() if "rpn" not in key}
+    prefix = "backbone."
+    backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    classifier = build_on_meta(get_model, "mobilenet_v3_large").to_empty(device="cpu").state_dict()
     for content, message in (
         (b"not weights", "it is not a file of torch.save"),
         (b"", "the file is empty"),
         ([torch.ones(2)], "holds a list, not a dict"),
         (torch.ones(2), "holds a Tensor, not a dict"),
         ({}, "but nothing: save model.state_dict() alone"),
-        ({"weights_of": model.state_dict()}, "but 'weights_of': save model.state_dict() alone"),
+        ({"weights_of": state}, "but 'weights_of': save model.state_dict() alone"),
         (optimizer.state_dict(), "holds the state of an optimizer"),
-        (model, "save model.state_dict() instead"),
+        (torch.nn.Linear(1, 1), "save model.state_dict() instead"),
         ({"model": RunsCode(tmp_path)}, "which is rejected because loading it could run code"),
         (parts, "tensors of the model are missing (such as rpn.head.conv.0.0.weight)"),
         (
-            {**model.state_dict(), "mask.w": torch.ones(2)},
+            {**state, "mask.w": torch.ones(2)},
             "1 are not of the model (such as mask.w)",
         ),
         (backbone, "These are the weights of a backbone alone"),
-        (get_model("mobilenet_v3_large").state_dict(), "give them as --weights-backbone FILE"),
+        (classifier, "give them as --weights-backbone FILE"),
     ):
         assert message in weights_error(content, tmp_path), message
     assert not (tmp_path / "run").exists()
     assert "set --model fasterrcnn_mobilenet_v3_large_" in weights_error(
-        model.state_dict(), tmp_path, "retinanet_resnet50_fpn"
+        state, tmp_path, "retinanet_resnet50_fpn"
     )
 
 
