@@ -103,14 +103,17 @@ def _take_model_args(args: argparse.Namespace, saved: dict) -> None:
             continue  # the default follows --min-size
         if given is None:
             setattr(args, name, trained_with)
-        elif differs and (name in FIXED_ARGS or not (args.test_only or args.resume_anyway)):
+        elif differs:
             if name == "anchor_sizes":
                 given, trained_with = map(anchors.describe_sizes, (given, trained_with))
+            change = f"--{name.replace('_', '-')} {given} differs from {trained_with}"
+            if name not in FIXED_ARGS and (args.test_only or args.resume_anyway):
+                utils.log_field("resume", f"note: {change}, with which it was trained")
+                continue
             anyway = "" if name in FIXED_ARGS else " add --resume-anyway,"
             raise UserError(
-                f"--{name.replace('_', '-')} {given} differs from {trained_with}, with which "
-                f"{args.resume} was trained: remove the flag,{anyway} or start a new training in "
-                "another --output-dir"
+                f"{change}, with which {args.resume} was trained: remove the flag,{anyway} or "
+                "start a new training in another --output-dir"
             )
 
 

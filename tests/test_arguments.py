@@ -126,7 +126,7 @@ def test_inapplicable_flags_are_rejected(flags, message):
         resolve(*flags.split())
 
 
-def test_model_flags_come_from_checkpoint():
+def test_model_flags_come_from_checkpoint(capsys):
     saved = vars(resolve("--model", "fcos_resnet50_fpn", "--min-size", "320", "--epochs", "3"))
     args = resolve("--resume", "x.pth", saved=saved)
     assert (args.model, args.min_size, args.max_size) == ("fcos_resnet50_fpn", 320, 533)
@@ -136,6 +136,8 @@ def test_model_flags_come_from_checkpoint():
     for flag in ("--test-only", "--resume-anyway"):
         flags = ("--resume", "x.pth", "--min-size", "480", "--max-size", "640", flag)
         assert resolve(*flags, saved=saved).min_size == 480
+        output = capsys.readouterr().out
+        assert "note: --min-size 480 differs from 320, with which it was trained" in output
     strong = vars(resolve("--recipe", "strong", "--epochs", "3"))
     args = resolve("--resume", "x.pth", saved=strong)
     assert (args.recipe, args.opt, args.epochs) == ("strong", "adamw", 12)
