@@ -58,10 +58,20 @@ def select_images(args: argparse.Namespace, index: coco_utils.CocoIndex) -> np.n
     return samplers.select_train_images(index, keep_empty, batch_size, utils.world_size())
 
 
+def resizes_to_fixed(args: argparse.Namespace) -> bool:
+    """Return whether the model stretches every image to one size."""
+    return bool(args.fixed_size) or not models.ARCHITECTURES[args.model].resizable
+
+
+def build_augmentation(args: argparse.Namespace):
+    """Return the transform of --data-augmentation."""
+    max_size = None if resizes_to_fixed(args) else args.max_size
+    return transforms.training_preset(args.data_augmentation, args.min_size, max_size)
+
+
 def find_too_narrow(args: argparse.Namespace, indexes: dict) -> list[str]:
     """Describe the images of which an augmentation or the model would leave no pixel, by split."""
-    fixed_size = bool(args.fixed_size) or not models.ARCHITECTURES[args.model].resizable
-    sizes, found = (args.min_size, args.max_size, fixed_size), []
+    sizes, found = (args.min_size, args.max_size, resizes_to_fixed(args)), []
     for split, index in indexes.items():
         preset = "none" if split == "val" else args.data_augmentation
         too_narrow = transforms.find_too_narrow(index.sizes, preset, *sizes)
@@ -114,7 +124,7 @@ def check_data(args: argparse.Namespace) -> None:
     if errors:
         raise DataError("\n".join(errors))
     if not args.test_only:
-        transforms.training_preset(args.data_augmentation, args.min_size)  # for its errors
+        build_augmentation(args)  # for its errors
         select_images(args, indexes["train"])
         for line in anchor_coverage.report(indexes["train"], args):
             utils.log(line)
@@ -187,8 +197,9 @@ def build_loaders(
     if args.test_only:
         return None, val_loader
     images = select_images(args, indexes["train"])
-    augmentation = transforms.training_preset(args.data_augmentation, args.min_size)
-    dataset = coco_utils.CocoDetection(indexes["train"], categories, images, augmentation)
+    dataset = coco_utils.CocoDetection(
+        indexes["train"], categories, images, build_augmentation(args)
+    )
     widths, heights = indexes["train"].sizes[images].T
     groups = samplers.aspect_ratio_groups(widths, heights, args.aspect_ratio_group_factor)
     batch_size = args.batch_size * args.accumulate_steps

@@ -93,13 +93,17 @@ class RandomQuarterTurn(v2.Transform):
         return tv_tensors.wrap(boxes, like=inpt, canvas_size=(height, width))
 
 
-def training_preset(name: str, min_size: int) -> v2.Transform | CustomAugmentation:
+def training_preset(
+    name: str, min_size: int, max_size: int | None = None
+) -> v2.Transform | CustomAugmentation:
     """Build an augmentation; lsj, ssd and ssdlite are those of torchvision's references.
 
     Args:
         name: Of `preset_name`.
         min_size: The side in pixels of the square that `lsj` (large-scale jitter, arXiv 2012.07177,
             scales 0.1 to 2) crops and pads to; not used by other presets.
+        max_size: The upper bound of the longer side that the model resizes to, for the check of
+            a `CustomAugmentation`; None without a bound.
     """
     flip = v2.RandomHorizontalFlip(0.5)
     if name in ("hflip", "multiscale"):
@@ -125,7 +129,7 @@ def training_preset(name: str, min_size: int) -> v2.Transform | CustomAugmentati
     if name == "none":
         return v2.Identity()
     if is_custom(name):
-        return CustomAugmentation(name)
+        return CustomAugmentation(name, max_size)
     raise ValueError(f"unknown augmentation {name!r}, choose from {', '.join(PRESETS)}")
 
 

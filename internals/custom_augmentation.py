@@ -42,16 +42,17 @@ class CustomAugmentation:
     A spawned loading process gets the code instead of the transform, which may not be picklable.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, max_size: int | None = None):
         """Load a file.
 
         Args:
             name: The path of the file and the name of the function, such as "my_file.py:build".
+            max_size: The longer side in pixels that the model may resize to; None without a bound.
 
         Raises:
             UserError: There is no such file or function, or it fails.
         """
-        self.name = name
+        self.name, self.max_size = name, max_size
         file, _, self.function = name.rpartition(":")
         self.file = Path(file)
         self.source = _read(self.file, name)
@@ -108,7 +109,7 @@ class CustomAugmentation:
             result = self.transform(image, {"boxes": boxes, "labels": labels})
         except (Exception, SystemExit) as error:
             raise self._describe_error(error) from error
-        if problem := _find_problem(result, known):
+        if problem := _find_problem(result, known, self.max_size):
             raise UserError(f"{FLAG} {self.name}: its transform {problem}")
         image, target = result
         boxes = target["boxes"].detach().float()  # those of an operator such as [:n] are plain
@@ -127,16 +128,13 @@ def _read(file: Path, name: str) -> bytes:
         ) from None
 
 
-def _find_problem(result: object, known: set[int]) -> str | None:
+def _find_problem(result: object, known: set[int], max_size: int | None) -> str | None:
     """Return why the result of a transform is no image with its boxes, None if it is one."""
     if not isinstance(result, tuple | list) or len(result) != 2 or not isinstance(result[1], dict):
         return f"returned {_describe(result)} instead of an image and a dict of boxes and labels"
     image, target = result
-    is_image = isinstance(image, torch.Tensor) and image.dtype == torch.uint8
-    if not (is_image and image.dim() == 3 and len(image) == 3):
-        return f"returned {_describe(image)} instead of an image, uint8 [3, H, W]"
-    if not image.numel():
-        return f"returned {_describe(image)}, an image without pixels"
+    if problem := _find_image_problem(image, max_size):
+        return problem
     boxes, labels = target.get("boxes"), target.get("labels")
     is_tensor = isinstance(boxes, torch.Tensor) and boxes.is_floating_point()
     if not (is_tensor and boxes.dim() == 2 and boxes.shape[1] == 4):
@@ -156,6 +154,20 @@ def _find_problem(result: object, known: set[int]) -> str | None:
     return _find_bad_box(boxes.as_subclass(torch.Tensor), image.shape[-2:]) or (
         None if known.issuperset(labels.tolist()) else "returned a label that the image has not"
     )
+
+
+def _find_image_problem(image: object, max_size: int | None) -> str | None:
+    is_image = isinstance(image, torch.Tensor) and image.dtype == torch.uint8
+    if not (is_image and image.dim() == 3 and len(image) == 3):
+        return f"returned {_describe(image)} instead of an image, uint8 [3, H, W]"
+    if not image.numel():
+        return f"returned {_describe(image)}, an image without pixels"
+    if max_size and max(image.shape[1:]) > max_size * min(image.shape[1:]):
+        return (
+            f"returned {_describe(image)}, an image so narrow that resizing its longer side to "
+            f"{max_size} pixels leaves none of the other: let it crop less"
+        )
+    return None
 
 
 def _find_bad_box(boxes: torch.Tensor, size: tuple[int, int]) -> str | None:

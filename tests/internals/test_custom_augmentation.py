@@ -55,7 +55,7 @@ def sample() -> tuple[torch.Tensor, dict]:
 
 def dataset_of(root: Path, name: str) -> coco_utils.CocoDetection:
     index = coco_utils.CocoIndex(find_split(root, "train", None, None))
-    return coco_utils.CocoDetection(index, index.categories, None, CustomAugmentation(name))
+    return coco_utils.CocoDetection(index, index.categories, None, CustomAugmentation(name, 80))
 
 
 def test_boxes_and_labels_are_transformed_together(tmp_path):
@@ -151,6 +151,7 @@ def test_missing_file_is_rejected(tmp_path):
         ("return image / 255, target", r"returned a tensor float32 \[3, \d+, \d+\] instead of"),
         ("return image[:1], target", r"returned a tensor uint8 \[1, \d+, \d+\] instead of an im"),
         ("return image[:, :0], target", "an image without pixels"),
+        ("return v2.functional.resize(image, [1, 81]), target", "resizing its longer side to 80 p"),
         ("return image.numpy(), target", "returned ndarray instead of an image"),
         ("return image, {**target, 'boxes': target['boxes'][:, :3]}", r"instead of float32 \[N, 4"),
         ("return image, {**target, 'boxes': target['boxes'].long()}", "boxes instead of float32"),
