@@ -120,7 +120,7 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
     plan = loader.batch_sampler
     steps_per_epoch = len(plan)
     end = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
-    while state.epoch < args.epochs:
+    while state.epoch < args.epochs and not (state.evaluated_step == state.step >= end):
         if state.should_stop_early(args.early_stop_patience):
             utils.log(f"early stopping: no better AP in {state.evaluations_since_best} evaluations")
             break
@@ -145,8 +145,6 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
         if first_step == 0:
             seconds_per_step = (time.perf_counter() - start) / steps_per_epoch
             run_log.log_time_left(end - state.step, seconds_per_step)
-        if state.step >= end:
-            break
 
 
 # -------------------------------------------------------------------------------------- model

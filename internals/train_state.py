@@ -46,6 +46,7 @@ class TrainState:
         amp_dtype: The dtype of autocast, None for float32.
         epoch: The current epoch, counted from 0; advanced after its evaluation.
         step: The number of completed steps, which is the next step counted from 0.
+        evaluated_step: The value of `step` at the last evaluation.
         ddp_model: `model` wrapped for several processes, None in a single one.
     """
 
@@ -56,6 +57,7 @@ class TrainState:
     ema: MovingAverage | None = None
     epoch: int = 0
     step: int = 0
+    evaluated_step: int | None = None
     best_AP: float | None = None
     evaluations_since_best: int = 0
     ddp_model: nn.Module | None = None
@@ -83,6 +85,7 @@ class TrainState:
 
         Without ground truth, when AP is None, the newest is the best.
         """
+        self.evaluated_step = self.step
         is_best = self.best_AP is None or (AP is not None and self.best_AP < AP)
         if is_best:
             self.best_AP = AP
@@ -95,7 +98,7 @@ class TrainState:
 
     def state_dict(self) -> dict:
         """Return the training's part of a checkpoint."""
-        names = ("epoch", "step", "best_AP", "evaluations_since_best")
+        names = ("epoch", "step", "evaluated_step", "best_AP", "evaluations_since_best")
         state = {
             "model": self.eval_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -119,6 +122,7 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch = state["epoch"]
         self.step = state["step"]
+        self.evaluated_step = state.get("evaluated_step")
         self.best_AP = state["best_AP"]
         self.evaluations_since_best = state.get("evaluations_since_best", 0)
         if self.ema and "raw_model" in state:

@@ -77,7 +77,7 @@ def test_training_output(trained):
     saved = load_state(out / "checkpoint.pth")
     assert saved.keys() == {
         *("model", "optimizer", "scaler", "epoch", "step", "best_AP", "categories", "args"),
-        *("format", "evaluations_since_best", "score_thresholds"),
+        *("format", "evaluated_step", "evaluations_since_best", "score_thresholds"),
     }
     assert (saved["epoch"], saved["step"]) == (2, 8)
     assert "images/s" in printed
@@ -133,6 +133,17 @@ def test_finished_training_is_not_repeated_or_overwritten(trained, tmp_path):
     with pytest.raises(UserError, match=r"--lr 0\.0025 \(now 0\.1\)"):
         train_in_process(*flags, "--resume", "auto", "--lr", "0.1")
     assert len(read_metrics(out, "start")) == 2  # rejected runs write nothing
+
+
+def test_finished_part_of_a_training_is_not_evaluated_again(tiny, tmp_path):
+    flags = ("--data-path", tiny, "--output-dir", tmp_path / "out", "--resume", "auto")
+    assert "until step 2\n" in train_in_process(*flags, "--max-steps", "2")
+    for stop in (2, 1):
+        output = train_in_process(*flags, "--max-steps", stop)
+        assert f"until step {stop}, all done" in output
+        assert len(read_metrics(tmp_path / "out", "eval")) == 1
+    assert "all done" not in train_in_process(*flags, "--max-steps", "3")
+    assert [row["step"] for row in read_metrics(tmp_path / "out", "eval")] == [2, 3]
 
 
 def test_model_loads_into_stock_torchvision(trained):
