@@ -145,7 +145,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--anchor-sizes", type=sizes_of_level, nargs="+", metavar="PIXELS",
         help="the sizes of anchors in the resized image, for each feature level, the finest first; "
         "several of a level with commas: 16,24 32,48 ... (default: 32 64 128 256 512 for Faster "
-        "R-CNN, torchvision's for others)")
+        "R-CNN with a ResNet, torchvision's for others)")
     add("--anchor-ratios", type=positive_float, nargs="+", metavar="RATIO",
         help="height / width of the anchors of each size (default: 0.5 1 2)")
     add("--max-size", type=positive_int, metavar="PIXELS",

@@ -354,4 +354,5 @@ def _describe_change(name: str, before: object, now: object) -> str:
         return "other training data" if name == "train_data" else "other validation data"
     if name in ("global_batch", "precision", "augmentation_code"):
         return f"{name.replace('_', ' ')} {before} (now {now})"
+    before, now = ("not set" if value is None else value for value in (before, now))
     return f"--{name.replace('_', '-')} {before} (now {now})"

@@ -71,6 +71,10 @@ def share(text: str) -> float:
     return value
 
 
+for _convert in (positive_float, fraction, share):
+    _convert.__name__ = "float"  # for "invalid float value"
+
+
 def evaluator_name(text: str) -> str:
     """Parse an evaluator name, an argparse type: faster-coco-eval is an alias of hotcoco."""
     return "hotcoco" if text == "faster-coco-eval" else text

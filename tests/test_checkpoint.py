@@ -393,6 +393,7 @@ def test_changed_invariant_is_rejected(name, capsys):
     }
     descriptions |= {"global_batch": "global batch 4 (now 7)"}
     before = ARGS[name]
+    before = "not set" if before is None else before
     described = descriptions.get(name, f"--{name.replace('_', '-')} {before} (now 7)")
     with pytest.raises(UserError) as caught:
         restore(ARGS, {**ARGS, name: 7})

@@ -211,6 +211,7 @@ def test_one_flag_takes_the_default_of_the_other():
         ("--anchor-sizes 8 16 32 64 inf", FASTER_RCNN, "inf: a size is from 1 to 100,000"),
         ("--anchor-sizes 8 16 32 64 nan", FASTER_RCNN, "nan: a size is from 1 to 100,000"),
         ("--anchor-sizes 8,,9 16 32 64 9", FASTER_RCNN, "invalid anchor size value: '8,,9'"),
+        ("--anchor-ratios 0.5,1 2", FASTER_RCNN, "invalid float value: '0.5,1'"),
         ("--anchor-ratios 0", FASTER_RCNN, "0 is not a number above 0"),
         ("--anchor-sizes 2 4 8 16 32 --anchor-ratios 0.1", FASTER_RCNN, "anchor without a pixel"),
         (f"--anchor-ratios {' '.join('1' * 86)}", RETINANET, "make 258 anchors per location"),
