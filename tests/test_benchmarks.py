@@ -79,7 +79,7 @@ def test_gpu_rehearsal(tmp_path):
 
 def test_gpu_phase_that_fails_is_named(tmp_path):
     work = ("--data-path", tmp_path / "missing")
-    flags = ("--rehearse", "--out", tmp_path, "--phases", "commands", *work)
+    flags = ("--rehearse", "--out", tmp_path, "--phases", "machine", "commands", *work)
     done = run(sys.executable, ROOT / "benchmarks/gpu.py", *flags)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "incomplete: commands"

@@ -27,9 +27,9 @@ def test_kernels_agree_with_pytorch_in_interpreter():
 
         assert kernels.find_difference(triton_kernels, torch.device("cpu")) is None
         torch.manual_seed(0)
-        corners = torch.rand(3, 150, 2) * 100
-        boxes = torch.cat([corners, corners + torch.rand(3, 150, 2) * 60 + 1], dim=2)
-        valid, labels = torch.rand(3, 150) < 0.9, torch.randint(1, 4, (3, 150))
+        corners = torch.rand(3, 300, 2) * 100
+        boxes = torch.cat([corners, corners + torch.rand(3, 300, 2) * 60 + 1], dim=2)
+        valid, labels = torch.rand(3, 300) < 0.9, torch.randint(1, 4, (3, 300))
         for options in ((0.3,), (0.7,), (0.5, labels), (0.5, labels, 7)):
             found = triton_kernels.nms(boxes, valid, *options)
             assert torch.equal(found, plain_kernels.nms(boxes, valid, *options)), options
