@@ -120,7 +120,7 @@ def train(args, state: TrainState, loader: DataLoader, timer, evaluate, log_step
     plan = loader.batch_sampler
     steps_per_epoch = len(plan)
     end = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
-    while state.epoch < args.epochs and not (state.evaluated_step == state.step >= end):
+    while state.epoch < args.epochs and not state.is_done(end):
         if state.should_stop_early(args.early_stop_patience):
             utils.log(f"early stopping: no better AP in {state.evaluations_since_best} evaluations")
             break

@@ -162,7 +162,7 @@ def train_recipe(args: argparse.Namespace, seed: int, index: coco_utils.CocoInde
     )
     return {
         "weights": hash_weights(model.state_dict()),
-        "images_per_second": statistics.median(line["images_per_second"] for line in steps),
+        "images_per_second": statistics.harmonic_mean([s["images_per_second"] for s in steps]),
         **{name: evals[-1][name] for name in (*coco_eval.METRICS, "per_category")},
     }
 

@@ -146,8 +146,9 @@ def raise_if_forgotten(weights: str, trained: object) -> None:
     if isinstance(trained, dict) and (sizes := trained.get("anchor_sizes")):
         ratios = " ".join(f"{ratio:g}" for ratio in trained["anchor_ratios"])
         raise UserError(
-            f"--weights {weights} was trained with other anchors: add --anchor-sizes "
-            f"{describe_sizes(sizes)} --anchor-ratios {ratios}, or others"
+            f"--weights {weights} was trained with other anchors: add --backbone "
+            f"{trained['backbone']} --anchor-sizes {describe_sizes(sizes)} --anchor-ratios "
+            f"{ratios}, or that backbone with anchors of your choice"
         )
 
 

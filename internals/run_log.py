@@ -111,7 +111,7 @@ def log_schedule(args: argparse.Namespace, base_lr: float, plan, state: TrainSta
     if args.accumulate_steps > 1:
         factors.append(f"{args.accumulate_steps} accumulated")
     limit = f", until step {args.max_steps:,}" if args.max_steps else ""
-    limit += ", all done" if limit and state.evaluated_step == state.step >= args.max_steps else ""
+    limit += ", all done" if limit and state.is_done(args.max_steps) else ""
     utils.log_field("batch", f"{plan.global_batch} images per step ({' x '.join(factors)})")
     utils.log_field(
         "schedule",

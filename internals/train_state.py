@@ -92,6 +92,10 @@ class TrainState:
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         return is_best
 
+    def is_done(self, end: int) -> bool:
+        """Check whether the training has reached step `end`, and was evaluated there."""
+        return self.evaluated_step == self.step >= end
+
     def should_stop_early(self, patience: int | None) -> bool:
         """Check whether AP has not improved for `patience` evaluations (--early-stop-patience)."""
         return patience is not None and self.evaluations_since_best >= patience

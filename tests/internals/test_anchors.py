@@ -168,7 +168,9 @@ def test_checkpoint_knows_its_anchors(tmp_path, capsys):
 
 def test_own_anchors_are_not_forgotten():
     trained = {"anchor_sizes": [[8], [16, 24.5]], "anchor_ratios": [0.5, 1.0]}
-    with pytest.raises(UserError, match=r"add --anchor-sizes 8 16,24.5 --anchor-ratios 0.5 1, or"):
+    trained["backbone"] = "resnet18"
+    flags = "add --backbone resnet18 --anchor-sizes 8 16,24.5 --anchor-ratios 0.5 1, or that"
+    with pytest.raises(UserError, match=flags):
         anchors.raise_if_forgotten("x.pth", trained)
     for trained in (None, {}, {"anchor_sizes": None}, "Ignored"):
         anchors.raise_if_forgotten("x.pth", trained)
