@@ -332,7 +332,7 @@ def load_pretrained_detector(
         state, where = find_state_dict(content, model.state_dict(), Path(weights))
         rows = content.get("categories")
         same = rows == categories.to_list() if rows else same_classes(model, state)
-        trained = content.get("args")
+        trained = content.get("args") if "format" in content else None  # of this project only
     else:
         choices = torchvision.models.get_model_weights(name)
         hint = "or use --weights-backbone none instead"

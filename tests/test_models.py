@@ -493,6 +493,7 @@ OTHER_LOOPS = {
         "model": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3,
         "lr_scheduler": {"last_epoch": 3}, "args": REFERENCE_ARGS,
     },
+    "flags of the same name": lambda state: {"model": state, "args": {"anchor_sizes": "32,64"}},
     "NumPy": lambda state: {"model": state, "best": np.float64(0.3), "ids": np.arange(3)},
 }  # fmt: skip
 

@@ -154,7 +154,8 @@ def test_other_sizes_keep_all_weights(monkeypatch, capsys):
 def test_checkpoint_knows_its_anchors(tmp_path, capsys):
     own = {"anchor_sizes": sizes_for(MOBILENET, 5), "anchor_ratios": [0.5, 1.0, 2.0]}
     donor = {"model": fill(build(MOBILENET, 3, **own), 1.0), "categories": OTHER.to_list()}
-    torch.save({**donor, "args": {"model": MOBILENET, **own}}, tmp_path / "x.pth")
+    args = {"model": MOBILENET, "backbone": "mobilenet_v3_large", **own}
+    torch.save({**donor, "format": 1, "args": args}, tmp_path / "x.pth")
     flags = (MOBILENET, str(tmp_path / "x.pth"), OTHER, True)
     same = build(MOBILENET, 3, **own).to_empty(device="cpu")
     models.load_pretrained_detector(same, *flags)
