@@ -149,8 +149,10 @@ class DetectionResults:
         gt_category, detection_category: int64 `[M]` and `[N]`, positions in `index.categories`.
         correct, wrong_category, false_positive: bool `[N]`.
         missed: bool `[M]`.
-        matched_score: float64 `[M]`, the score of the detection that matches each box, when all
-            detections are matched within their categories; NaN without a match.
+        matched_gt_of_category: int64 `[N]`, from `match_detections` of all detections within their
+            categories.
+        matched_score: float64 `[M]`, the score of the detection that matches each box in the same
+            way; NaN without a match.
     """
 
     def __init__(
@@ -168,7 +170,8 @@ class DetectionResults:
         self.wrong_category = (self.matched_gt >= 0) & ~self.correct
         self.false_positive = self.matched_gt == UNMATCHED
         self.missed = self.matched_detection == UNMATCHED
-        _, detection = match_detections(index, detections, same_category=True)
+        box, detection = match_detections(index, detections, same_category=True)
+        self.matched_gt_of_category = box[detections[:, 5] >= SCORE_THRESHOLD]
         self.matched_score = np.append(detections[:, 5], np.nan)[detection.clip(min=-1)]
 
     def counts(self) -> dict[str, int]:
@@ -305,6 +308,33 @@ def match_detections(
             if matched_gt[detection] < 0 and matched_detection[box] == UNMATCHED:
                 matched_gt[detection], matched_detection[box] = box, detection
     return matched_gt, matched_detection
+
+
+def overlapping_pairs(
+    index: CocoIndex, detections: np.ndarray, min_iou: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the detections and usable ground-truth boxes of an image that overlap.
+
+    Args:
+        index: The ground truth.
+        detections: float64 `[N, 7]`, rows of `coco_eval.detection_rows` with images of the index.
+        min_iou: The lowest IoU of a pair, above 0.
+
+    Returns:
+        Of each of the P pairs, the row of the detection and that of the box, int64 `[P]`, and the
+        IoU, float64 `[P]`.
+    """
+    images = index.positions_of(detections[:, 0].astype(np.int64))
+    by_image = np.argsort(images, kind="stable")
+    bounds = np.searchsorted(images[by_image], np.arange(len(index) + 1))
+    gt_boxes, pairs = index.true_boxes(), [(np.empty(0, int), np.empty(0, int), np.empty(0))]
+    for i in np.unique(images).tolist():
+        rows, gt = by_image[bounds[i] : bounds[i + 1]], index.box_range(i)
+        if gt.start < gt.stop:
+            iou = bbox_iou(detections[rows, 1:5], gt_boxes[gt], np.zeros(gt.stop - gt.start, bool))
+            d, t = np.nonzero((iou >= min_iou) & index.usable[gt])
+            pairs.append((rows[d], gt.start + t, iou[d, t]))
+    return tuple(map(np.concatenate, zip(*pairs, strict=True)))
 
 
 # ------------------------------------------------------------------------------------- summaries
