@@ -3,12 +3,15 @@
 
     python report.py output
 
+Beside it, suspects.json lists the annotations that may be wrong, worst first, in COCO's format.
+
 Reads metrics.jsonl and detections.json in OUTPUT_DIR, and the validation images at the paths of the
 run. The page is a single file without external resources. Missing inputs, such as moved images, are
 noted on the page and on the console.
 """
 
 import argparse
+import json
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -33,9 +36,11 @@ from reporting.analysis import (
     read_history,
     read_results,
 )
-from reporting.gallery import build_galleries, list_some
+from reporting.gallery import build_galleries, build_suspect_cards, list_some
+from reporting.suspects import Suspect, find_suspects, summarize, to_coco
 
 TEMPLATE = Path(__file__).resolve().parent / "reporting/template.html"
+MAX_SUSPECTS = 12  # on the page; suspects.json has them all
 MAX_MATRIX = 20  # of more categories the confusion matrix shows the most confused ones
 
 
@@ -294,7 +299,13 @@ def format_metric(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def render(title: str, history: RunHistory, results: DetectionResults | None, svgs: dict) -> str:
+def render(
+    title: str,
+    history: RunHistory,
+    results: DetectionResults | None,
+    suspects: list[Suspect],
+    svgs: dict,
+) -> str:
     """Render the page as HTML, with the figures `svgs` by name."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -324,11 +335,13 @@ def render(title: str, history: RunHistory, results: DetectionResults | None, sv
         counts=results.counts() if results else None,
         matrix=matrix_table(results) if results else None,
         galleries=galleries,
+        suspects=summarize(suspects),
+        suspect_cards=build_suspect_cards(results, suspects[:MAX_SUSPECTS]),
     )
 
 
 def write(output_dir: Path) -> Path:
-    """Write `report.html` in the output folder of a training.
+    """Write `report.html` and `suspects.json` in the output folder of a training.
 
     Missing inputs are noted on the page and logged.
 
@@ -336,7 +349,7 @@ def write(output_dir: Path) -> Path:
         The path of the page.
 
     Raises:
-        UserError: `metrics.jsonl` is missing or invalid, or the folder cannot be written.
+        UserError: `metrics.jsonl` is missing or invalid, or the folder cannot be written to.
     """
     from reporting import figures  # imports matplotlib, which is slow
 
@@ -346,18 +359,33 @@ def write(output_dir: Path) -> Path:
         results = read_results(output_dir, history)
     except UserError as error:
         history.notes.append(f"Detections cannot be compared with the ground truth: {error}")
+    suspects = find_suspects(results) if results else []
     svgs = figures.draw_figures(history, results)
-    html = render(output_dir.resolve().name, history, results, svgs)
+    html = render(output_dir.resolve().name, history, results, suspects, svgs)
     path = output_dir / "report.html"
-    partial_file = output_dir / "report.html.partial"
-    try:
-        partial_file.write_text(html, encoding="utf-8", errors="replace")
-        partial_file.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    write_file(path, html)
+    if results:
+        file = output_dir / "suspects.json"
+        write_file(file, json.dumps(to_coco(results, suspects)))
+        kinds = f": {summarize(suspects)}" if suspects else ""
+        utils.log(f"report: {len(suspects):,} suspect annotations in {file}{kinds}")
     for note in history.notes:
         utils.log(f"report: {note}")
     return path
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    partial_file = path.with_name(f"{path.name}.partial")
+    try:
+        partial_file.write_text(text, encoding="utf-8", errors="replace")
+        partial_file.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def main(argv: list[str] | None = None) -> None:

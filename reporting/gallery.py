@@ -12,9 +12,12 @@ from torchvision.transforms.v2.functional import resize
 from internals.errors import DataError
 from reporting import drawing, fonts
 from reporting.analysis import IGNORED, DetectionResults, shorten
+from reporting.suspects import Suspect
 
 MAX_IMAGES = {"worst": 6, "best": 4, "random": 4}
 LONGEST_SIDE = 640  # pixels: for a page of two or three megabytes
+LONGEST_SIDE_OF_SUSPECTS = 480
+MARGIN = 0.5  # around the box of a suspect, as a share of its longer side
 CORRECT, WRONG, WRONG_CATEGORY, CROWD = (0, 114, 178), (213, 94, 0), (240, 228, 66), (150, 150, 150)
 
 
@@ -112,6 +115,51 @@ def label_detections(results: DetectionResults, i: int) -> tuple[list[tuple], di
             boxes.append((box, f"{label}, is {drawn[truth]}", WRONG_CATEGORY))
             texts_by_kind["wrong category"].append(f"{names[truth]} detected as {text}")
     return boxes, texts_by_kind
+
+
+def build_suspect_cards(results: DetectionResults, suspects: list[Suspect]) -> list[dict]:
+    """Draw the region of each suspect, with the annotated box and the detection.
+
+    If the image cannot be read, `problem` is the error message and `image` is missing.
+    """
+    return [build_suspect_card(results, suspect) for suspect in suspects]
+
+
+def build_suspect_card(results: DetectionResults, suspect: Suspect) -> dict:
+    """Build the card of a suspect as `build_suspect_cards` does."""
+    index, names = results.index, fonts.readable_names(results.index.categories)
+    d, t, boxes = suspect.detection, suspect.box, []
+    if t >= 0:
+        i = int(np.searchsorted(index.offsets, t, side="right")) - 1
+        boxes.append((index.true_boxes()[t], names[results.gt_category[t]], CORRECT))
+    if d >= 0:
+        _, *box, score, _ = results.confident[d]
+        i = int(index.positions_of(results.confident[d, :1].astype(np.int64))[0])
+        text = f"{names[results.detection_category[d]]} {score:.2f}"
+        boxes.append((np.array(box), text, WRONG))
+    card = {"kind": suspect.kind, "suspicion": suspect.suspicion, "id": int(index.image_ids[i])}
+    card |= {"file": index.file_name(i), "annotation": None, "problem": None}
+    if t >= 0 and index.annotation_ids[t] >= 0:
+        card["annotation"] = int(index.annotation_ids[t])
+    try:
+        image = index.read_image(i)
+    except DataError as error:
+        return {**card, "problem": str(error)}
+    image, corner = crop_around(image, np.array([box for box, *_ in boxes]))
+    factor = min(1, LONGEST_SIDE_OF_SUSPECTS / max(image.shape[-2:]))
+    image = resize(image, [max(1, round(side * factor)) for side in image.shape[-2:]])
+    moved = [(box - [*corner, 0, 0], *others) for box, *others in boxes]
+    return {**card, "image": to_jpeg(image, factor, moved)}
+
+
+def crop_around(image: torch.Tensor, boxes: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Crop an image to the region around boxes `[N, 4]`; return it and its corner x, y."""
+    low, high = boxes[:, :2].min(axis=0), (boxes[:, :2] + boxes[:, 2:]).max(axis=0)
+    margin = max(MARGIN * (high - low).max(), 16)
+    limits = image.shape[:0:-1]  # width, height
+    x1, y1 = (low - margin).clip(0, np.subtract(limits, 1)).astype(int).tolist()
+    x2, y2 = np.ceil(high + margin).clip((x1 + 1, y1 + 1), limits).astype(int).tolist()
+    return image[:, y1:y2, x1:x2], (x1, y1)
 
 
 def to_jpeg(image: torch.Tensor, factor: float, boxes: list[tuple]) -> dict:

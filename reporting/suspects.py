@@ -22,7 +22,7 @@ from reporting.analysis import (
 NOT_ANNOTATED, NOT_FOUND = "not annotated", "not found"
 WRONG_CATEGORY, INEXACT_BOX = "wrong category", "inexact box"
 PARTIAL_IOU = 0.2  # lowest overlap with a detection for which a box is inexact, not another object
-NEIGHBOURS = 100  # detections or boxes that a share is measured on
+NEIGHBOURS = 100  # detections or boxes that a share is measured on; at most half of the category
 PRIOR_WEIGHT = 10  # a share of few is drawn to that of its category, as if by so many more
 # Annotators forget an object much more often than they draw a box where nothing is.
 FALSE_BOX_ODDS = 0.1
@@ -67,19 +67,20 @@ def find_suspects(results: DetectionResults) -> list[Suspect]:
     )
     usable, area = index.usable, index.true_boxes()[:, 2:].prod(axis=1)
     recall[usable] = local_share(area[usable], found[usable], results.gt_category[usable])
+    recall[found] = 0  # no evidence against these
+    odds = FALSE_BOX_ODDS * recall / (1 - recall)
+    false_box = odds / (1 + odds)
 
-    suspects = [
-        # Either is evidence: both errors of the detector would have to happen at one place.
-        Suspect(kind, 1 - (1 - precision[d]) * (1 - recall[t]), d, t, iou)
-        for kind, d, t, iou in explain_by_pairs(results, pairs, unexplained)
-    ]
-    for _, _, d, t, _ in suspects:
+    suspects = []
+    for kind, d, t, iou in explain_by_pairs(results, pairs, unexplained):
+        # Both are evidence. Two objects in one detection are no independent evidence, however.
+        missed = recall[t] if kind == WRONG_CATEGORY else false_box[t]
+        suspects.append(Suspect(kind, 1 - (1 - precision[d]) * (1 - missed), d, t, iou))
         unexplained[d], found[t] = False, True
     for d in np.flatnonzero(unexplained).tolist():
         suspects.append(Suspect(NOT_ANNOTATED, precision[d], d, -1, 0.0))
-    odds = FALSE_BOX_ODDS * recall / (1 - recall)
     for t in np.flatnonzero(usable & ~found).tolist():
-        suspects.append(Suspect(NOT_FOUND, odds[t] / (1 + odds[t]), -1, t, 0.0))
+        suspects.append(Suspect(NOT_FOUND, false_box[t], -1, t, 0.0))
     return sorted(suspects, key=lambda suspect: -suspect.suspicion)
 
 
@@ -140,7 +141,8 @@ def local_share(values: np.ndarray, outcomes: np.ndarray, categories: np.ndarray
     for rows in np.split(by_value, bounds):
         sums, n = np.append(0, np.cumsum(outcomes[rows])), np.arange(len(rows))
         prior = (sums[-1] + PRIOR_WEIGHT * overall) / (len(rows) + PRIOR_WEIGHT)
-        first, end = (n - NEIGHBOURS // 2).clip(0), (n + NEIGHBOURS // 2 + 1).clip(max=len(rows))
+        reach = min(NEIGHBOURS, len(rows) // 2) // 2
+        first, end = (n - reach).clip(0), (n + reach + 1).clip(max=len(rows))
         local = sums[end] - sums[first] + PRIOR_WEIGHT * prior
         shares[rows] = local / (end - first + PRIOR_WEIGHT)
     return shares
