@@ -142,8 +142,9 @@ class DetectionResults:
     Attributes:
         index: The ground truth, M boxes in K categories.
         curves, matches: From `coco_eval.evaluate_with_curves`.
-        confident: float64 `[N, 7]`, rows of `coco_eval.detection_rows` with a score of at least
-            0.5. The following attributes are about these alone.
+        detections: float64 `[D, 7]`, rows of `coco_eval.detection_rows`.
+        confident: float64 `[N, 7]`, those of them with a score of at least 0.5. The following
+            attributes are about these alone.
         matched_gt, matched_detection: int64 `[N]` and `[M]`, from `match_detections` across
             categories.
         gt_category, detection_category: int64 `[M]` and `[N]`, positions in `index.categories`.
@@ -160,6 +161,7 @@ class DetectionResults:
     ):
         self.index = index
         self.curves, self.matches = curves, matches
+        self.detections = detections
         self.confident = detections[detections[:, 5] >= SCORE_THRESHOLD]
         self.matched_gt, self.matched_detection = match_detections(index, self.confident)
         self.gt_category = np.searchsorted(index.categories.ids, index.category_ids)

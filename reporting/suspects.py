@@ -164,21 +164,23 @@ def to_coco(results: DetectionResults, suspects: list[Suspect]) -> dict:
     for number, suspect in enumerate(suspects, start=1):
         d, t = suspect.detection, suspect.box
         i = int(image_of_rows[t] if d < 0 else positions[d])
-        images.setdefault(i, image_row(index, i))
-        proposal = {"category_id": int(index.category_ids[t]), "bbox": boxes[t], "score": 0.0}
+        if i not in images:
+            images[i] = image_row(index, i)
         if d >= 0:
             _, *box, score, category = results.confident[d].tolist()
-            proposal = {"category_id": int(category), "bbox": np.array(box), "score": score}
-        bbox = [round(side, 2) for side in proposal["bbox"].tolist()]
+        else:
+            box, score, category = boxes[t].tolist(), 0.0, index.category_ids[t]
+        bbox = [round(side, 2) for side in box]
         annotations.append(
             {
                 "id": number,
                 "image_id": images[i]["id"],
-                **proposal,
+                "category_id": int(category),
                 "bbox": bbox,
                 "area": round(bbox[2] * bbox[3], 2),
                 "iscrowd": 0,
                 "segmentation": [],
+                "score": score,
                 "suspect": suspect.kind,
                 "suspicion": round(float(suspect.suspicion), 4),
                 "iou": round(suspect.iou, 4),

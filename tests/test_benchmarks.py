@@ -63,6 +63,13 @@ def test_accuracy(tmp_path):
     assert "recipe - stock: " in printed
 
 
+def test_suspects(tmp_path):
+    printed, figures = quick("suspects", tmp_path)
+    assert len(figures["found"]["hotcoco"]) == len(figures["found"]["here"]) == 5
+    assert all(sum(found.values()) > 50 for found in figures["found"]["here"])
+    assert "| hotcoco |" in printed
+
+
 def test_gpu_rehearsal(tmp_path):
     """On a CPU; the other phases are rehearsed by hand, as they take two minutes."""
     flags = ("--rehearse", "--out", tmp_path, "--phases", "machine", "waits", "evaluation")

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -48,7 +49,7 @@ def figures_in(html: str) -> set[str]:
 def test_complete_report(output):
     html = write_page(output)
     assert figures_in(html) == FIGURES
-    assert html.count("data:image/jpeg;base64,") == 6
+    assert html.count("data:image/jpeg;base64,") == 6 + 3  # three pairs, three suspects
     text = text_of(html)
     for expected in (
         "trained to detect 2 categories on 8 images; after 8 steps",
@@ -184,6 +185,28 @@ def test_overfit(tiny, output):
     text = text_of(write_page(write_output(output, lines, DETECTIONS[:3])))
     assert "the same (--overfit 2)" in text
     assert "On 2 images with 3 ground-truth boxes" in text
+
+
+def test_suspects_are_written_logged_and_shown(output, capsys):
+    text = text_of(write_page(output))
+    rows = json.loads((output / "suspects.json").read_text())["annotations"]
+    # The cat as a dog, the detection on background and the cat that is missed; no duplicate.
+    assert {(row["suspect"], row["image_id"], row["annotation_id"]) for row in rows} == {
+        ("wrong category", 100, 0),
+        ("not annotated", 101, None),
+        ("not found", 101, 1001),
+    }
+    counts = "1 wrong category, 1 not annotated, 1 not found"
+    printed = capsys.readouterr().out
+    assert f"report: 3 suspect annotations in {output / 'suspects.json'}: {counts}" in printed
+    assert f"one of them is wrong: {counts}" in text
+    assert re.search(r"1\. wrong category, 0\.\d\d 0\.png, image 100, annotation 0 2\. not ", text)
+
+
+def test_suspects_without_images(tiny, output):
+    for file in (tiny / "val2017").glob("*.png"):
+        file.unlink()
+    assert re.search(r"0\.png is missing in \S+ 1\. wrong category", text_of(write_page(output)))
 
 
 # -------------------------------------------------------------------------------- missing input
@@ -334,7 +357,9 @@ def test_page_in_browser(output, tmp_path):
     done, requested = browse(report.write(output), tmp_path)
     assert done.returncode == 0, done.stderr
     assert figures_in(done.stdout) == FIGURES
-    assert done.stdout.count("<figure") == len(FIGURES) + 2 + 3  # bars, matrix, three images
+    assert (
+        done.stdout.count("<figure") == len(FIGURES) + 2 + 6
+    )  # bars, matrix, three images, three suspects
     assert "CONSOLE" not in done.stderr
     assert not requested
     # Check that errors and requests would be detected:
