@@ -195,8 +195,8 @@ def main() -> None:
     parser = common.build_parser(__doc__.partition("\n")[0], repeats=False)
     parser.add_argument("output_dir", type=Path, nargs="?", metavar="OUTPUT_DIR",
                         help="folder of an evaluation; not with --quick")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7, 8, 9], metavar="SEED",
-                        help="(default: 5 6 7 8 9)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(10, 15), metavar="SEED",
+                        help="(default: 10 to 14)")  # fmt: skip
     parser.add_argument("--count", type=int, default=20, metavar="N",
                         help="errors of each kind (default: 20)")  # fmt: skip
     parser.add_argument("--first", type=int, default=100, metavar="N",
