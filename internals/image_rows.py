@@ -167,7 +167,7 @@ def _open_regions(
     with rasterio.Env(**GDAL_OPTIONS):
         try:
             dataset = rasterio.open(path)
-        except rasterio.errors.RasterioError as error:
+        except rasterio.errors.RasterioIOError as error:
             raise _unreadable(path, error) from error
         with dataset:
             make_rows = _Gray16Rows if dataset.dtypes[0] == "uint16" else _ByteRows
@@ -227,7 +227,7 @@ class _RegionRows:
         try:
             # Into a view: rasterio's order is bands, rows, columns.
             self.dataset.read(indexes=self.bands, window=window, out=pixels.transpose(2, 0, 1))
-        except rasterio.errors.RasterioError as error:
+        except rasterio.errors.RasterioIOError as error:
             raise _unreadable(self.path, error) from error
         return pixels
 

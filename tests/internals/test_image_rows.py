@@ -100,8 +100,10 @@ def test_large_image_is_read_as_in_training(tmp_path, monkeypatch, limit, name):
         read_upright(tmp_path / name)
     expected = read_whole(tmp_path / name, monkeypatch).astype(int)
     found = read_all(tmp_path / name)
-    # The decoders of JPEG differ in how they round and upsample colors.
+    # The decoders of JPEG differ in how they round and upsample colors, and GDAL before 3.10 in how
+    # it rounds the 16-bit palette of a TIFF.
     tolerance = 4 if name.endswith((".jpg", "jpeg.tif", "lossy.webp", "ycbcr.tif")) else 0
+    tolerance = 1 if name == "palette.tif" else tolerance
     assert np.abs(found - expected).max() <= tolerance
     assert expected.std() > 20
 
