@@ -28,6 +28,7 @@ from internals.file_names import walk_files
 from internals.images import IMAGE_FORMATS, MAX_PIXELS, read_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
+_ENTRIES = {"annotations", "train2017", "val2017"}  # of an output folder
 
 
 class Box(NamedTuple):
@@ -267,6 +268,16 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output} exists: remove it, or name another folder")
 
 
+def check_split_output(output: Path, split: str) -> None:
+    """Raise UserError unless `output` is missing, or holds at most the other split."""
+    entries = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if (os.path.lexists(output) and not output.is_dir()) or entries - _ENTRIES:
+        raise UserError(f"{output} exists, and is no data set of this script: name another folder")
+    for path in (annotation_file(output, split), output / f"{split}2017"):
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists: remove it, or name another folder")
+
+
 def write_dataset(
     output: Path, contents: dict[str, dict], files: dict[str, dict[str, Path]], notes: list[str]
 ) -> None:
@@ -279,17 +290,14 @@ def write_dataset(
         notes: Messages for the user.
     """
     linked = write_files(output, contents, files)
-    print_summary(output, contents, notes, linked, next_command(output, contents))
+    print_summary(output, contents, notes, describe_links(linked), next_command(output, contents))
 
 
 def write_files(
     output: Path, contents: dict[str, dict], files: dict[str, dict[str, Path]]
 ) -> list[bool]:
     """Write the files of `write_dataset`; return of each image whether it is a hard link."""
-    try:
-        (output / "annotations").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output} cannot be created: {error.strerror}") from None
+    create_folders(output)
     linked = [
         _link_or_copy(source, output / f"{split}2017" / name)
         for split in contents
@@ -297,21 +305,43 @@ def write_files(
     ]
     # Written last, so that the output of an interrupted run does not look complete.
     for split, content in contents.items():
-        file = output / f"annotations/instances_{split}2017.json"
-        file.write_text(json.dumps(content), encoding="utf-8")
+        write_annotations(output, split, content)
     return linked
 
 
+def annotation_file(output: Path, split: str) -> Path:
+    """Return the path of the annotation file of a split."""
+    return output / f"annotations/instances_{split}2017.json"
+
+
+def create_folders(output: Path) -> None:
+    """Create the output folder, and that of its annotation files."""
+    try:
+        (output / "annotations").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be created: {error.strerror}") from None
+
+
+def write_annotations(output: Path, split: str, content: dict) -> None:
+    """Write the annotation file of a split."""
+    annotation_file(output, split).write_text(json.dumps(content), encoding="utf-8")
+
+
+def describe_links(linked: list[bool]) -> str:
+    """Return how many images are hard links, and how many copies."""
+    kinds = {True: "hard links, which take no space", False: "copies, as links are not possible"}
+    counts = Counter(linked).items()
+    return " and ".join(f"{n:,} images as {kinds[is_link]}" for is_link, n in counts)
+
+
 def print_summary(
-    output: Path, contents: dict[str, dict], notes: list[str], linked: list[bool], command: str
+    output: Path, contents: dict[str, dict], notes: list[str], written: str, command: str
 ) -> None:
-    """Print the numbers of each split, the notes, how images were written, and what is next."""
+    """Print the numbers of each split, the notes, what was written, and what is next."""
     print(_table(contents))
     for note in notes:
         print(f"note: {note}")
-    kinds = {True: "hard links, which take no space", False: "copies, as links are not possible"}
-    images = [f"{n:,} images as {kinds[is_link]}" for is_link, n in Counter(linked).items()]
-    print(f"{output}: {' and '.join(images)}\nNext:\n  {command}")
+    print(f"{output}: {written}\nNext:\n  {command}")
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:
@@ -333,11 +363,12 @@ def _table(contents: dict[str, dict]) -> str:
     columns = [_counts(content) for content in contents.values()]
     width = max(len(name) for name, _ in columns[0])
     lines = [" " * width + "".join(f"{split:>10}" for split in contents)]
-    lines[0] += "    in val" if "val" in contents else ""
+    has_share = "val" in contents and len(contents) > 1
+    lines[0] += "    in val" if has_share else ""
     for cells in zip(*columns, strict=True):
         counts = [count for _, count in cells]
         line = f"{cells[0][0]:<{width}}" + "".join(f"{count:10,}" for count in counts)
-        share = f"{counts[-1] / (sum(counts) or 1):10.1%}" if "val" in contents else ""
+        share = f"{counts[-1] / (sum(counts) or 1):10.1%}" if has_share else ""
         lines.append(line + share)
     return "\n".join(lines)
 
@@ -357,9 +388,11 @@ def _counts(content: dict) -> list[tuple[str, int]]:
 def next_command(output: Path, contents: dict[str, dict]) -> str:
     """Return the next command to run, relative to the current folder."""
     if "val" in contents:
-        command = ["train.py", "--data-path", output, "--check-data"]
-    else:
-        file = output / "annotations/instances_train2017.json"
-        command = ["datasets/split.py", file, output / "train2017", f"{output}_split"]
-    script = os.path.relpath(ROOT / command[0])
-    return shlex.join(["python", script, *map(str, command[1:])])
+        return command_line("train.py", "--data-path", output, "--check-data")
+    file = annotation_file(output, "train")
+    return command_line("datasets/split.py", file, output / "train2017", f"{output}_split")
+
+
+def command_line(script: str, *arguments: object) -> str:
+    """Return the command that runs a script of this repository from the current folder."""
+    return shlex.join(["python", os.path.relpath(ROOT / script), *map(str, arguments)])

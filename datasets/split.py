@@ -130,7 +130,8 @@ def write_folds(output: Path, datasets: list[dict], folder: Path, notes: list[st
         linked += layout.write_files(root, contents, find_files(contents, folder))
     vals = {root.name: contents["val"] for root, contents in zip(roots, datasets, strict=True)}
     notes.append("the columns count val of each fold; its train has the other images")
-    layout.print_summary(output, vals, notes, linked, layout.next_command(roots[0], datasets[0]))
+    command = layout.next_command(roots[0], datasets[0])
+    layout.print_summary(output, vals, notes, layout.describe_links(linked), command)
 
 
 def build_parser() -> ArgumentParser:

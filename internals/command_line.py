@@ -71,7 +71,23 @@ def share(text: str) -> float:
     return value
 
 
-for _convert in (positive_float, fraction, share):
+def share_or_0(text: str) -> float:
+    """Parse a number from 0 to 1; an argparse type."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
+def share_below_1(text: str) -> float:
+    """Parse a number from 0 to below 1; an argparse type."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return value
+
+
+for _convert in (positive_float, fraction, share, share_or_0, share_below_1):
     _convert.__name__ = "float"  # for "invalid float value"
 
 

@@ -27,6 +27,7 @@ from internals.errors import DataError
 from internals.image_notes import NOTE_REMEDIES
 from internals.images import DEEP_SUFFIXES, MAX_PIXELS, ImageRules, measure_bit_depth
 
+TOO_LARGE = f"images of more than {MAX_PIXELS:,} pixels"  # a kind of issue
 MAX_DETECTIONS = 100  # of an image and category, that COCO's metrics count
 
 
@@ -80,9 +81,10 @@ def _image_issues(index) -> Iterator[DataIssue]:
     yield _image_issue(index, "images without a positive size", (sizes <= 0).any(axis=1))
     yield _image_issue(
         index,
-        f"images of more than {MAX_PIXELS:,} pixels",
+        TOO_LARGE,
         sizes.prod(axis=1) > MAX_PIXELS,
-        remedy="Downscale the images and their boxes",
+        remedy="Downscale the images and their boxes, or cut them into tiles: python "
+        "datasets/tile.py",
     )
 
 

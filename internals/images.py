@@ -33,8 +33,9 @@ MIN_DECODED = 0.75
 DEEP_SUFFIXES = (".png", ".tif", ".tiff", ".pgm", ".pnm")
 # `measure_bit_depth` opens the first number of such files, and decodes the second.
 OPENED, DECODED = 256, 32
-# The first bytes of supported formats: JPEG, PNG, GIF, TIFF.
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
+# The first bytes of supported formats: JPEG, PNG, GIF; TIFF and BigTIFF.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 END_OF_IMAGE = b"\xff\xd9"  # of a JPEG
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -91,12 +92,17 @@ def read_image(
     """
     image = _read(path, (width, height), rules, notes)
     if image.shape != (3, height, width):
-        raise DataError(
-            f"{path} is {image.shape[2]} x {image.shape[1]} pixels, but annotated as "
-            f"{width} x {height}: correct 'width', 'height' and the boxes in the annotation file",
-            kind="image files of another size than annotated",
-        )
+        raise wrong_size(path, (image.shape[2], image.shape[1]), (width, height))
     return image
+
+
+def wrong_size(path: Path, size: tuple[int, int], annotated: tuple[int, int]) -> DataError:
+    """Return the error of an image whose width and height are not those in the annotation file."""
+    return DataError(
+        f"{path} is {size[0]} x {size[1]} pixels, but annotated as {annotated[0]} x "
+        f"{annotated[1]}: correct 'width', 'height' and the boxes in the annotation file",
+        kind="image files of another size than annotated",
+    )
 
 
 def read_upright(
@@ -145,6 +151,11 @@ def _why_unidentified(path: Path) -> str:
         start = file.read(16)
     if not start:
         return "the file is empty"
+    if start.startswith(TIFF_SIGNATURES):
+        return (
+            "the TIFF is damaged or incomplete, or has other bands or bits than are supported: "
+            "convert it to 8-bit RGB"
+        )
     known = start.startswith(SIGNATURES)
     return "the file is damaged or incomplete" if known else "not in a supported format"
 
@@ -161,7 +172,7 @@ def _decode(
         if image.width * image.height > MAX_PIXELS:
             raise DataError(
                 f"{path}: {image.width} x {image.height} pixels is more than the limit of "
-                f"{MAX_PIXELS:,}: downscale the image",
+                f"{MAX_PIXELS:,}: downscale the image, or cut it into tiles (datasets/tile.py)",
                 kind="image files that are too large",
             )
         if image.format not in ("JPEG", "MPO") and getattr(image, "is_animated", False):
