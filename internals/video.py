@@ -18,7 +18,7 @@ import numpy as np
 
 from internals.errors import DataError, RunError, UserError
 
-OLDEST_PYAV = (14, 1)  # the first with VideoFrame.rotation
+OLDEST_PYAV = (17, 0)  # the first that converts full range BT.709 and 16-bit gray correctly
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".m2v", ".vob", ".ts"),
     *(".mts", ".m2ts", ".wmv", ".asf", ".flv", ".3gp", ".3g2", ".ogv", ".mxf", ".mjpeg", ".mjpg"),
