@@ -31,6 +31,7 @@ SEEK_MARGINS = (1.0, 10.0, 60.0)
 # These formats state the duration in their header, others let FFmpeg estimate it.
 STATES_DURATION = ("mp4", "matroska", "flv")
 MISSING = 1.0  # seconds: files that end so long before the stated duration are incomplete
+TS_PACKETS = (188, 192, 204)  # bytes: transport streams have packets of one of these sizes
 # FFmpeg's numbers (AVColorSpace and so on).
 BT709, UNSPECIFIED, BT601 = 1, 2, 6
 LIMITED_RANGE, FULL_RANGE = 1, 2
@@ -65,7 +66,7 @@ def is_video(source: str) -> bool:
 
 def parse_time(text: str) -> float:
     """Parse 12.5, 1:02 or 1:02:03.5 as seconds; an argparse type."""
-    if not re.fullmatch(r"\d+(\.\d+)?|(\d+:)?\d+:[0-5]?\d(\.\d+)?", text, re.ASCII):
+    if not re.fullmatch(r"(\d+|(\d+|\d+:[0-5]?\d):[0-5]?\d)(\.\d+)?", text, re.ASCII):
         raise argparse.ArgumentTypeError(
             f"{text} is not a time: give seconds (12.5) or [hours:]minutes:seconds (1:02:03.5)"
         )
@@ -81,7 +82,9 @@ def import_av() -> ModuleType:
     try:
         av = importlib.import_module("av")
     except ImportError as error:
-        raise UserError(f"videos need the package PyAV {wanted} or newer: pip install av") from error
+        raise UserError(
+            f"videos need the package PyAV {wanted} or newer: pip install av"
+        ) from error
     if tuple(map(int, av.__version__.split(".")[:2])) < OLDEST_PYAV:
         raise UserError(
             f"videos need PyAV {wanted} or newer, this is {av.__version__}: pip install -U av"
@@ -326,14 +329,16 @@ class VideoReader:
             self._damaged.append(self._time)
 
     def _check_end(self) -> None:
-        """Note whether the file ends before the time that its header states."""
+        """Note whether the file ends before the time that its header states, or in a packet."""
         name, container = self._container.format.name, self._container
+        size = container.size if name == "mpegts" else 0
+        if size > 0 and all(size % packet for packet in TS_PACKETS):
+            self._missing = "it ends inside a packet"
+        stated = 0.0
         if any(word in name for word in STATES_DURATION) and container.duration:
             stated = ((container.start_time or 0) + container.duration) / 1e6
         elif name == "avi" and self.rate:  # FFmpeg shortens the duration of cut files
             stated = self._stream.frames / float(self.rate)
-        else:
-            return
         if self._reached < stated - MISSING:
             self._missing = f"it ends at {self._reached:.2f} s of {stated:.2f} s"
 
@@ -345,8 +350,8 @@ class VideoReader:
             problems.append(self._missing)
         if self._damaged:
             problems.append(
-                f"{len(self._damaged)} damaged frames or packets, "
-                f"the first at about {self._damaged[0]:.2f} s"
+                f"damaged data, first at about {self._damaged[0]:.2f} s "
+                f"(frames or packets: {len(self._damaged)})"
             )
         return "; ".join(problems) or None
 
@@ -376,6 +381,8 @@ def _is_mirrored(frame) -> bool:
 def _open_container(av: ModuleType, source: str):
     is_url = "://" in source
     options = {"timeout": TIMEOUT} if is_url else {}
+    if int(av.__version__.split(".")[0]) < 19:  # later versions accept texts that are not UTF-8
+        options["metadata_errors"] = "replace"
     try:
         # With "file:" a colon in the name of a file does not make it a URL.
         return av.open(source if is_url else f"file:{source}", **options)
@@ -493,11 +500,11 @@ class VideoWriter:
         name = next(name for name in ENCODERS if name in self._av.codecs_available)
         rate = (self._reader.rate or Fraction(25)) / self._reader.every
         self._stream = self._container.add_stream(name, rate=rate, options=ENCODERS[name])
-        self._stream.time_base = self._reader.time_base
-        if name == "mpeg4" and self._reader.time_base.denominator >= 1 << 16:
-            self._stream.time_base = MPEG4_TIME_BASE
-        context = self._stream.codec_context
-        context.time_base = self._stream.time_base
+        context, time_base = self._stream.codec_context, self._reader.time_base
+        is_too_fine = name == "mpeg4" and time_base.denominator >= 1 << 16
+        # Of the pictures; that of the stream is another as soon as the file is created.
+        self._time_base = MPEG4_TIME_BASE if is_too_fine else time_base
+        self._stream.time_base = context.time_base = self._time_base
         context.width, context.height, context.pix_fmt = width, height, "yuv420p"
         context.sample_aspect_ratio = self._reader.pixel_aspect
         # The pixels are converted to the matrix that players take for this size, whatever the
@@ -511,15 +518,13 @@ class VideoWriter:
         context.flags |= importlib.import_module("av.codec.context").Flags.frame_duration
 
     def _set_time(self, picture, frame: Frame) -> None:
-        time_base = self._stream.time_base
-        ticks = round(frame.time / time_base)
+        ticks = round(frame.time / self._time_base)
         if self._first is None:
-            self._first = ticks
-            duration = max(1, round(1 / (self._stream.codec_context.framerate * time_base)))
-            self._last = -duration
+            rate = self._stream.codec_context.framerate
+            self._first, self._last = ticks, -max(1, round(1 / (rate * self._time_base)))
         picture.pts = max(ticks - self._first, self._last + 1)
         picture.duration = picture.pts - self._last
-        picture.time_base, self._last = time_base, picture.pts
+        picture.time_base, self._last = self._time_base, picture.pts
 
     def _encode(self, picture) -> None:
         try:
