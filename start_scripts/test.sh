@@ -10,7 +10,7 @@ if [ "${1:-}" = --fast ]; then
     shift
 fi
 ensure_installed
-has pytest ruff xdist onnx onnxruntime safetensors tensorboard mlflow sqlalchemy alembic wandb rasterio ||
+has pytest ruff xdist onnx onnxruntime safetensors tensorboard mlflow sqlalchemy alembic wandb rasterio av ||
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements-dev.txt"
 # pytest collects tests below the working directory.
 cd "$ROOT"

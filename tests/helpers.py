@@ -300,3 +300,35 @@ def coarse_boxes(count: int, seed: int) -> torch.Tensor:
     corners = torch.randint(0, 8, (count, 2), generator=generator).float()
     sides = torch.randint(1, 5, (count, 2), generator=generator).float()
     return torch.cat([corners, corners + sides], dim=1)
+
+
+def write_video(file: Path, frames, rate=25, codec: str = "ffv1", **options) -> Path:
+    """Write a video with PyAV; the defaults (in .mkv) keep every pixel as it is. Return the file.
+
+    Args:
+        file: The suffix is the format.
+        frames: uint8 `[H, W, 3]` RGB arrays, or av.VideoFrame with time stamps of their own.
+        rate: Frames per second.
+        codec: Of FFmpeg; codecs other than ffv1 store `pix_fmt`.
+        options: `pix_fmt` (yuv420p), `time_base`, `container` (a dict of options of the format),
+            attributes of the codec context such as `color_range`, and options of the codec.
+    """
+    import av
+
+    container_options = options.pop("container", {})
+    pix_fmt = options.pop("pix_fmt", "bgr0" if codec == "ffv1" else "yuv420p")
+    with av.open(str(file), "w", options=container_options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        context = stream.codec_context
+        context.pix_fmt = pix_fmt
+        for key in [key for key in options if hasattr(context, key)]:
+            setattr(context, key, options.pop(key))
+        context.options = {key: str(value) for key, value in options.items()}
+        for frame in frames:
+            if not isinstance(frame, av.VideoFrame):
+                frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            if not context.is_open:
+                context.width, context.height = frame.width, frame.height
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file
