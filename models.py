@@ -252,6 +252,20 @@ def limit_detections(model: nn.Module, max_detections: int) -> None:
         model.topk_candidates = max(model.topk_candidates, max_detections)
 
 
+def nms_threshold(model: nn.Module) -> float:
+    """Return the IoU above which a detector drops the box with the lower score."""
+    return _final_stage(model).nms_thresh
+
+
+def set_nms_threshold(model: nn.Module, threshold: float) -> None:
+    """Make a detector drop boxes of a category that overlap more than this IoU."""
+    _final_stage(model).nms_thresh = threshold
+
+
+def _final_stage(model: nn.Module) -> nn.Module:
+    return getattr(model, "roi_heads", model)
+
+
 def freeze_norms(module: nn.Module) -> None:
     """Replace each BatchNorm2d in `module` whose parameters are frozen by a FrozenBatchNorm2d."""
     for name, child in module.named_children():

@@ -1,85 +1,107 @@
 #!/usr/bin/env python3
-"""Detect objects in images; write the detections to a file, and the images with boxes drawn.
+"""Detect objects in images and videos; write the detections to a file, and pictures with boxes.
 
 With a checkpoint of train.py:
 
-    python predict.py output/model_best.pth my_images --output-dir predictions
+    python predict.py output/model_best.pth my_images film.mp4 --output-dir predictions
 
 With torchvision's weights for the 80 categories of COCO:
 
     python predict.py COCO_V1 my_images --model fasterrcnn_resnet50_fpn --output-dir predictions
+
+In Python: `from predict import Detector`, see the README.
 """
 
 import argparse
-import csv
-import json
 import os
+import signal
 import sys
+import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import fields
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import cycle, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from tqdm import tqdm
 
-import checkpoint
-import coco_eval
 import models
 import utils
-from coco_utils import Categories, CocoIndex, Split
-from internals import file_names
-from internals.batches import Batch
-from internals.bit_depth import BIT_DEPTHS, EARLIER_DEPTH
-from internals.command_line import ArgumentParser, positive_int, prepare_output_dir
-from internals.devices import choose_device, move_model
-from internals.errors import DataError, RunError, UserError
+from coco_utils import CocoIndex
+from detector import (
+    BEST,
+    BEST_PER_CATEGORY,
+    DEFAULT_SCORE,
+    MAX_OVERLAP,
+    MIN_TILE,
+    THREADS,
+    Detections,
+    Detector,
+    Settings,
+    choose_thresholds,
+    load_model,
+)
+from internals.bit_depth import BIT_DEPTHS
+from internals.command_line import ArgumentParser, at_least, positive_int, prepare_output_dir
+from internals.errors import RunError, UserError
 from internals.failures import run_command
 from internals.image_arguments import find_images
-from internals.image_notes import ImageNote, log_notes
-from internals.images import (
-    DEEP_SUFFIXES,
-    ImageRules,
-    measure_bit_depth,
-    narrowness,
-    read_image,
-    read_upright,
-)
-from internals.mixed_precision import autocast, resolve_precision
+from internals.image_notes import log_notes
+from internals.images import DEEP_SUFFIXES, ImageRules, measure_bit_depth
+from internals.pipeline import prefetch_map
+from internals.video import VideoReader, VideoWriter, import_av, is_video, parse_time
 from reporting import drawing, fonts
+from reporting.annotation_files import FOR_ANNOTATION, WRITERS, NamedImage
+from reporting.truth import match_annotations
+
+__all__ = ["Detections", "Detector"]
 
 MAX_JPEG_SIDE = 65_500  # pixels: the limit of libjpeg
+BENCHMARK_IMAGES = 50  # at least, by repeating those given
 EPILOG = """\
 output in DIR:
-  pictures/      the images with boxes, names and scores
-  --format coco  detections.json (COCO results) and images.json (the file of each image_id),
-                 both readable by pycocotools
-  --format csv   detections.csv
-  --format yolo  labels/ and classes.txt
+  pictures/              the images with boxes, names and scores
+  videos/                the videos with boxes, without sound
+  --format coco          detections.json (COCO results) and images.json (the file of each
+                         image_id), both readable by pycocotools
+  --format coco-dataset  annotations.json, to be corrected in an annotation tool and trained on
+  --format voc           Annotations/*.xml of PASCAL VOC
+  --format csv           detections.csv
+  --format yolo          labels/ and classes.txt
+  frames/                the frames of videos, with coco-dataset, voc and yolo
 
-Exit codes: 0 done; 1 failed; 2 error in the command line, the checkpoint or some of the images.
+Exit codes: 0 done; 1 failed or interrupted (what was found until then is written); 2 error in the
+command line, the checkpoint or some of the images.
 """
-
-
-BEST, BEST_PER_CATEGORY, DEFAULT_SCORE = "best", "best-per-category", 0.5
 
 
 def score(text: str) -> float | str:
     """Parse a number from 0 to 1, or the name of thresholds of a checkpoint; an argparse type."""
-    if text in (BEST, BEST_PER_CATEGORY):
-        return text
+    return text if text in (BEST, BEST_PER_CATEGORY) else unit_share(text)
+
+
+def unit_share(text: str) -> float:
+    """Parse a number from 0 to 1; an argparse type."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+unit_share.__name__ = "float"  # for "invalid float value"
+
+
+def overlap(text: str) -> float:
+    """Parse a number from 0 to `MAX_OVERLAP`; an argparse type."""
+    value = float(text)
+    if not 0 <= value <= MAX_OVERLAP:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {MAX_OVERLAP}")
     return value
 
 
@@ -96,8 +118,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("checkpoint", metavar="CHECKPOINT",
         help="a .pth file of train.py; with --model the name of torchvision's weights: COCO_V1")
     add("images", nargs="+", metavar="IMAGES",
-        help="image files, folders (with their subfolders), or patterns such as 'day*/*.jpg'")
-    add("--output-dir", type=Path, required=True, metavar="DIR",
+        help="image or video files, folders of images (with their subfolders), patterns such as "
+        "'day*/*.jpg', or addresses of video streams")
+    add("--output-dir", type=Path, metavar="DIR",
         help="a new or empty folder, required; existing files are never overwritten")
     add("--score-threshold", type=score, metavar="SCORE|best|best-per-category",
         help="drop detections with a lower score, 0 to 1; most models themselves drop those below "
@@ -105,9 +128,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f"best-per-category: with those of each category (default: {DEFAULT_SCORE})")
     add("--max-detections", type=positive_int, metavar="N",
         help="keep the N highest scores of an image (default: as in training, 100 in a "
-        "Faster R-CNN)")
+        "Faster R-CNN; with --tile 100 of each tile)")
+    add("--nms-threshold", type=unit_share, metavar="IOU",
+        help="of two boxes of a category with a higher IoU keep the one with the higher score "
+        "(default: as in torchvision, 0.5 in a Faster R-CNN)")
+    add("--class-agnostic-nms", action="store_true",
+        help="also of two boxes of different categories")
+    add("--tile", type=at_least(int, MIN_TILE), metavar="SIZE",
+        help="for small objects in large images: detect in overlapping tiles of SIZE x SIZE pixels "
+        "and in the whole image; best the size of the images in training (default: whole images "
+        "only)")
+    add("--tile-overlap", type=overlap, default=Settings.tile_overlap, metavar="SHARE",
+        help="overlap of neighbouring tiles, as a share of their side; objects up to it are whole "
+        "in a tile (default: %(default)s)")
     add("--format", choices=WRITERS, default="coco",
         help="format of the detections, see below (default: %(default)s)")
+    add("--no-pictures", action="store_true",
+        help="write no images and videos with boxes, only the detections")
+    add("--every", type=positive_int, default=1, metavar="N",
+        help="of videos: use each N-th frame (default: all)")
+    add("--start", type=parse_time, metavar="TIME",
+        help="of videos: begin at this time, in seconds or [H:]MM:SS (default: at the start)")
+    add("--end", type=parse_time, metavar="TIME",
+        help="of videos: end before this time (default: at the end)")
     add("--show-truth", type=Path, metavar="FILE",
         help="draw the boxes of this COCO annotation file on the left, and use its image ids "
         "(default: draw detections only, and number the images from 1)")
@@ -117,7 +160,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=models.MODELS, metavar="NAME",
         help=f"use a detector of torchvision with its weights: {', '.join(models.MODELS)} "
         "(default: the model of the checkpoint)")
-    add("--truncated-images", choices=("refuse", "use"), default="refuse",
+    add("--truncated-images", choices=("refuse", "use"), default=Settings.truncated_images,
         help="skip a JPEG whose end is missing, or use it if three quarters of its rows can be "
         "decoded (default: %(default)s)")
     add("--bit-depth", type=int, choices=BIT_DEPTHS, metavar="BITS",
@@ -126,420 +169,318 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="DEVICE", help="cuda, cuda:N, mps (Apple) or cpu (default: cuda if "
         "available)")
     add("--batch-size", type=positive_int, metavar="N",
-        help="run up to N consecutive images of one size together; affects only speed and memory "
-        "(default: 8 on CUDA, 1 on a CPU)")
+        help="run up to N images or tiles of one size together; affects only speed and memory "
+        "(default: 8 on CUDA, 1 elsewhere)")
     add("--amp", action="store_true",
         help="mixed precision: float16 on CUDA, bfloat16 on a CPU with instructions for it "
         "(default: float32)")
-    return parser.parse_intermixed_args(argv)
+    add("--benchmark", action="store_true",
+        help="write nothing; print the latency of reading, model and drawing, and images/s")
+    args = parser.parse_intermixed_args(argv)
+    if not args.benchmark and args.output_dir is None:
+        parser.error("the following arguments are required: --output-dir")
+    return args
 
 # fmt: on
 
 
-# -------------------------------------------------------------------------------- the images
+# ---------------------------------------------------------------------------------- the input
 
 
-@dataclass
-class InputImage:
-    """An image file, its names in the results, its content and its detections."""
+def find_inputs(arguments: list[str]) -> tuple[list[NamedImage], list[tuple[str, str, str]]]:
+    """Find images and videos.
 
-    path: Path
-    file_name: str  # relative to the common folder of all images, or as annotated if that is a path
-    stem: str  # of its output files, unique
-    image_id: int
-    row: int | None = None  # position in the annotation file
-    annotated_size: tuple[int, int] | None = None  # width and height
-    size: tuple[int, int] | None = None  # width and height
-    pixels: torch.Tensor | None = None  # uint8 [3, H, W], until it is drawn
-    error: str | None = None  # why it cannot be used
-    notes: list[ImageNote] = field(default_factory=list)
-    detections: np.ndarray | None = None  # rows of coco_eval.detection_rows, highest score first
-
-
-def match_annotations(images: list[InputImage], file: Path, categories: Categories) -> CocoIndex:
-    """Read an annotation file, and set the file name, id and size of its images.
-
-    An image matches the longest annotated file name that its path ends with, or else the one that
-    means it in another spelling (`file_names`). Images without a match get new ids.
-
-    Raises:
-        UserError: The annotation file has other categories, no image matches, or several images
-            match one file name.
+    Returns:
+        The images, with ids from 1; and the source, the name and a unique stem of each video.
     """
-    index = CocoIndex(Split(file, file.parent), resolve_names=False)
-    categories.check_contains(index.categories, file)
-    for issue in index.issues:
-        utils.log(f"not drawn: {issue}")
-    names = [os.path.normpath(index.file_name(i)).replace("\\", "/") for i in range(len(index))]
-    rows = match_names(images, {name: i for i, name in reversed(list(enumerate(names)))})
-    owners, last_id = {}, int(index.image_ids.max())
-    for image in images:
-        row = rows.get(image.file_name)
-        if row is None:
-            last_id += 1
-            image.image_id = last_id
-            continue
-        name, image_id = index.file_name(row), int(index.image_ids[row])
-        if row in owners:
-            raise UserError(
-                f"--show-truth: {file} lists {name} once (id {image_id}), but it "
-                f"may be {owners[row]} or {image.path}: remove one from the images"
-            )
-        owners[row] = image.path
-        image.row, image.annotated_size = row, tuple(index.sizes[row].tolist())
-        image.image_id = image_id
-        if image.path.as_posix().endswith(names[row]):  # else in another spelling
-            image.file_name = name
-    if not owners:
-        raise UserError(f"--show-truth: {file} lists none of the images: compare the file names")
-    return index
+    streams = [text for text in arguments if "://" in text]
+    files = find_images([text for text in arguments if "://" not in text])
+    images = [row for row in files if not is_video(str(row[0]))]
+    videos = [(str(path), name, stem) for path, name, stem in files if is_video(str(path))]
+    videos += [(text, text, f"stream-{n}") for n, text in enumerate(streams, start=1)]
+    numbered = enumerate(images, start=1)
+    return [
+        NamedImage(path=path, file_name=name, stem=stem, image_id=image_id)
+        for image_id, (path, name, stem) in numbered
+    ], videos
 
 
-def match_names(images: list[InputImage], rows: dict[str, int]) -> dict[str, int]:
-    """Return the row of each image that one of the names of `rows` means, by its file name."""
-    matched, others = {}, []
-    for image in images:
-        parts = image.path.parts
-        endings = ("/".join(parts[n:]) for n in range(len(parts)))
-        ending = next((ending for ending in endings if ending in rows), None)
-        if ending is None:
-            others.append(image.file_name)
-        else:
-            matched[image.file_name] = rows[ending]
-    if others:
-        folder = images[0].path.as_posix().removesuffix(images[0].file_name)
-        used = set(matched.values())
-        names = (name for name, row in rows.items() if row not in used)
-        for file, name in file_names.match_files(names, Path(folder), others).items():
-            matched[file] = rows[name]
-    return matched
+def choose_rules(images: list[NamedImage], rules: ImageRules) -> ImageRules:
+    """Decide how images are read: 16-bit ones as in training, else by the largest value of all."""
+    if rules.bit_depth is not None:
+        return rules
+    files = [image.path for image in images if image.path.suffix.lower() in DEEP_SUFFIXES]
+    bit_depth, text = measure_bit_depth(files) or (None, "")
+    if text:
+        utils.log(text)
+    return ImageRules(bit_depth, rules.use_truncated)
 
 
-def read_input(
-    image: InputImage, transform: GeneralizedRCNNTransform, rules: ImageRules
-) -> InputImage:
-    """Set the pixels and size of an image, or its error."""
-    try:
-        size = image.annotated_size
-        if size:
-            pixels = read_image(image.path, *size, rules, image.notes)
-        else:
-            pixels = read_upright(image.path, rules, image.notes)
-    except DataError as error:
-        image.error = str(error)
-        return image
-    height, width = pixels.shape[1:]
-    if problem := narrowness(height, width, transform):
-        image.error = f"{image.path}: {problem}"
-    else:
-        image.pixels, image.size = pixels, (width, height)
-    return image
+# ---------------------------------------------------------------------------------- inference
 
 
-# --------------------------------------------------------------------------------- inference
-
-
-class LoadedModel(NamedTuple):
-    """A model in evaluation mode, and what is known about it.
+class Run:
+    """The images of a command on their way from files to results.
 
     Attributes:
-        model: On the CPU.
-        categories: Those it detects.
-        bit_depth: The bits of the 16-bit images that it was trained on, if any.
-        thresholds: Of `coco_eval.chosen_thresholds`, if any.
+        done: The finished images, without pixels.
+        skipped: Messages about images and videos that could not be used, or not to their end.
     """
 
-    model: nn.Module
-    categories: Categories
-    bit_depth: int | None = None
-    thresholds: dict | None = None
+    def __init__(self, args: argparse.Namespace, detector: Detector, index: CocoIndex | None):
+        """Run `detector`; `index` is the annotation file of --show-truth."""
+        self.args, self.detector, self.index = args, detector, index
+        self.done, self.skipped = [], []
 
+    def detect_images(self, images: list[NamedImage]) -> None:
+        """Detect objects in images, and write pictures."""
+        folder = None if self.args.no_pictures else self.args.output_dir / "pictures"
+        finish = partial(write_picture, draw=self.draw, folder=folder)
+        for item in self._progress(self.pipeline(images, finish), len(images)):
+            self._keep(item)
 
-def load_model(weights: str, name: str | None) -> LoadedModel:
-    """Load a model from a checkpoint, or one of torchvision by `name`."""
-    path = Path(weights)
-    if name:
-        if path.exists():
-            raise UserError(f"--model is for torchvision's weights: remove it, {path} is a file")
-        return LoadedModel(*models.torchvision_detector(name, weights))
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: use a checkpoint in it, {path / checkpoint.BEST}")
-    if not path.exists():
-        raise UserError(f"{path}: no such file. For torchvision's weights add --model NAME")
-    saved = checkpoint.load(path)
-    return LoadedModel(
-        model=models.from_checkpoint(saved),
-        categories=Categories.from_list(saved["categories"]),
-        bit_depth=saved["args"].get("bit_depth", EARLIER_DEPTH),
-        thresholds=saved.get("score_thresholds"),
-    )
+    def pipeline(self, images: Iterable[NamedImage], finish: Callable) -> Iterator[NamedImage]:
+        """Read, detect and `finish`; threads read and finish images while the model runs."""
+        read = self.detector.read
+        ready = prefetch_map(read, images, THREADS, self.detector.batch_size + THREADS)
+        return prefetch_map(finish, self.detector.stream(ready), THREADS, 2 * THREADS)
 
+    def detect_video(self, source: str, name: str, stem: str) -> None:
+        """Detect objects in the frames of a video, and write a video with boxes."""
+        args = self.args
+        try:
+            reader = VideoReader(source, args.every, args.start, args.end)
+        except UserError as error:
+            self._skip(str(error))
+            return
+        file = args.output_dir / f"videos/{stem}.mp4"
+        with reader, self._video_writer(file, reader) as writer:
+            finish = partial(self._finish_frame, is_drawn=writer is not None)
+            frames = map(self.detector.read, self._frames(reader, name, stem))
+            finished = prefetch_map(finish, self.detector.stream(frames), THREADS, 2 * THREADS)
+            for item, drawn in self._progress(finished, reader.total, name):
+                if drawn is not None:
+                    writer.write(drawn, item.video_frame)
+                self._keep(item)
+        if reader.problem:
+            self._skip(f"the rest of {source}: {reader.problem}")
 
-def choose_thresholds(args: argparse.Namespace, loaded: LoadedModel) -> dict[int, float]:
-    """Return the score threshold of each category id, and log those of the checkpoint.
+    def _video_writer(self, file: Path, reader: VideoReader):
+        if self.args.no_pictures:
+            return nullcontext()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return VideoWriter(file, reader)
 
-    Raises:
-        UserError: --score-threshold asks for those of the checkpoint, and it has none.
-    """
-    chosen, ids = args.score_threshold, loaded.categories.ids
-    if chosen is None:
-        chosen = DEFAULT_SCORE
-        if loaded.thresholds:
-            overall = loaded.thresholds["overall"]
-            utils.log(f"score threshold: {chosen}; the best F1 on the validation images is at "
-                      f"{overall:.3f} (--score-threshold best)")  # fmt: skip
-    if chosen not in (BEST, BEST_PER_CATEGORY):
-        return dict.fromkeys(ids, chosen)
-    if args.model:
-        raise UserError(f"--score-threshold {chosen} is for checkpoints: torchvision's weights "
-                        "have no threshold, give a number")  # fmt: skip
-    if loaded.thresholds is None:
-        raise UserError(
-            f"--score-threshold {chosen}: {args.checkpoint} has no threshold. It was saved within "
-            "an epoch or by an earlier version, or nothing was found in its evaluation: use "
-            f"{checkpoint.BEST}, or give a number"
-        )
-    overall = loaded.thresholds["overall"]
-    if chosen == BEST:
-        utils.log(f"score threshold: {overall:.3f}, with the best F1 on the validation images")
-        return dict.fromkeys(ids, overall)
-    own = loaded.thresholds["per_category"]
-    names = [fonts.one_line(loaded.categories.id_to_name[i]) for i in own]
-    listed = ", ".join(f"{name} {own[i]:.3f}" for i, name in zip(own, names, strict=True))
-    utils.log(f"score thresholds, with the best F1 on the validation images: {listed}; "
-              f"others {overall:.3f}")  # fmt: skip
-    return dict.fromkeys(ids, overall) | own
+    def _frames(self, reader: VideoReader, name: str, stem: str) -> Iterator[NamedImage]:
+        first_id = 1 + max((image.image_id for image in self.done), default=0)
+        saves = self.args.format in FOR_ANNOTATION
+        for image_id, frame in enumerate(reader, start=first_id):
+            frame_stem = f"{stem}/{frame.number:06d}"
+            yield NamedImage(
+                path=Path(name),
+                pixels=torch.from_numpy(frame.pixels).permute(2, 0, 1),
+                file_name=f"{frame_stem}.jpg" if saves else name,
+                stem=frame_stem,
+                image_id=image_id,
+                frame=frame.number,
+                time=frame.time,
+                video_frame=frame,
+            )
 
+    def _finish_frame(self, item: NamedImage, is_drawn: bool) -> tuple:
+        """Save the frame if its format needs it, and return it with its picture, if wanted."""
+        if item.error:
+            return item, None
+        if self.args.format in FOR_ANNOTATION:
+            save_image(item.pixels, self.args.output_dir / "frames" / item.file_name)
+        drawn = self.draw(item).permute(1, 2, 0).numpy() if is_drawn else None
+        return item, drawn
 
-def choose_rules(images: list[InputImage], bit_depth: int | None, truncated: str) -> ImageRules:
-    """Decide how images are read: 16-bit ones as in training, else by the largest value of all."""
-    if bit_depth is None:
-        files = [image.path for image in images if image.path.suffix.lower() in DEEP_SUFFIXES]
-        bit_depth, text = measure_bit_depth(files) or (None, "")
-        if text:
-            utils.log(text)
-    return ImageRules(bit_depth, truncated == "use")
+    def _progress(self, items: Iterable, total: int | None, name: str | None = None) -> Iterator:
+        unit = "frame" if name else "image"
+        return tqdm(items, desc=name, total=total, unit=unit, leave=False, disable=None)
 
-
-@dataclass
-class Detector:
-    """A model in evaluation mode on its device; call it with a batch of images of one size."""
-
-    model: nn.Module
-    categories: Categories
-    device: torch.device
-    amp_dtype: torch.dtype | None
-    thresholds: dict[int, float]  # the lowest score by category id
-    highest_score: float = 0.0  # so far
-
-    @torch.inference_mode()
-    def __call__(self, batch: list[InputImage]) -> list[InputImage]:
-        """Set the detections of images of one size."""
-        with autocast(self.device, self.amp_dtype):
-            images, _ = Batch([image.pixels for image in batch]).to(self.device)
-            outputs = self.model(images)
-        category_ids = self.categories.ids_of_labels()
-        for image, output in zip(batch, outputs, strict=True):
-            rows = coco_eval.detection_rows([output], [image.image_id], category_ids)
-            lowest = [self.thresholds[i] for i in rows[:, 6].astype(int).tolist()]
-            image.detections = rows[rows[:, 5] >= lowest]
-            self.highest_score = max(self.highest_score, rows[:, 5].max(initial=0))
-        return batch
-
-
-def run_inference(
-    images: list[InputImage],
-    rules: ImageRules,
-    detector: Detector,
-    draw: Callable,
-    batch_size: int,
-) -> Iterator[InputImage]:
-    """Read, detect and draw; threads read and draw images while the model runs on others.
-
-    Yields:
-        The usable images. The errors of the others are printed to stderr.
-    """
-    threads = min(4, os.cpu_count() or 1)
-    load = partial(read_input, transform=detector.model.transform, rules=rules)
-    loaded = prefetch_map(load, images, threads, batch_size + threads)
-    batches = batch_by_size(skip_unusable(loaded), batch_size)
-    detected = chain.from_iterable(map(detector, batches))
-    return prefetch_map(draw, detected, threads, 2 * threads)
-
-
-def prefetch_map(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
-    """Yield `function` of each item in order; threads compute up to `ahead` items in advance."""
-    with ThreadPoolExecutor(threads) as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def skip_unusable(images: Iterable[InputImage]) -> Iterator[InputImage]:
-    """Yield the images without an error; print the errors of the others to stderr."""
-    for image in images:
-        log_notes(image.notes)
-        if image.error:
-            tqdm.write(f"skipped: {image.error}", file=sys.stderr)
+    def _keep(self, item: NamedImage) -> None:
+        log_notes(item.notes)
+        item.pixels = item.video_frame = None
+        if item.error:
+            self._skip(item.error)
         else:
-            yield image
+            self.done.append(item)
+
+    def _skip(self, message: str) -> None:
+        tqdm.write(f"skipped: {message}", file=sys.stderr)
+        self.skipped.append(message)
+
+    def draw(self, item: NamedImage) -> torch.Tensor:
+        """Draw an image with its detections, beside its ground truth if it is annotated."""
+        rows, categories = item.rows(), self.detector.categories
+        if item.row is None:
+            return drawing.draw_detections(item.pixels, rows, categories, item.factor)
+        truth = (self.index, item.row)
+        return drawing.draw_comparison(item.pixels, *truth, rows, categories, item.factor)
 
 
-def batch_by_size(images: Iterable[InputImage], batch_size: int) -> Iterator[list[InputImage]]:
-    """Batch consecutive images of one size: padding would change detections near borders."""
-    for _, group in groupby(images, key=lambda image: image.size):
-        while batch := list(islice(group, batch_size)):
-            yield batch
+def write_picture(item: NamedImage, draw: Callable, folder: Path | None) -> NamedImage:
+    """Write an image with boxes into a folder, if there is one; free its pixels."""
+    if not item.error and folder:
+        drawn = draw(item)
+        suffix = ".png" if max(drawn.shape) > MAX_JPEG_SIDE else ".jpg"
+        save_image(drawn, folder / (item.stem + suffix), quality=90)
+    item.pixels = None
+    return item
 
 
-# ---------------------------------------------------------------------------------- drawing
-
-
-def draw_image(
-    image: InputImage, folder: Path, categories: Categories, index: CocoIndex | None
-) -> InputImage:
-    """Write an image with its detections, beside its ground truth if it is annotated."""
-    pixels, detections = image.pixels, image.detections
-    if image.row is None:
-        drawn = drawing.draw_detections(pixels, detections, categories)
-    else:
-        drawn = drawing.draw_comparison(pixels, index, image.row, detections, categories)
-    image.pixels = None
-    suffix = ".png" if max(drawn.shape) > MAX_JPEG_SIDE else ".jpg"
-    file = folder / (image.stem + suffix)
+def save_image(pixels: torch.Tensor, file: Path, quality: int = 95) -> None:
+    """Write an image, uint8 `[3, H, W]`, as JPEG or PNG."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # Subsampled colors, Pillow's default, would smear the thin lines.
-    options = {"quality": 90, "subsampling": 0} if suffix == ".jpg" else {}
-    Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy()).save(file, **options)
-    return image
+    options = {"quality": quality, "subsampling": 0} if file.suffix == ".jpg" else {}
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, **options)
 
 
-# --------------------------------------------------------------------------------- the results
+# ---------------------------------------------------------------------------------- benchmark
 
 
-def write_coco(folder: Path, images: list[InputImage], categories: Categories) -> Path:
-    """Write `detections.json` in COCO's results format, and `images.json`.
+def benchmark(run: Run, images: list[NamedImage]) -> None:
+    """Print the latency of reading, model and drawing one after the other, and the speed of all.
 
-    `images.json` is an annotation file without annotations, with the file of each `image_id`, for
-    `COCO("images.json").loadRes("detections.json")`.
+    The images are repeated to at least `BENCHMARK_IMAGES`; a first batch is not counted.
     """
-    file = folder / "detections.json"
-    rows = np.concatenate([np.empty((0, 7)), *(image.detections for image in images)])
-    coco_eval.write_results(rows, file)
-    content = {
-        "images": [
-            {"id": i.image_id, "file_name": i.file_name, "width": i.size[0], "height": i.size[1]}
-            for i in images
-        ],
-        "annotations": [],
-        "categories": [{"id": i, "name": name} for i, name in categories.id_to_name.items()],
-    }
-    (folder / "images.json").write_text(json.dumps(content), encoding="utf-8")
-    return file
+    detector, size = run.detector, run.detector.batch_size
+    count = max(len(images), BENCHMARK_IMAGES, size)
+    repeated = [new_image(image) for image in islice(cycle(images), size + count)]
+    seconds = {"reading": [], f"model, batch of {size}": [], "drawing": []}
+    with tempfile.TemporaryDirectory() as folder:
+        finish = partial(write_picture, draw=run.draw, folder=Path(folder))
+        stages = (
+            lambda batch: [timed(detector.read, item) for item in batch],
+            lambda batch: [timed(list, detector.stream(batch))],
+            lambda batch: [timed(finish, item) for item in batch],
+        )
+        for start in range(0, size + count, size):
+            batch = repeated[start : start + size]
+            for name, stage in zip(seconds, stages, strict=True):
+                times = stage(batch)
+                seconds[name] += times if start else []
+            raise_if_unusable(batch)
+        pipelined = map(new_image, repeated[size:])
+        total = timed(list, run.pipeline(pipelined, finish))
+    utils.log(f"{'':<22}{'median':>12}{'95 %':>12}{'images/s':>12}")
+    for name, times in seconds.items():
+        median, high = 1000 * np.quantile(times, [0.5, 0.95])
+        rate = count / sum(times)
+        utils.log(f"{name:<22}{median:>9.1f} ms{high:>9.1f} ms{rate:>12.2f}")
+    utils.log(f"{'all, overlapping':<46}{count / total:>12.2f}")
 
 
-def write_csv(folder: Path, images: list[InputImage], categories: Categories) -> Path:
-    """Write `detections.csv`: one line per box, x and y of its upper left corner, in pixels."""
-    file = folder / "detections.csv"
-    names = {i: fonts.one_line(name) for i, name in categories.id_to_name.items()}
-    # File names on Linux need not be UTF-8: their bytes are written unchanged.
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
-        writer = csv.writer(opened)
-        box = ("x", "y", "width", "height")
-        writer.writerow(("file_name", "category_id", "category", "score", *box))
-        for image in images:
-            # The model computes in float32: more digits have no information.
-            for _, *xywh, score, i in image.detections.astype(np.float32):
-                writer.writerow((image.file_name, int(i), names[int(i)], score, *xywh))
-    return file
+def new_image(image: NamedImage) -> NamedImage:
+    """Return an image that was not read yet."""
+    names = {"file_name": image.file_name, "stem": image.stem, "image_id": image.image_id}
+    return NamedImage(path=image.path, annotated_size=image.annotated_size, row=image.row, **names)
 
 
-def write_yolo(folder: Path, images: list[InputImage], categories: Categories) -> Path:
-    """Write `labels/`, a text file for each image, and `classes.txt`, the names of class 0, 1, ...
+def timed(function: Callable, argument: object) -> float:
+    """Return the seconds that `function` of `argument` takes."""
+    start = time.perf_counter()
+    function(argument)
+    return time.perf_counter() - start
 
-    Each line is `class cx cy w h score`, relative to the width and height of the image.
-    """
+
+def raise_if_unusable(images: list[NamedImage]) -> None:
+    """Raise UserError if one of the images has an error: times would be too short."""
     for image in images:
-        file = folder / "labels" / f"{image.stem}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for _, x, y, w, h, score, i in image.detections.tolist():
-            relative = np.array([x + w / 2, y + h / 2, w, h]) / np.tile(image.size, 2)
-            numbers = " ".join(f"{number:.6f}" for number in (*relative, score))
-            lines.append(f"{categories.ids.index(i)} {numbers}\n")
-        file.write_text("".join(lines), encoding="utf-8")
-    names = "".join(
-        f"{fonts.one_line(name) or f'category {i}'}\n" for i, name in categories.id_to_name.items()
-    )
-    (folder / "classes.txt").write_text(names, encoding="utf-8")
-    return folder / "labels"
+        if image.error:
+            raise UserError(f"{image.error}. Remove it: --benchmark needs images without errors")
 
 
-WRITERS = {"coco": write_coco, "csv": write_csv, "yolo": write_yolo}
+# ---------------------------------------------------------------------------------- the command
 
 
-def summarize(images: list[InputImage], categories: Categories) -> str:
+def summarize(images: list[NamedImage], id_to_name: dict[int, str]) -> str:
     """Return the number of detections by category, the most frequent first, as a line."""
-    counts = Counter(i for image in images for i in image.detections[:, 6])
-    names = [
-        f"{count:,} {fonts.one_line(categories.id_to_name[i])}" for i, count in counts.most_common()
-    ]
+    counts = Counter(i for image in images for i in image.detections.category_ids.tolist())
+    names = [f"{count:,} {fonts.one_line(id_to_name[i])}" for i, count in counts.most_common()]
     more = f" and {len(names) - 10} more categories" if names[10:] else ""
     by_category = f" ({', '.join(names[:10])}{more})" if names else ""
-    return f"images: {len(images):,}; detections: {counts.total():,}{by_category}"
+    frames = sum(image.frame is not None for image in images)
+    kinds = [(len(images) - frames, "images"), (frames, "frames")]
+    parts = [f"{kind}: {n:,}" for n, kind in kinds if n] or ["images: 0"]
+    return f"{'; '.join(parts)}; detections: {counts.total():,}{by_category}"
+
+
+def write_results(run: Run, seconds: float) -> None:
+    """Write the detections, and log what was found and where it is."""
+    args, categories = run.args, run.detector.categories
+    # Images of one size are run together, and may have overtaken others.
+    done = sorted(run.done, key=lambda image: image.image_id)
+    file = WRITERS[args.format](args.output_dir, done, categories)
+    unlisted = [image.file_name for image in done if image.row is None]
+    if run.index and unlisted:
+        names = ", ".join(unlisted[:20]) + (", ..." if len(unlisted) > 20 else "")
+        utils.log(f"not in {args.show_truth}, no ground truth drawn: {names}")
+    text, speed = summarize(done, categories.id_to_name), len(done) / seconds
+    utils.log(f"{text}; {speed:.2f} images/s")
+    if done and run.detector.highest_score < run.detector.lowest_threshold:
+        highest = run.detector.highest_score
+        utils.log(f"highest score: {highest:.2f}; try a lower --score-threshold")
+    others = [args.output_dir / name for name in ("pictures", "videos", "frames")]
+    written = [str(file), *(f"{folder}{os.sep}" for folder in others if folder.exists())]
+    utils.log(f"output: {', '.join(written[:-1])}{' and ' if written[1:] else ''}{written[-1]}")
+
+
+def detect_all(run: Run, images: list[NamedImage], videos: list[tuple[str, str, str]]) -> bool:
+    """Detect in images and videos; return whether Ctrl-C or SIGTERM interrupted it."""
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run.detect_images(images)
+        for video in videos:
+            run.detect_video(*video)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return False
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args = parse_arguments(argv)
     fonts.prefer_font(args.font)
-    device = choose_device(args.device)
-    paths_and_names = find_images(args.images)
-    images = [InputImage(*row, image_id) for image_id, row in enumerate(paths_and_names, start=1)]
+    images, videos = find_inputs(args.images)
+    if videos and (args.benchmark or args.show_truth):
+        flag = "--benchmark" if args.benchmark else "--show-truth"
+        raise UserError(f"{flag} is for images: remove {videos[0][0]}")
+    if videos:
+        import_av()
     loaded = load_model(args.checkpoint, args.model)
-    model, categories, bit_depth, _ = loaded
-    if args.max_detections:
-        models.limit_detections(model, args.max_detections)
-    thresholds = choose_thresholds(args, loaded)
+    thresholds, text = choose_thresholds(args.score_threshold, loaded, args.checkpoint)
+    categories = loaded.categories
     index = match_annotations(images, args.show_truth, categories) if args.show_truth else None
-    prepare_output_dir(args.output_dir, must_be_empty=True)
-    amp_dtype, precision = resolve_precision(device, args.amp)
-    utils.log(f"{args.checkpoint}: {len(categories.ids)} categories; on {device}, {precision}")
-
-    rules = choose_rules(images, args.bit_depth or bit_depth, args.truncated_images)
-    detector = Detector(move_model(model, device), categories, device, amp_dtype, thresholds)
-    folder = args.output_dir / "pictures"
-    draw = partial(draw_image, folder=folder, categories=categories, index=index)
-    batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-    finished = run_inference(images, rules, detector, draw, batch_size)
-    done, interrupted = [], False
-    start = time.perf_counter()
-    try:
-        for image in tqdm(finished, total=len(images), unit="image", leave=False, disable=None):
-            done.append(image)
-    except KeyboardInterrupt:
-        interrupted = True
-    speed = len(done) / (time.perf_counter() - start)
-
-    file = WRITERS[args.format](args.output_dir, done, categories)
-    unlisted = [image.file_name for image in done if image.row is None]
-    if index and unlisted:
-        names = ", ".join(unlisted[:20]) + (", ..." if len(unlisted) > 20 else "")
-        utils.log(f"not in {args.show_truth}, no ground truth drawn: {names}")
-    utils.log(f"{summarize(done, categories)}; {speed:.2f} images/s")
-    if done and detector.highest_score < min(thresholds.values()):
-        utils.log(f"highest score: {detector.highest_score:.2f}; try a lower --score-threshold")
-    utils.log(f"output: {file} and {folder}{os.sep}")
+    settings = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    detector = Detector(loaded, Settings(**settings), thresholds)
+    if not args.benchmark:
+        prepare_output_dir(args.output_dir, must_be_empty=True)
+    if text:
+        utils.log(text)
+    utils.log(f"{args.checkpoint}: {len(categories.ids)} categories; on {detector.device}, "
+              f"{detector.precision}")  # fmt: skip
+    detector.rules = choose_rules(images, detector.rules)
+    run = Run(args, detector, index)
+    if args.benchmark:
+        benchmark(run, images)
+        return
+    start, total = time.perf_counter(), len(images)
+    interrupted = detect_all(run, images, videos)
+    write_results(run, time.perf_counter() - start)
     if interrupted:
-        raise RunError(f"interrupted after {len(done)} of {len(images)} images")
-    skipped = sum(image.error is not None for image in images)
-    if skipped:
+        of_all = "" if videos else f" of {total}"
+        raise RunError(f"interrupted after {len(run.done)}{of_all} images")
+    if run.skipped:
+        inputs, end = ("inputs", ", or not to their end") if videos else ("images", "")
         raise UserError(
-            f"{skipped} of {len(images)} images could not be used, see above; the others are done"
+            f"{len(run.skipped)} of {total + len(videos)} {inputs} could not be used{end}, see "
+            "above; the others are done"
         )
 
 

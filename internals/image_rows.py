@@ -67,7 +67,7 @@ def open_rows(
             pixels = images.read_image(path, *size, rules, notes)
         else:
             pixels = images.read_upright(path, rules, notes)
-        yield _DecodedRows(pixels.permute(1, 2, 0).numpy())
+        yield ArrayRows(pixels.permute(1, 2, 0).numpy())
         return
     _check_orientation(path, header, size, notes)
     with _open_regions(path, header, rules, notes) as rows:
@@ -141,7 +141,7 @@ def _check_orientation(
         )  # fmt: skip
 
 
-class _DecodedRows:
+class ArrayRows:
     """The rows of an image in memory."""
 
     def __init__(self, pixels: np.ndarray):
@@ -149,6 +149,7 @@ class _DecodedRows:
         self.height, self.width = pixels.shape[:2]
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Return some rows, a view."""
         return self.pixels[start:stop]
 
 

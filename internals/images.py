@@ -36,6 +36,7 @@ OPENED, DECODED = 256, 32
 # The first bytes of supported formats: JPEG, PNG, GIF; TIFF and BigTIFF.
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TOO_LARGE = "image files that are too large"  # a kind of DataError
 END_OF_IMAGE = b"\xff\xd9"  # of a JPEG
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -173,7 +174,7 @@ def _decode(
             raise DataError(
                 f"{path}: {image.width} x {image.height} pixels is more than the limit of "
                 f"{MAX_PIXELS:,}: downscale the image, or cut it into tiles (datasets/tile.py)",
-                kind="image files that are too large",
+                kind=TOO_LARGE,
             )
         if image.format not in ("JPEG", "MPO") and getattr(image, "is_animated", False):
             notes.append(ImageNote(PAGES, str(path)))

@@ -24,7 +24,12 @@ def category_color(category: int) -> Color:
 
 
 def draw_comparison(
-    image: torch.Tensor, index: CocoIndex, i: int, detections: np.ndarray, categories: Categories
+    image: torch.Tensor,
+    index: CocoIndex,
+    i: int,
+    detections: np.ndarray,
+    categories: Categories,
+    factor: int = 1,
 ) -> torch.Tensor:
     """Draw image i of the index twice: with its ground truth, and with its detections.
 
@@ -34,26 +39,28 @@ def draw_comparison(
         i: The position of the image in the index.
         detections: float64 `[N, 7]`, rows of `coco_eval.detection_rows`, highest score first.
         categories: The categories of both, for names and colors.
+        factor: By which the image is reduced, but not its boxes.
 
     Returns:
         uint8 `[3, H', W']`, both drawings side by side, with captions.
     """
     rows = index.box_range(i)
-    boxes, ids = index.boxes[rows], index.category_ids[rows]
+    boxes, ids = index.boxes[rows] / factor, index.category_ids[rows]
     drawable = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
     drawable &= np.isin(ids, categories.ids)
     suffixes = np.where(index.iscrowd[rows], " (crowd)", "")[drawable].tolist()
     ground_truth = _draw_categories(image, boxes[drawable], ids[drawable], suffixes, categories)
     captions = (f"ground truth: {len(suffixes):,}", f"detections: {len(detections):,}")
-    return side_by_side([ground_truth, draw_detections(image, detections, categories)], captions)
+    found = draw_detections(image, detections, categories, factor)
+    return side_by_side([ground_truth, found], captions)
 
 
 def draw_detections(
-    image: torch.Tensor, detections: np.ndarray, categories: Categories
+    image: torch.Tensor, detections: np.ndarray, categories: Categories, factor: int = 1
 ) -> torch.Tensor:
     """Draw detections, rows of `coco_eval.detection_rows`, as in `draw_comparison`."""
-    scores = [f" {score:.2f}" for score in detections[:, 5]]
-    return _draw_categories(image, detections[:, 1:5], detections[:, 6], scores, categories)
+    scores, boxes = [f" {score:.2f}" for score in detections[:, 5]], detections[:, 1:5] / factor
+    return _draw_categories(image, boxes, detections[:, 6], scores, categories)
 
 
 def _draw_categories(

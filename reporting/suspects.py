@@ -18,6 +18,7 @@ from reporting.analysis import (
     DetectionResults,
     overlapping_pairs,
 )
+from reporting.annotation_files import annotation_file
 
 NOT_ANNOTATED, NOT_FOUND = "not annotated", "not found"
 WRONG_CATEGORY, INEXACT_BOX = "wrong category", "inexact box"
@@ -160,8 +161,8 @@ def to_coco(results: DetectionResults, suspects: list[Suspect]) -> dict:
     index = results.index
     boxes, image_of_rows = index.true_boxes(), index.image_of_rows()
     positions = index.positions_of(results.confident[:, 0].astype(np.int64))
-    images, annotations = {}, []
-    for number, suspect in enumerate(suspects, start=1):
+    images, rows = {}, []
+    for suspect in suspects:
         d, t = suspect.detection, suspect.box
         i = int(image_of_rows[t] if d < 0 else positions[d])
         if i not in images:
@@ -170,16 +171,11 @@ def to_coco(results: DetectionResults, suspects: list[Suspect]) -> dict:
             _, *box, score, category = results.confident[d].tolist()
         else:
             box, score, category = boxes[t].tolist(), 0.0, index.category_ids[t]
-        bbox = [round(side, 2) for side in box]
-        annotations.append(
+        rows.append(
             {
-                "id": number,
                 "image_id": images[i]["id"],
                 "category_id": int(category),
-                "bbox": bbox,
-                "area": round(bbox[2] * bbox[3], 2),
-                "iscrowd": 0,
-                "segmentation": [],
+                "bbox": [round(side, 2) for side in box],
                 "score": score,
                 "suspect": suspect.kind,
                 "suspicion": round(float(suspect.suspicion), 4),
@@ -187,8 +183,7 @@ def to_coco(results: DetectionResults, suspects: list[Suspect]) -> dict:
                 **annotation_fields(index, t),
             }
         )
-    categories = [{"id": i, "name": name} for i, name in index.categories.id_to_name.items()]
-    return {"images": list(images.values()), "annotations": annotations, "categories": categories}
+    return annotation_file(list(images.values()), rows, index.categories)
 
 
 def image_row(index: CocoIndex, i: int) -> dict:

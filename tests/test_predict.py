@@ -1,21 +1,27 @@
 import csv
 import json
+import shutil
+import signal
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run, train, write_split
+from helpers import ROOT, run, run_script, train, train_in_process, write_split, write_video
 from PIL import Image
 from pycocotools.coco import COCO
 
+import coco_eval
+import detector
 import models
 import predict
 from coco_utils import Categories
 from internals import mixed_precision
 from internals.errors import RunError, UserError
 from internals.failures import run_command
+from internals.video import VideoReader
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +164,7 @@ def test_max_detections(model, val, tmp_path):
 
 
 def test_formats_agree(model, val, tmp_path):
-    for name in predict.WRITERS:
+    for name in ("coco", "csv", "yolo"):
         detect(model, val, "--output-dir", tmp_path / name, "--score-threshold", 0,
                "--format", name)  # fmt: skip
     coco = COCO(tmp_path / "coco/images.json")
@@ -196,7 +202,70 @@ def test_formats_agree(model, val, tmp_path):
             assert numbers == pytest.approx([label, *box, row["score"]], abs=1e-6)
 
 
+@pytest.fixture
+def annotated(model, val, tmp_path) -> Path:
+    """Detect with --format coco-dataset; return the annotation file."""
+    detect(model, val, "--output-dir", tmp_path / "found", "--score-threshold", 0.05,
+           "--format", "coco-dataset")  # fmt: skip
+    return tmp_path / "found/annotations.json"
+
+
+def test_coco_dataset_has_the_detections_as_annotations(model, val, annotated, tmp_path):
+    detect(model, val, "--output-dir", tmp_path / "coco", "--score-threshold", 0.05)
+    coco, rows = COCO(annotated), read(tmp_path / "coco/detections.json")
+    assert len(rows) == len(coco.anns) > 20
+    for row, annotation in zip(rows, coco.anns.values(), strict=True):
+        assert {key: annotation[key] for key in row} == row
+        assert annotation["area"] == row["bbox"][2] * row["bbox"][3]
+        assert (annotation["iscrowd"], annotation["segmentation"]) == (0, [])
+    assert list(coco.anns) == list(range(1, 1 + len(rows)))
+    assert {i: row["name"] for i, row in coco.cats.items()} == {2: "cat", 5: "dog"}
+    assert [row["file_name"] for row in coco.imgs.values()] == ["0.png", "1.png", "2.png"]
+
+
+def test_coco_dataset_trains(annotated, val, tmp_path):
+    """Predict, correct, split, retrain: the loop of docs/fine-tuning.md."""
+    paths = (annotated, val, tmp_path / "corrected")
+    done = run_script(ROOT / "datasets/split.py", *paths, "--val-share", 0.4)
+    assert done.returncode == 0, done.stderr
+    assert "data check passed" in train_in_process(
+        "--data-path", tmp_path / "corrected", "--check-data"
+    )
+    flags = ("--data-path", tmp_path / "corrected", "--output-dir", tmp_path / "again")
+    assert "AP" in train_in_process(*flags, "--batch-size", 1)
+
+
+def test_coco_dataset_reads_in_datumaro(annotated, val, tmp_path):
+    datumaro = pytest.importorskip("datumaro")
+    folder = tmp_path / "datumaro"
+    (folder / "annotations").mkdir(parents=True)
+    shutil.copy(annotated, folder / "annotations/instances_train.json")
+    shutil.copytree(val, folder / "images/train")
+    items = list(datumaro.Dataset.import_from(str(folder), "coco_instances"))
+    boxes = [box for item in items for box in item.annotations]
+    assert len(items) == 3
+    assert len(boxes) == len(read(annotated)["annotations"])
+
+
+def test_voc_is_read_back(model, val, annotated, tmp_path):
+    out = tmp_path / "voc"
+    detect(model, val, "--output-dir", out, "--score-threshold", 0.05, "--format", "voc")
+    assert files_in(out / "Annotations") == ["0.xml", "1.xml", "2.xml"]
+    shutil.copytree(val, out / "JPEGImages")
+    done = run_script(ROOT / "datasets/voc_to_coco.py", out, tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    back = COCO(tmp_path / "back/annotations/instances_train2017.json")
+    expected = COCO(annotated)
+    names = {row["id"]: row["name"] for row in back.cats.values()}
+    assert [names[row["category_id"]] for row in back.anns.values()] == [
+        {2: "cat", 5: "dog"}[row["category_id"]] for row in expected.anns.values()
+    ]
+    for row, before in zip(back.anns.values(), expected.anns.values(), strict=True):
+        np.testing.assert_allclose(row["bbox"], before["bbox"], atol=1.01)
+
+
 def test_names_are_one_line_in_every_format(trained, model, val, tmp_path, capsys):
+    """Annotation files for programs keep the names as they are."""
     saved = torch.load(model, weights_only=True)
     for row, name in zip(saved["categories"], ("斑\n马", "d\u2028ög"), strict=True):
         row["name"] = name
@@ -210,26 +279,85 @@ def test_names_are_one_line_in_every_format(trained, model, val, tmp_path, capsy
     lines = (tmp_path / "csv/detections.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + len(read(tmp_path / "coco/detections.json"))
     assert {line.split(",")[2] for line in lines[1:]} == {"斑 马", "d ög"}
-    images = read(tmp_path / "coco/images.json")
-    assert [row["name"] for row in images["categories"]] == ["斑\n马", "d\u2028ög"]
+    for file in ("coco/images.json", "coco-dataset/annotations.json"):
+        names = [row["name"] for row in read(tmp_path / file)["categories"]]
+        assert names == ["斑\n马", "d\u2028ög"]
+    root = ElementTree.parse(tmp_path / "voc/Annotations/1.xml")
+    assert {element.text for element in root.iter("name")} == {"斑 马", "d ög"}
 
 
 def test_no_detections_give_empty_files(model, val, tmp_path, capsys):
-    for name in ("coco", "yolo"):
+    for name in predict.WRITERS:
         detect(model, val / "0.png", "--output-dir", tmp_path / name, "--score-threshold", 1,
                "--format", name)  # fmt: skip
         assert "images: 1; detections: 0; " in capsys.readouterr().out
     assert read(tmp_path / "coco/detections.json") == []
     assert (tmp_path / "yolo/labels/0.txt").read_text() == ""
+    assert read(tmp_path / "coco-dataset/annotations.json")["annotations"] == []
+    assert not list(ElementTree.parse(tmp_path / "voc/Annotations/0.xml").iter("object"))
 
 
 def test_amp_precision_is_logged(model, val, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mixed_precision, "_cpu_has_bfloat16", lambda: True)
-    used, autocast = [], predict.autocast
-    monkeypatch.setattr(predict, "autocast", lambda *a: used.append(a[1]) or autocast(*a))
+    used, autocast = [], detector.autocast
+    monkeypatch.setattr(detector, "autocast", lambda *a: used.append(a[1]) or autocast(*a))
     detect(model, val / "0.png", "--output-dir", tmp_path / "x", "--amp")
     assert used == [torch.bfloat16]
     assert "mixed, bfloat16" in capsys.readouterr().out
+
+
+def test_command_finds_what_the_api_finds(model, val, tmp_path):
+    settings = {"score_threshold": 0.06, "nms_threshold": 0.3, "class_agnostic_nms": True,
+                "tile": 40, "tile_overlap": 0.3, "max_detections": 7}  # fmt: skip
+    flags = ("--score-threshold", 0.06, "--nms-threshold", 0.3, "--class-agnostic-nms",
+             "--tile", 40, "--tile-overlap", 0.3, "--max-detections", 7)  # fmt: skip
+    detect(model, val, "--output-dir", tmp_path / "x", *flags)
+    found = predict.Detector.load(model, **settings)(sorted(val.glob("*.png")))
+    rows = np.concatenate([each.to_rows(i) for i, each in enumerate(found, start=1)])
+    assert read(tmp_path / "x/detections.json") == coco_eval.coco_results(rows)
+    assert len(rows) == 21
+    detect(model, val, "--output-dir", tmp_path / "whole", *flags[:5])
+    assert read(tmp_path / "whole/detections.json") != read(tmp_path / "x/detections.json")
+
+
+def test_images_of_several_sizes_are_in_the_order_given(model, tmp_path):
+    """With batches, images of one size overtake others."""
+    names = [f"{n}.png" for n in range(9)]
+    for n, name in enumerate(names):
+        write_image(tmp_path / "in" / name, *((64, 48), (48, 64), (56, 56))[n % 3])
+    for size in (1, 4):
+        detect(model, tmp_path / "in", "--output-dir", tmp_path / f"{size}", "--batch-size", size)
+        images = read(tmp_path / f"{size}/images.json")["images"]
+        assert [(row["id"], row["file_name"]) for row in images] == list(enumerate(names, 1))
+        assert [row["width"] for row in images] == [64, 48, 56] * 3
+
+
+def test_no_pictures(model, val, tmp_path, capsys):
+    detect(model, val, "--output-dir", tmp_path / "x", "--no-pictures")
+    assert files_in(tmp_path / "x") == ["detections.json", "images.json"]
+    output = capsys.readouterr().out
+    assert output.endswith(f"output: {tmp_path / 'x/detections.json'}\n")
+
+
+def test_benchmark_writes_nothing(model, val, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "BENCHMARK_IMAGES", 5)
+    detect(model, val, "--benchmark", "--batch-size", 2)
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    assert lines[0].split() == ["median", "95", "%", "images/s"]
+    for line, name in zip(lines[1:4], ("reading", "model, batch of 2", "drawing"), strict=True):
+        median, _, high, _, rate = line.removeprefix(name).split()
+        assert 0 < float(median) <= float(high)
+        assert float(rate) > 0
+    assert lines[4].startswith("all, overlapping ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_benchmark_refuses_images_that_cannot_be_read(command, model, val, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"")
+    code, _, errors = command(model, val, tmp_path / "bad.png", "--benchmark")
+    assert code == 2
+    assert "bad.png cannot be read as an image: the file is empty. Remove it: --ben" in errors
 
 
 def test_torchvision_weights_by_name(val, tmp_path, monkeypatch):
@@ -336,20 +464,141 @@ def test_results_without_usable_images(command, model, tmp_path):
     assert read(tmp_path / "x/detections.json") == []
 
 
-def test_interrupted_run_writes_results(model, val, tmp_path, monkeypatch):
-    detector, calls = predict.Detector.__call__, []
+@pytest.mark.parametrize("source", ["KeyboardInterrupt", "SIGTERM"])
+def test_interrupted_run_writes_what_was_found(model, val, tmp_path, monkeypatch, source):
+    start, calls = predict.Detector._start, []
 
     def interrupted(self, batch):
         calls.append(batch)
         if len(calls) == 3:
+            if source == "SIGTERM":
+                signal.raise_signal(signal.SIGTERM)
             raise KeyboardInterrupt
-        return detector(self, batch)
+        return start(self, batch)
 
-    monkeypatch.setattr(predict.Detector, "__call__", interrupted)
-    monkeypatch.setattr(predict.os, "cpu_count", lambda: 0)
+    monkeypatch.setattr(predict.Detector, "_start", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RunError, match=r"interrupted after \d of 3 images"):
         detect(model, val, "--output-dir", tmp_path / "x")
     assert (tmp_path / "x/detections.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# -------------------------------------------------------------------------------------- videos
+
+
+@pytest.fixture
+def film(model, val, tmp_path) -> tuple[Path, list[np.ndarray]]:
+    """Write a lossless video of ten frames, 64 x 48, four a second."""
+    pytest.importorskip("av")
+    rng = np.random.default_rng(0)
+    blurred = [rng.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in range(10)]
+    frames = [np.asarray(Image.fromarray(pixels).resize((64, 48))) for pixels in blurred]
+    return write_video(tmp_path / "film.mkv", frames, rate=4), frames
+
+
+def test_video_has_the_detections_of_its_frames(model, film, tmp_path, capsys):
+    file, frames = film
+    for n, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{n}.png")
+    images = [tmp_path / f"{n}.png" for n in range(10)]
+    flags = ("--score-threshold", 0.05, "--output-dir")
+    detect(model, *images, *flags, tmp_path / "images")
+    capsys.readouterr()
+    detect(model, file, *flags, tmp_path / "video")
+    printed = capsys.readouterr().out
+    rows = read(tmp_path / "video/detections.json")
+    assert rows == read(tmp_path / "images/detections.json")
+    assert f"frames: 10; detections: {len(rows)} (" in printed
+    assert f"{tmp_path / 'video/detections.json'} and {tmp_path / 'video/videos'}/" in printed
+    entries = read(tmp_path / "video/images.json")["images"]
+    assert [(row["file_name"], row["frame"]) for row in entries] == [
+        ("film.mkv", n) for n in range(10)
+    ]
+    np.testing.assert_allclose([row["time"] for row in entries], np.arange(10) / 4, atol=1e-3)
+
+
+def test_written_video_has_the_frames_and_the_rate_of_the_input(model, film, tmp_path):
+    file, _ = film
+    detect(model, file, "--output-dir", tmp_path / "x", "--score-threshold", 1)
+    with (
+        VideoReader(str(file)) as before,
+        VideoReader(str(tmp_path / "x/videos/film.mp4")) as after,
+    ):
+        assert (after.rate, after.width, after.height) == (before.rate, 512, 384)  # enlarged
+        written, read_back = list(after), list(before)
+    assert len(written) == len(read_back) == 10
+    for there, here in zip(written, read_back, strict=True):
+        assert there.time == pytest.approx(here.time, abs=1e-3)
+        enlarged = np.asarray(Image.fromarray(here.pixels).resize((512, 384))).astype(int)
+        assert np.abs(there.pixels - enlarged).mean() < 5  # lossy, and nothing drawn
+
+
+def test_part_of_a_video(model, film, tmp_path):
+    file, _ = film
+    flags = ("--score-threshold", 0.05, "--every", 3, "--start", 0.6, "--end", "0:01.9")
+    detect(model, file, *flags, "--output-dir", tmp_path / "x", "--format", "csv", "--no-pictures")
+    assert files_in(tmp_path / "x") == ["detections.csv"]
+    with (tmp_path / "x/detections.csv").open(newline="") as opened:
+        lines = list(csv.DictReader(opened))
+    times = {(line["file_name"], int(line["frame"]), round(float(line["time"]), 2))
+             for line in lines}  # fmt: skip
+    assert times == {("film.mkv", 3, 0.75), ("film.mkv", 6, 1.5)}
+
+
+def test_frames_for_annotation_are_saved(model, film, tmp_path):
+    file, frames = film
+    flags = ("--score-threshold", 0.05, "--every", 4, "--format", "coco-dataset", "--no-pictures")
+    detect(model, write_image(tmp_path / "a.png"), file, *flags, "--output-dir", tmp_path / "x")
+    content = read(tmp_path / "x/annotations.json")
+    names = [f"film/00000{n}.jpg" for n in (0, 4, 8)]
+    assert [row["file_name"] for row in content["images"]][1:] == names
+    assert [row["id"] for row in content["images"]] == [1, 2, 3, 4]
+    for name, n in zip(names, (0, 4, 8), strict=True):
+        saved = np.asarray(Image.open(tmp_path / "x/frames" / name)).astype(int)
+        assert np.abs(saved - frames[n]).mean() < 8
+
+
+def test_cut_video_ends_with_what_there_was(command, model, film, tmp_path):
+    file, _ = film
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    (tmp_path / "no.mp4").write_text("text")
+    code, _, errors = command(model, tmp_path / "no.mp4", file, "--output-dir", tmp_path / "x")
+    assert code == 2
+    assert "skipped: " in errors
+    assert "no.mp4 cannot be read as a video" in errors
+    assert f"skipped: the rest of {file}: " in errors
+    assert "2 of 2 inputs could not be used, or not to their end" in errors
+    count = len(read(tmp_path / "x/images.json")["images"])
+    assert 2 <= count <= 8
+    with VideoReader(str(tmp_path / "x/videos/film.mp4")) as written:
+        assert len(list(written)) == count
+
+
+def test_interrupted_video_can_be_played(model, film, tmp_path, monkeypatch):
+    file, _ = film
+    start, calls = predict.Detector._start, []
+
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return start(self, batch)
+
+    monkeypatch.setattr(predict.Detector, "_start", interrupted)
+    monkeypatch.setattr(predict, "THREADS", 1)
+    with pytest.raises(RunError, match=r"interrupted after 3 images"):
+        detect(model, file, "--output-dir", tmp_path / "x")
+    with VideoReader(str(tmp_path / "x/videos/film.mp4")) as written:
+        assert len(list(written)) == 3
+
+
+def test_flags_for_images_refuse_videos(command, model, film, annotations, tmp_path):
+    file, _ = film
+    for flags in (("--benchmark",), ("--show-truth", annotations, "--output-dir", tmp_path / "x")):
+        code, _, errors = command(model, file, *flags)
+        assert code == 2
+        assert f"{flags[0]} is for images: remove {file}" in errors
 
 
 # ------------------------------------------------------------------------------ ground truth
@@ -458,6 +707,10 @@ def test_invalid_arguments_are_rejected(command, model, trained, annotations, tm
         ((model, image, *out, "--device", "cuda"), "there are 0 CUDA devices"),
         ((model, image, *out, "--show-truth", truth), "category 2 ('horse') does not fit"),
         ((model, image, *out, "--format", "xml"), "invalid choice: 'xml'"),
+        ((model, image, *out, "--tile", 31), "31 is below 32"),
+        ((model, image, *out, "--tile-overlap", 0.95), "0.95 is not between 0 and 0.9"),
+        ((model, image, *out, "--nms-threshold", "x"), "invalid float value: 'x'"),
+        ((model, image, *out, "--every", 0), "0 is below 1"),
         ((model, image, *out, "--font", truth), "truth.json cannot be read as a font"),
     ):
         code, _, errors = command(*arguments)

@@ -11,7 +11,7 @@ from helpers import ROOT
 # Bottom up: each file may import those before it, and `internals`.
 SPINE = (
     *("utils", "transforms", "samplers", "coco_utils", "coco_eval", "models", "engine"),
-    *("checkpoint", "arguments", "settings", "loading", "train"),
+    *("checkpoint", "detector", "arguments", "settings", "loading", "train"),
 )
 COMMANDS = ("predict", "export", "report")
 FOLDERS = ("internals", "reporting", "datasets")

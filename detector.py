@@ -1,0 +1,524 @@
+"""Detect objects in images with a trained model.
+
+from predict import Detector
+
+detector = Detector.load("output/model_best.pth")
+found = detector("image.jpg")
+print(found.boxes, found.scores, found.names)
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import box_convert, nms
+
+import checkpoint
+import models
+from coco_utils import NO_CATEGORY, Categories
+from internals.batches import Batch
+from internals.bit_depth import EARLIER_DEPTH
+from internals.devices import choose_device, move_model
+from internals.errors import DataError, UserError
+from internals.image_notes import ImageNote
+from internals.image_rows import ArrayRows, open_rows, read_size
+from internals.images import TOO_LARGE, ImageRules, narrowness, read_image, read_upright
+from internals.mixed_precision import autocast, resolve_precision
+from internals.pipeline import batch_by_key, prefetch_map
+from internals.tiles import cut_tiles, tile_starts
+from internals.view_merging import Found, merge_views
+
+BEST, BEST_PER_CATEGORY, DEFAULT_SCORE = "best", "best-per-category", 0.5
+MIN_TILE, MAX_OVERLAP = 32, 0.9
+OUTPUT_NAMES = ("boxes", "scores", "labels")  # of torchvision's detectors
+THREADS = min(4, os.cpu_count() or 1)  # to read and draw images
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a Detector works; the flags of predict.py of the same names.
+
+    Attributes:
+        score_threshold: Lower scores are dropped: a number, `BEST` or `BEST_PER_CATEGORY` for those
+            of the checkpoint; None for `DEFAULT_SCORE`.
+        max_detections: Keep so many highest scores of an image; None for as many as in training,
+            and with tiles for those of all tiles.
+        nms_threshold: Of two boxes with a higher IoU the one with the lower score is dropped; None
+            for that of the model, 0.5 in a Faster R-CNN.
+        class_agnostic_nms: Whether to drop boxes of other categories, too.
+        tile: Also detect in tiles of this side in pixels; None for the whole image only.
+        tile_overlap: The share of a tile's side by which neighbouring tiles overlap at least.
+        batch_size: Run so many images or tiles together; None for 8 on CUDA, 1 elsewhere.
+        device: "cuda", "cuda:N", "mps" or "cpu"; None for CUDA if available.
+        amp: Whether to use mixed precision.
+        bit_depth: The bits that 16-bit gray images hold; None for as in training.
+        truncated_images: "refuse", or "use" JPEGs whose end is missing.
+    """
+
+    score_threshold: float | str | None = None
+    max_detections: int | None = None
+    nms_threshold: float | None = None
+    class_agnostic_nms: bool = False
+    tile: int | None = None
+    tile_overlap: float = 0.2
+    batch_size: int | None = None
+    device: str | None = None
+    amp: bool = False
+    bit_depth: int | None = None
+    truncated_images: str = "refuse"
+
+    def __post_init__(self) -> None:
+        """Raise UserError if a setting is out of range."""
+        for name, low, high in (
+            ("score_threshold", 0, 1),
+            ("nms_threshold", 0, 1),
+            ("tile", MIN_TILE, np.inf),
+            ("tile_overlap", 0, MAX_OVERLAP),
+            ("max_detections", 1, np.inf),
+            ("batch_size", 1, np.inf),
+        ):
+            value = getattr(self, name)
+            if value not in (None, BEST, BEST_PER_CATEGORY) and not low <= value <= high:
+                raise UserError(f"{name} is {value}: use {low} or more, up to {high}")
+
+
+@dataclass
+class Detections:
+    """The N objects found in an image, the highest score first.
+
+    Attributes:
+        boxes: float32 `[N, 4]`: x1, y1, x2, y2 in pixels of the image.
+        scores: float32 `[N]`, from 0 to 1.
+        category_ids: int64 `[N]`, as in the annotations of the training.
+        id_to_name: The names of all categories.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    category_ids: np.ndarray
+    id_to_name: dict[int, str] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> "Detections":
+        """Return some of the detections: `found[found.scores > 0.9]`."""
+        columns = (self.boxes, self.scores, self.category_ids)
+        return Detections(*(column[rows] for column in columns), self.id_to_name)
+
+    @property
+    def names(self) -> list[str]:
+        """The name of the category of each object."""
+        return [self.id_to_name[i] for i in self.category_ids.tolist()]
+
+    def to_arrays(self) -> dict:
+        """Return plain arrays as `supervision.Detections(**arrays)` takes them."""
+        return {
+            "xyxy": self.boxes,
+            "confidence": self.scores,
+            "class_id": self.category_ids,
+            "data": {"class_name": np.array(self.names, dtype=str)},
+        }
+
+    def to_rows(self, image_id: int) -> np.ndarray:
+        """Return rows of `coco_eval.detection_rows`, float64 `[N, 7]`."""
+        xywh = box_convert(torch.from_numpy(self.boxes), "xyxy", "xywh").numpy()
+        image_ids = np.full(len(self), image_id)
+        return np.column_stack([image_ids, xywh, self.scores, self.category_ids]).astype(np.float64)
+
+
+@dataclass(kw_only=True)
+class ImageItem:
+    """An image on its way through a Detector.
+
+    Attributes:
+        path: Its file; None for an image in memory.
+        pixels: uint8 `[3, H, W]`; of an image that is too large to be held in memory, when it is
+            finished, the image reduced by `factor`.
+        size: Width and height.
+        annotated_size: Width and height in an annotation file; other images are not read.
+        detections: What was found in it.
+        error: Why it cannot be used.
+        notes: What is to be known about it.
+    """
+
+    path: Path | None = None
+    pixels: torch.Tensor | None = None
+    factor: int = 1
+    size: tuple[int, int] | None = None
+    annotated_size: tuple[int, int] | None = None
+    detections: Detections | None = None
+    error: str | None = None
+    notes: list[ImageNote] = field(default_factory=list)
+    views: int = 0  # in which it is seen
+    found: list[Found] = field(default_factory=list)  # in each finished view
+
+
+class View(NamedTuple):
+    """A tile of an image, or the whole, possibly reduced."""
+
+    item: ImageItem
+    pixels: torch.Tensor  # uint8 [3, H, W]
+    x: int = 0  # of the left border in the image
+    y: int = 0
+    factor: int = 1  # by which it is reduced
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, and what is known about it.
+
+    Attributes:
+        model: On the CPU.
+        categories: Those it detects.
+        bit_depth: The bits of the 16-bit images that it was trained on, if any.
+        thresholds: Of `coco_eval.chosen_thresholds`, if any.
+    """
+
+    model: nn.Module
+    categories: Categories
+    bit_depth: int | None = None
+    thresholds: dict | None = None
+
+
+def load_model(weights: str | Path, name: str | None = None) -> LoadedModel:
+    """Load a model from a checkpoint, or one of torchvision by `name`."""
+    path = Path(weights)
+    if name:
+        if path.exists():
+            raise UserError(f"--model is for torchvision's weights: remove it, {path} is a file")
+        return LoadedModel(*models.torchvision_detector(name, str(weights)))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: use a checkpoint in it, {path / checkpoint.BEST}")
+    if not path.exists():
+        raise UserError(f"{path}: no such file. For torchvision's weights add --model NAME")
+    saved = checkpoint.load(path)
+    return LoadedModel(
+        model=models.from_checkpoint(saved),
+        categories=Categories.from_list(saved["categories"]),
+        bit_depth=saved["args"].get("bit_depth", EARLIER_DEPTH),
+        thresholds=saved.get("score_thresholds"),
+    )
+
+
+class Detector:
+    """A model in evaluation mode on its device; call it with images.
+
+    Attributes:
+        model: The model.
+        categories: Those it detects.
+        settings: How it works.
+        rules: How image files are read.
+        precision: Description of the numbers it computes with.
+        highest_score: Of all detections so far, also of those below the thresholds.
+        lowest_threshold: That of the category with the lowest.
+    """
+
+    def __init__(self, loaded: LoadedModel, settings: Settings, thresholds: dict[int, float]):
+        """Prepare a model.
+
+        Args:
+            loaded: The model.
+            settings: How to use it.
+            thresholds: The lowest score of each category id.
+        """
+        self.categories, self.settings = loaded.categories, settings
+        self.device = choose_device(settings.device)
+        self.amp_dtype, self.precision = resolve_precision(self.device, settings.amp)
+        self.batch_size = settings.batch_size or (8 if self.device.type == "cuda" else 1)
+        if settings.max_detections:
+            models.limit_detections(loaded.model, settings.max_detections)
+        if settings.nms_threshold is not None:
+            models.set_nms_threshold(loaded.model, settings.nms_threshold)
+        self.nms_threshold = models.nms_threshold(loaded.model)
+        self.model = move_model(loaded.model, self.device)
+        self.rules = ImageRules(
+            settings.bit_depth or loaded.bit_depth, settings.truncated_images == "use"
+        )
+        self.highest_score, self.lowest_threshold = 0.0, min(thresholds.values())
+        self._id_of_label = self.categories.ids_of_labels()
+        self._lowest = np.array([thresholds.get(i, np.inf) for i in self._id_of_label.tolist()])
+
+    @classmethod
+    def load(cls, weights: str | Path, model: str | None = None, **settings) -> "Detector":
+        """Load a model.
+
+        Args:
+            weights: A checkpoint of train.py; with `model` the name of torchvision's weights, such
+                as COCO_V1.
+            model: One of `models.MODELS`, for torchvision's weights.
+            **settings: Of `Settings`.
+
+        Raises:
+            UserError: The weights cannot be loaded, or a setting does not fit.
+        """
+        loaded, chosen = load_model(weights, model), Settings(**settings)
+        thresholds, _ = choose_thresholds(chosen.score_threshold, loaded, weights)
+        return cls(loaded, chosen, thresholds)
+
+    def __call__(self, images) -> Detections | list[Detections]:
+        """Detect objects.
+
+        Args:
+            images: One or several of: a path; a PIL image; a uint8 array, `[H, W, 3]` in RGB or
+                `[H, W]`. Files are turned by their EXIF orientation, others are used as they are.
+
+        Returns:
+            The detections of the image, or a list of those of each.
+
+        Raises:
+            UserError: An image cannot be used.
+        """
+        if isinstance(images, str | Path | Image.Image | np.ndarray):
+            return self([images])[0]
+        items = [_to_item(image) for image in images]
+        for item in self.stream(prefetch_map(self.read, items, THREADS, self.batch_size + THREADS)):
+            if item.error:
+                raise UserError(item.error)
+            item.pixels = None
+        return [item.detections for item in items]
+
+    def read(self, item: ImageItem) -> ImageItem:
+        """Set pixels and size of an image, or its error; several threads may read.
+
+        Without pixels but a size it is too large to be held in memory, and is read in parts.
+        """
+        try:
+            if item.pixels is None:
+                item.pixels = self._decode(item)
+        except DataError as error:
+            item.error = str(error)
+            if error.kind == TOO_LARGE:
+                if self.settings.tile:
+                    item.size, item.error = read_size(item.path), None
+                else:
+                    limit, _, _ = item.error.rpartition(": ")
+                    item.error = f"{limit}: use --tile SIZE, or downscale the image"
+        if item.pixels is not None:
+            item.size = (item.pixels.shape[2], item.pixels.shape[1])
+        if not item.error:
+            sides = [min(side, self.settings.tile or side) for side in item.size[::-1]]
+            if problem := narrowness(*sides, self.model.transform):
+                item.error, item.pixels = f"{item.path}: {problem}", None
+        return item
+
+    def _decode(self, item: ImageItem) -> torch.Tensor:
+        if item.annotated_size:
+            return read_image(item.path, *item.annotated_size, self.rules, item.notes)
+        return read_upright(item.path, self.rules, item.notes)
+
+    def stream(self, items: Iterable[ImageItem]) -> Iterator[ImageItem]:
+        """Detect objects in images that were read, and yield each when it is finished.
+
+        Images of other sizes may overtake. On CUDA the results of a batch are read while the next
+        one is computed.
+        """
+        failed, started = [], deque()
+        views = self._views(items, failed)
+        for batch in batch_by_key(views, self._input_size, self.batch_size):
+            started.append((batch, self._start(batch)))
+            if len(started) > 1:
+                yield from self._finish(*started.popleft())
+            while failed:
+                yield failed.pop(0)
+        for batch in started:
+            yield from self._finish(*batch)
+        yield from failed
+
+    def _views(self, items: Iterable[ImageItem], failed: list[ImageItem]) -> Iterator[View]:
+        """Yield the views of all images; images with an error go to `failed`."""
+        for item in items:
+            try:
+                if not item.error:
+                    yield from self._views_of(item)
+            except DataError as error:  # found while reading a large image
+                item.error = str(error)
+            if item.error:
+                failed.append(item)
+
+    def _views_of(self, item: ImageItem) -> Iterator[View]:
+        tile, overlap = self.settings.tile, self.settings.tile_overlap
+        if not tile or max(item.size) <= tile:
+            item.views = 1
+            yield View(item, item.pixels)
+            return
+        factor = self._whole_factor(*item.size)
+        columns, rows = (len(tile_starts(side, tile, overlap)) for side in item.size)
+        item.views = columns * rows + (factor is not None)
+        in_memory = item.pixels is not None
+        source = (
+            nullcontext(ArrayRows(item.pixels.permute(1, 2, 0).numpy()))
+            if in_memory
+            else open_rows(item.path, self.rules, item.notes, item.annotated_size)
+        )
+        with source as pixels:
+            for part in cut_tiles(pixels, tile, overlap, factor):
+                view = View(item, torch.from_numpy(part.pixels).permute(2, 0, 1), *part[:2])
+                if part.factor > 1 and not in_memory:
+                    item.pixels, item.factor = view.pixels, part.factor
+                yield view._replace(factor=part.factor)
+
+    def _whole_factor(self, width: int, height: int) -> int | None:
+        """Return by which factor to reduce a whole image before the model resizes it.
+
+        None: it is too narrow for the model.
+        """
+        transform = self.model.transform
+        if narrowness(height, width, transform):
+            return None
+        resized = _resized(height, width, transform)
+        return max(1, int(min(height / resized[0], width / resized[1])))
+
+    def _input_size(self, view: View) -> tuple[int, int]:
+        """Return the height and width of a view after resizing and padding.
+
+        Only views that are alike in this are in a batch: more padding would change detections near
+        borders.
+        """
+        resized = _resized(*view.pixels.shape[1:], self.model.transform)
+        multiple = self.model.transform.size_divisible
+        return tuple(-(-side // multiple) for side in resized)
+
+    @torch.inference_mode()
+    def _start(self, batch: list[View]):
+        """Queue the model on a batch; on CUDA it is not finished on return."""
+        packed = Batch([view.pixels for view in batch])
+        if self.device.type == "cuda":
+            packed.pin_memory()
+        with autocast(self.device, self.amp_dtype):
+            images, _ = packed.to(self.device)
+            return self.model(images)
+
+    def _finish(self, batch: list[View], outputs) -> Iterator[ImageItem]:
+        """Read the outputs of a batch, and yield the images that are finished with it."""
+        for view, found in zip(batch, self._read_outputs(outputs), strict=True):
+            item = view.item
+            item.found.append(found if item.views == 1 else self._to_image(found, view))
+            if len(item.found) == item.views and not item.error:
+                item.detections = self._merge(item)
+                item.found.clear()
+                yield item
+
+    def _read_outputs(self, outputs) -> Iterator[Found]:
+        """Read the boxes above the score thresholds of each image of a batch."""
+        columns = (torch.cat([output[name] for output in outputs]) for name in OUTPUT_NAMES)
+        boxes, scores, labels = columns
+        # A single copy from the device.
+        numbers = torch.cat([boxes, scores[:, None], labels[:, None].float()], dim=1).cpu().numpy()
+        ends = np.cumsum([len(output["labels"]) for output in outputs])[:-1]
+        for rows in np.split(numbers, ends):
+            labels = rows[:, 5].astype(np.int64)
+            rows, labels = (x[self._id_of_label[labels] != NO_CATEGORY] for x in (rows, labels))
+            self.highest_score = max(self.highest_score, float(rows[:, 4].max(initial=0)))
+            above = rows[:, 4] >= self._lowest[labels]
+            rows, groups = rows[above], self._id_of_label[labels[above]]
+            yield Found(rows[:, :4], rows[:, 4], groups, np.empty((len(rows), 4), np.float32))
+
+    def _to_image(self, found: Found, view: View) -> Found:
+        """Return boxes in pixels of the image, with their view."""
+        size, corner = np.array(view.item.size), np.array((view.x, view.y))
+        end = np.minimum(corner + view.factor * np.array(view.pixels.shape[:0:-1]), size)
+        boxes = (found.boxes * view.factor + np.tile(corner, 2)).clip(max=np.tile(size, 2))
+        rectangle = np.concatenate([corner, end]).astype(np.float32)
+        found = found._replace(
+            boxes=boxes.astype(np.float32), views=np.broadcast_to(rectangle, boxes.shape)
+        )
+        if (end - corner < size).any():
+            return found
+        # Smaller objects are whole in a tile, and seen better there.
+        longest = (found.boxes[:, 2:] - found.boxes[:, :2]).max(axis=1)
+        return found.take(longest > self.settings.tile * self.settings.tile_overlap)
+
+    def _merge(self, item: ImageItem) -> Detections:
+        """Merge what was found in the views of an image."""
+        found = Found(*map(np.concatenate, zip(*item.found, strict=True)))
+        boxes, scores, category_ids, _ = found
+        if self.settings.class_agnostic_nms:
+            found = found._replace(groups=np.zeros_like(found.groups))
+        rows = slice(None)
+        if item.views > 1:
+            boxes, rows = merge_views(found, item.size, self.nms_threshold)
+        elif self.settings.class_agnostic_nms:
+            tensors = (torch.from_numpy(column) for column in found[:2])
+            rows = nms(*tensors, self.nms_threshold).numpy()
+            boxes = boxes[rows]
+        names = self.categories.id_to_name
+        detections = Detections(boxes, scores[rows], category_ids[rows], names)
+        return detections[: self.settings.max_detections]
+
+
+def _to_item(image) -> ImageItem:
+    """Return an image as given to a Detector, in the form in which it goes through."""
+    if isinstance(image, str | Path):
+        return ImageItem(path=Path(image))
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"a PIL image of mode {image.mode} has no range: give its path instead")
+        image = np.asarray(image.convert("RGB"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        kind = getattr(image, "dtype", type(image).__name__)
+        raise UserError(f"an image is a path, a PIL image or a uint8 array, not {kind}")
+    if image.ndim == 2:
+        image = np.repeat(image[:, :, None], 3, axis=2)
+    if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UserError(f"an array of shape {image.shape} is no image: use [H, W, 3] or [H, W]")
+    image = np.require(image, requirements=["C", "W"])  # as PyTorch wants arrays
+    return ImageItem(path=Path("array"), pixels=torch.from_numpy(image).permute(2, 0, 1))
+
+
+def _resized(height: int, width: int, transform: GeneralizedRCNNTransform) -> tuple[int, int]:
+    """Return the height and width to which a model resizes an image."""
+    if transform.fixed_size:
+        return transform.fixed_size[::-1]
+    shorter, longer = sorted((height, width))
+    scale = min(transform.min_size[-1] / shorter, transform.max_size / longer)
+    return int(height * scale), int(width * scale)
+
+
+def choose_thresholds(
+    chosen: float | str | None, loaded: LoadedModel, weights: str | Path
+) -> tuple[dict[int, float], str | None]:
+    """Return the score threshold of each category id, and what to tell about it.
+
+    Args:
+        chosen: The setting `score_threshold`.
+        loaded: The model.
+        weights: From where, for errors.
+
+    Raises:
+        UserError: Those of the checkpoint are chosen, and it has none.
+    """
+    ids, points = loaded.categories.ids, loaded.thresholds
+    if chosen not in (BEST, BEST_PER_CATEGORY):
+        text = None
+        if chosen is None and points:
+            text = (
+                f"score threshold: {DEFAULT_SCORE}; the best F1 on the validation images is at "
+                f"{points['overall']:.3f} (--score-threshold best)"
+            )
+        return dict.fromkeys(ids, DEFAULT_SCORE if chosen is None else chosen), text
+    if points is None:
+        raise UserError(
+            f"--score-threshold {chosen}: {weights} has no threshold. It was saved within an epoch "
+            "or by an earlier version, nothing was found in its evaluation, or it is not from "
+            f"train.py: use {checkpoint.BEST}, or give a number"
+        )
+    overall, own = points["overall"], points["per_category"]
+    if chosen == BEST:
+        text = f"score threshold: {overall:.3f}, with the best F1 on the validation images"
+        return dict.fromkeys(ids, overall), text
+    names = loaded.categories.id_to_name
+    listed = ", ".join(f"{' '.join(names[i].split())} {own[i]:.3f}" for i in own)
+    text = (
+        f"score thresholds, with the best F1 on the validation images: {listed}; others "
+        f"{overall:.3f}"
+    )
+    return dict.fromkeys(ids, overall) | own, text
