@@ -69,11 +69,10 @@ def make_mosaic(args: argparse.Namespace, folder: Path) -> None:
 
 def detect_single(detector: Detector, folder: Path, args: argparse.Namespace) -> np.ndarray:
     """Detect in each image alone; return rows in the mosaic."""
-    rows = []
-    for file, x, y in json.loads((folder / FILES["places"]).read_text()):
-        found = detector(file).to_rows(1)
-        rows.append(found + np.array([0, x, y, 0, 0, 0, 0]))
-    return np.concatenate(rows)
+    places = json.loads((folder / FILES["places"]).read_text())
+    found = {file: detector(file).to_rows(1) for file in {file for file, _, _ in places}}
+    shifted = [found[file] + np.array([0, x, y, 0, 0, 0, 0]) for file, x, y in places]
+    return np.concatenate(shifted)
 
 
 def detect_file(detector: Detector, folder: Path, args: argparse.Namespace) -> np.ndarray:
