@@ -187,8 +187,8 @@ class VideoReader:
     def _describe_nothing(self) -> str:
         damage = f" ({self.problem})" if self.problem else ""
         return (
-            f"{self.source} has no frame in the part that is asked for: it ends at "
-            f"{self._time:.2f} s{damage}; change the start, the end or the step"
+            f"{self.source} has no frame in the part that is asked for: the last one before its "
+            f"end is at {self._time:.2f} s{damage}; change the start, the end or the step"
         )
 
     # ----------------------------------------------------------------------------------- opening
@@ -304,20 +304,20 @@ class VideoReader:
 
     def _seek(self, origin: int) -> Iterator:
         """Yield frames from the first one or, if possible, from one shortly before `start`."""
-        if self.rate and self._duration():
-            for margin in SEEK_MARGINS:
-                if self._start <= margin:
-                    break
-                frame = self._seek_to(origin + int((self._start - margin) / self.time_base))
-                if frame is None:
-                    break
-                ticks = _time_stamp(frame)
-                if ticks is not None and (ticks - origin) * self.time_base <= self._start:
-                    self._damaged = []  # frames that need those before the place that was found
-                    return chain([frame], self._decoded)
-        if self._start > SEEK_MARGINS[0]:
-            self.close()
-            self._open()
+        if self._start <= SEEK_MARGINS[0] or not (self.rate and self._duration()):
+            return chain([self._first], self._decoded)
+        for margin in SEEK_MARGINS:
+            if self._start <= margin:
+                break
+            frame = self._seek_to(origin + int((self._start - margin) / self.time_base))
+            if frame is None:
+                break
+            ticks = _time_stamp(frame)
+            if ticks is not None and (ticks - origin) * self.time_base <= self._start:
+                self._damaged = []  # frames that need those before the place that was found
+                return chain([frame], self._decoded)
+        self.close()
+        self._open()
         return chain([self._first], self._decoded)
 
     def _seek_to(self, pts: int):
@@ -332,7 +332,7 @@ class VideoReader:
     def _to_rgb(self, frame) -> np.ndarray:
         """Convert a decoded frame to upright RGB, uint8 `[height, width, 3]`."""
         width, height = self._stored_size
-        colors = {"src_color_range": frame.color_range, "dst_color_range": FULL_RANGE}
+        colors = {"dst_color_range": FULL_RANGE}
         if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
             colors["src_colorspace"] = SWS_BT709 if is_hd(width, height) else SWS_BT601
         pixels = self._reformatter.reformat(frame, width, height, "rgb24", **colors).to_ndarray()
@@ -536,7 +536,7 @@ class VideoWriter:
         primaries, transfer = self._reader.color
         context.color_primaries = kind if primaries in (0, UNSPECIFIED) else primaries
         context.color_trc = kind if transfer in (0, UNSPECIFIED) else transfer
-        # The duration of the last frame is not lost in the encoder.
+        # Else the last frame would last as long as the mean one.
         context.flags |= importlib.import_module("av.codec.context").Flags.frame_duration
 
     def _set_time(self, picture, frame: Frame) -> None:
