@@ -523,7 +523,7 @@ def test_file_is_closed_when_the_iteration_is_left(tmp_path):
     assert not (tmp_path / "w.mp4").exists()
 
 
-def test_full_disk_or_missing_folder(tmp_path):
+def test_file_that_cannot_be_created(tmp_path):
     video = write_video(tmp_path / "v.mkv", make_frames())
     with pytest.raises(RunError, match=r"no/w\.mp4 cannot be written: No such file"):
         copy(video, tmp_path / "no/w.mp4")
