@@ -98,6 +98,9 @@ def import_av() -> ModuleType:
 class VideoReader:
     """The frames of a video in the order in which they are shown; iterate over it once.
 
+    The first video stream is read. All kinds of pixels become 8-bit RGB: transparency is dropped,
+    interlaced fields stay in one frame, and high dynamic range (HDR) is not mapped to the usual.
+
     Attributes:
         width: Of the upright frames in pixels. Later frames of another size are resized to that
             of the first.
@@ -126,13 +129,15 @@ class VideoReader:
             end: Stop before the frame at this time, likewise.
 
         Raises:
-            UserError: PyAV is missing, or there are no frames between `start` and `end`.
+            UserError: PyAV is missing, or `start` is not before `end`.
             DataError: The video cannot be opened, has no video stream or no frame that can be
                 decoded.
         """
         self._av = import_av()
         self.source, self.every = source, every
         self._start, self._end = start or 0.0, math.inf if end is None else end
+        if self._start >= self._end:
+            raise UserError(f"{source}: the start, {start} s, must be before the end, {end} s")
         self._reformatter = importlib.import_module("av.video.reformatter").VideoReformatter()
         self.problem = None
         self._open()
@@ -156,7 +161,11 @@ class VideoReader:
         """Yield the selected frames, then close the file.
 
         The pixels of each frame are a new array; no earlier frame is kept.
+
+        Raises:
+            UserError: No frame is selected, most often because `start` is after the end.
         """
+        is_empty = True
         try:
             for number, ticks, decoded in self._timed_frames():
                 time = float(ticks * self.time_base)
@@ -165,12 +174,22 @@ class VideoReader:
                 self._time = time
                 self._note_damage(decoded.is_corrupt)
                 if time >= self._start and number % self.every == 0:
+                    is_empty = False
                     yield Frame(number, time, self._to_rgb(decoded))
             else:
                 self._check_end()
             self.problem = self._describe_problem()
+            if is_empty:
+                raise UserError(self._describe_nothing())
         finally:
             self.close()
+
+    def _describe_nothing(self) -> str:
+        damage = f" ({self.problem})" if self.problem else ""
+        return (
+            f"{self.source} has no frame in the part that is asked for: the last one before its "
+            f"end is at {self._time:.2f} s{damage}; change the start, the end or the step"
+        )
 
     # ----------------------------------------------------------------------------------- opening
 
@@ -219,8 +238,6 @@ class VideoReader:
         self.pixel_aspect = 1 / aspect if self._turns % 2 else aspect
         self.color = stream.codec_context.color_primaries, stream.codec_context.color_trc
         self.total = self._estimate_total()
-        if self._start >= self._end or self.total == 0:
-            raise UserError(f"{self.source} has no frame between the start and end that are given")
 
     def _estimate_total(self) -> int | None:
         duration = self._duration()
@@ -274,9 +291,9 @@ class VideoReader:
         Times that are missing or do not increase, as after a reset of the clock, are replaced by
         those of a constant rate.
         """
-        origin, number, last = self._first.pts or 0, 0, None
+        origin, number, last = _time_stamp(self._first) or 0, 0, None
         for frame in self._seek(origin):
-            ticks = frame.dts if frame.pts is None else frame.pts
+            ticks = _time_stamp(frame)
             ticks = None if ticks is None else ticks - origin
             if last is None and frame is not self._first and ticks:
                 number = round(ticks * self.time_base * self.rate)
@@ -287,19 +304,20 @@ class VideoReader:
 
     def _seek(self, origin: int) -> Iterator:
         """Yield frames from the first one or, if possible, from one shortly before `start`."""
-        if self.rate and self._duration():
-            for margin in SEEK_MARGINS:
-                if self._start <= margin:
-                    break
-                frame = self._seek_to(origin + int((self._start - margin) / self.time_base))
-                if frame is None:
-                    break
-                if frame.pts is not None and (frame.pts - origin) * self.time_base <= self._start:
-                    self._damaged = []  # frames that need those before the place that was found
-                    return chain([frame], self._decoded)
-        if self._start > SEEK_MARGINS[0]:
-            self.close()
-            self._open()
+        if self._start <= SEEK_MARGINS[0] or not (self.rate and self._duration()):
+            return chain([self._first], self._decoded)
+        for margin in SEEK_MARGINS:
+            if self._start <= margin:
+                break
+            frame = self._seek_to(origin + int((self._start - margin) / self.time_base))
+            if frame is None:
+                break
+            ticks = _time_stamp(frame)
+            if ticks is not None and (ticks - origin) * self.time_base <= self._start:
+                self._damaged = []  # frames that need those before the place that was found
+                return chain([frame], self._decoded)
+        self.close()
+        self._open()
         return chain([self._first], self._decoded)
 
     def _seek_to(self, pts: int):
@@ -314,7 +332,7 @@ class VideoReader:
     def _to_rgb(self, frame) -> np.ndarray:
         """Convert a decoded frame to upright RGB, uint8 `[height, width, 3]`."""
         width, height = self._stored_size
-        colors = {"src_color_range": frame.color_range, "dst_color_range": FULL_RANGE}
+        colors = {"dst_color_range": FULL_RANGE}
         if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
             colors["src_colorspace"] = SWS_BT709 if is_hd(width, height) else SWS_BT601
         pixels = self._reformatter.reformat(frame, width, height, "rgb24", **colors).to_ndarray()
@@ -367,6 +385,10 @@ def is_hd(width: int, height: int) -> bool:
 def _fraction(value) -> Fraction | None:
     """Return a number of PyAV as Fraction, None if it is not set."""
     return Fraction(value.numerator, value.denominator) if value else None
+
+
+def _time_stamp(frame) -> int | None:
+    return frame.dts if frame.pts is None else frame.pts
 
 
 def _is_mirrored(frame) -> bool:
@@ -514,7 +536,7 @@ class VideoWriter:
         primaries, transfer = self._reader.color
         context.color_primaries = kind if primaries in (0, UNSPECIFIED) else primaries
         context.color_trc = kind if transfer in (0, UNSPECIFIED) else transfer
-        # The duration of the last frame is not lost in the encoder.
+        # Else the last frame would last as long as the mean one.
         context.flags |= importlib.import_module("av.codec.context").Flags.frame_duration
 
     def _set_time(self, picture, frame: Frame) -> None:

@@ -96,6 +96,8 @@ def test_variable_rate_keeps_its_time_stamps(tmp_path, name, time_base):
     assert [frame.time for frame in found] == pytest.approx(seconds)
     copied, _ = copy(video, tmp_path / "copy.mp4")
     assert [frame.time for frame in copied] == pytest.approx(seconds, abs=1e-4)
+    with av.open(str(tmp_path / "copy.mp4")) as container:  # the last frame is as long as another
+        assert container.duration / 1e6 == pytest.approx(seconds[-1] + 0.07, abs=1e-4)
     copied, _ = copy(video, tmp_path / "copy.mp4", 3, 0.1)
     kept = [time for n, time in enumerate(seconds) if n % 3 == 0 and time >= 0.1]
     assert [frame.time for frame in copied] == pytest.approx(
@@ -116,9 +118,16 @@ def test_every_start_and_end(tmp_path):
         assert [frame.number for frame in found] == numbers
         assert [frame.time for frame in found] == pytest.approx([n / 10 for n in numbers])
         assert (reader.total, reader.problem) == (len(numbers), None)
-    for args in [(1, 3.0), (1, 1.0, 1.0), (1, 2.0, 1.0), (10, 0.1, 0.9)]:
-        with pytest.raises(UserError, match=r"v\.mkv has no frame between"):
-            VideoReader(str(video), *args)
+    for args, message in [
+        (
+            (1, 3.0),
+            "has no frame in the part that is asked for: the last one before its end is at 2.90 s",
+        ),
+        ((10, 0.1, 0.9), "has no frame in the part that is asked for"),
+        ((1, 1.0, 1.0), "the start, 1.0 s, must be before the end, 1.0 s"),
+    ]:
+        with pytest.raises(UserError, match=rf"v\.mkv.* {message}"):
+            read(video, *args)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +169,18 @@ def test_clock_that_is_reset_does_not_stop_the_video(tmp_path):
     assert [frame.time for frame in found] == pytest.approx([n / 25 for n in range(20)])
     copied, _ = copy(tmp_path / "both.ts", tmp_path / "copy.mp4")
     assert [frame.time for frame in copied] == pytest.approx([n / 25 for n in range(20)])
+
+
+def test_later_frames_of_another_size_are_resized(tmp_path):
+    parts = []
+    options = {"codec": "libx264", "bf": 0}
+    for size in (48, 64):
+        pixels = np.full((size, size, 3), size, np.uint8)
+        parts.append(write_video(tmp_path / f"{size}.ts", [pixels] * 5, **options).read_bytes())
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    found, _ = read(tmp_path / "both.ts")
+    assert [frame.pixels.shape for frame in found] == [(48, 48, 3)] * 10
+    assert [frame.pixels.mean().round() for frame in found[::9]] == pytest.approx([48, 64], abs=3)
 
 
 # (a, b, c, d) of the display matrix, which maps x, y to ax + cy, bx + dy
@@ -318,7 +339,7 @@ def write_song(file):
         sound = container.add_stream("aac", rate=8000)
         cover = container.add_stream("png", rate=1)
         cover.width, cover.height, cover.pix_fmt = 16, 16, "rgb24"
-        cover.disposition = importlib.import_module("av.stream").Disposition.attached_pic
+        cover.disposition = importlib.import_module("av.stream").Disposition.attached_pic.value
         white = np.full((16, 16, 3), 255, np.uint8)
         container.mux(cover.encode(av.VideoFrame.from_ndarray(white, format="rgb24")))
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.float32), "fltp", "mono")
@@ -378,7 +399,7 @@ def server(tmp_path):
     """Serve `tmp_path`; return the address."""
     handler = functools.partial(QuietHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -398,9 +419,10 @@ def test_urls_are_read(tmp_path, server):
         VideoReader(f"{server}/missing.mkv")
 
 
-def test_stream_without_an_end(tmp_path, server, monkeypatch):
-    """A camera that sends images without a length, until the connection is lost."""
-    images = [frame.tobytes() for frame in make_frames(20)]
+@pytest.mark.parametrize("is_silent", [False, True], ids=["disconnects", "falls silent"])
+def test_camera_without_an_end(server, monkeypatch, is_silent):
+    """A stream of images without a stated length."""
+    over = threading.Event()
 
     def send_images(self):
         self.send_response(200)
@@ -409,17 +431,21 @@ def test_stream_without_an_end(tmp_path, server, monkeypatch):
         encoder = av.CodecContext.create("mjpeg", "w")
         encoder.width, encoder.height, encoder.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
         encoder.time_base = Fraction(1, 25)
-        for pixels in images:
-            array = np.frombuffer(pixels, np.uint8).reshape(HEIGHT, WIDTH, 3)
-            [packet] = encoder.encode(av.VideoFrame.from_ndarray(array, format="rgb24"))
+        for pixels in make_frames(60):
+            [packet] = encoder.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
             head = f"--image\r\nContent-Type: image/jpeg\r\nContent-Length: {packet.size}\r\n\r\n"
             self.wfile.write(head.encode() + bytes(packet) + b"\r\n")
+        if is_silent:
+            over.wait(10)
 
     monkeypatch.setattr(QuietHandler, "do_GET", send_images)
-    found, reader = read(f"{server}/camera", 2)
+    monkeypatch.setattr("internals.video.TIMEOUT", 1.0)
+    found, reader = read(f"{server}/camera", 2, 1.5)
+    over.set()
     assert reader.total is None
-    assert [frame.number for frame in found] == list(range(0, 20, 2))
+    assert [frame.number for frame in found] == list(range(38, 60, 2))
     assert all(a.time < b.time for a, b in itertools.pairwise(found))
+    assert is_silent == ("no data for 1 s" in str(reader.problem))
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -497,7 +523,7 @@ def test_file_is_closed_when_the_iteration_is_left(tmp_path):
     assert not (tmp_path / "w.mp4").exists()
 
 
-def test_full_disk_or_missing_folder(tmp_path):
+def test_file_that_cannot_be_created(tmp_path):
     video = write_video(tmp_path / "v.mkv", make_frames())
     with pytest.raises(RunError, match=r"no/w\.mp4 cannot be written: No such file"):
         copy(video, tmp_path / "no/w.mp4")
