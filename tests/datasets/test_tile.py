@@ -290,6 +290,16 @@ def test_flags_out_of_range(large, out, flags):
         main(*split_of(large), out, *FLAGS, *flags)
 
 
+def test_error_in_writing_is_raised(large, out, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        main(*split_of(large), out, *FLAGS)
+    assert not split_of(out).annotations.exists()
+
+
 @pytest.mark.slow
 def test_command_line(large, out, tmp_path, capsys):
     with pytest.raises(SystemExit):
