@@ -55,7 +55,8 @@ from internals.image_arguments import find_images
 from internals.image_notes import log_notes
 from internals.images import DEEP_SUFFIXES, ImageRules, measure_bit_depth
 from internals.pipeline import prefetch_map
-from internals.video import VideoReader, VideoWriter, import_av, is_video, parse_time
+from internals.video import VideoReader, import_av, is_video, parse_time
+from internals.video_writer import VideoWriter
 from reporting import drawing, fonts
 from reporting.annotation_files import FOR_ANNOTATION, WRITERS, NamedImage
 from reporting.truth import match_annotations
@@ -249,12 +250,17 @@ class Run:
         """Detect objects in the frames of a video, and write a video with boxes."""
         args = self.args
         try:
-            reader = VideoReader(source, args.every, args.start, args.end)
+            with VideoReader(source, args.every, args.start, args.end) as reader:
+                self._detect_frames(reader, name, stem)
         except UserError as error:
             self._skip(str(error))
-            return
-        file = args.output_dir / f"videos/{stem}.mp4"
-        with reader, self._video_writer(file, reader) as writer:
+        else:
+            if reader.problem:
+                self._skip(f"the rest of {source}: {reader.problem}")
+
+    def _detect_frames(self, reader: VideoReader, name: str, stem: str) -> None:
+        file = self.args.output_dir / f"videos/{stem}.mp4"
+        with self._video_writer(file, reader) as writer:
             finish = partial(self._finish_frame, is_drawn=writer is not None)
             frames = map(self.detector.read, self._frames(reader, name, stem))
             finished = prefetch_map(finish, self.detector.stream(frames), THREADS, 2 * THREADS)
@@ -262,8 +268,6 @@ class Run:
                 if drawn is not None:
                     writer.write(drawn, item.video_frame)
                 self._keep(item)
-        if reader.problem:
-            self._skip(f"the rest of {source}: {reader.problem}")
 
     def _video_writer(self, file: Path, reader: VideoReader):
         if self.args.no_pictures:

@@ -15,7 +15,8 @@ import pytest
 from helpers import write_video
 
 from internals.errors import DataError, RunError, UserError
-from internals.video import VideoReader, VideoWriter, is_video, parse_time
+from internals.video import VideoReader, is_video, parse_time
+from internals.video_writer import VideoWriter
 
 av = pytest.importorskip("av")
 
@@ -473,7 +474,7 @@ def test_rate_and_duration_are_those_of_the_input(tmp_path, rate):
 
 
 def test_build_without_x264(tmp_path, monkeypatch):
-    from internals import video as module
+    from internals import video_writer as module
 
     monkeypatch.setattr(module, "ENCODERS", {"mpeg4": module.ENCODERS["mpeg4"]})
     frames = make_frames()
