@@ -34,11 +34,12 @@ from internals.image_rows import ArrayRows, open_rows, read_size
 from internals.images import TOO_LARGE, ImageRules, narrowness, read_image, read_upright
 from internals.mixed_precision import autocast, resolve_precision
 from internals.pipeline import batch_by_key, prefetch_map
-from internals.tiles import cut_tiles, tile_starts
+from internals.tiles import core_bounds, cut_tiles, tile_starts
 from internals.view_merging import Found, merge_views
 
 BEST, BEST_PER_CATEGORY, DEFAULT_SCORE = "best", "best-per-category", 0.5
 MIN_TILE, MAX_OVERLAP = 32, 0.9
+CORE_SLACK = 0.01  # of a tile: neighbours may see the middle of an object in other places
 OUTPUT_NAMES = ("boxes", "scores", "labels")  # of torchvision's detectors
 THREADS = min(4, os.cpu_count() or 1)  # to read and draw images
 
@@ -171,6 +172,7 @@ class View(NamedTuple):
     x: int = 0  # of the left border in the image
     y: int = 0
     factor: int = 1  # by which it is reduced
+    core: np.ndarray | None = None  # x1, y1, x2, y2 of the core of a tile
 
 
 class LoadedModel(NamedTuple):
@@ -351,8 +353,9 @@ class Detector:
             yield View(item, item.pixels)
             return
         factor = self._whole_factor(*item.size)
-        columns, rows = (len(tile_starts(side, tile, overlap)) for side in item.size)
-        item.views = columns * rows + (factor is not None)
+        starts = [tile_starts(side, tile, overlap) for side in item.size]
+        columns, rows = (core_bounds(starts_of_side, tile) for starts_of_side in starts)
+        item.views = len(columns) * len(rows) + (factor is not None)
         in_memory = item.pixels is not None
         source = (
             nullcontext(ArrayRows(item.pixels.permute(1, 2, 0).numpy()))
@@ -360,11 +363,16 @@ class Detector:
             else open_rows(item.path, self.rules, item.notes, item.annotated_size)
         )
         with source as pixels:
-            for part in cut_tiles(pixels, tile, overlap, factor):
-                view = View(item, torch.from_numpy(part.pixels).permute(2, 0, 1), *part[:2])
-                if part.factor > 1 and not in_memory:
-                    item.pixels, item.factor = view.pixels, part.factor
-                yield view._replace(factor=part.factor)
+            parts = cut_tiles(pixels, tile, overlap, factor)
+            for number, part in enumerate(parts, start=1):
+                part_pixels = torch.from_numpy(part.pixels).permute(2, 0, 1)
+                view = View(item, part_pixels, part.x, part.y, part.factor)
+                if number <= len(columns) * len(rows):
+                    core = np.array([columns[part.x], rows[part.y]]).T.flatten()
+                    view = view._replace(core=core)
+                elif not in_memory:
+                    item.pixels, item.factor = part_pixels, part.factor
+                yield view
 
     def _whole_factor(self, width: int, height: int) -> int | None:
         """Return by which factor to reduce a whole image before the model resizes it.
@@ -423,7 +431,7 @@ class Detector:
             yield Found(rows[:, :4], rows[:, 4], groups, np.empty((len(rows), 4), np.float32))
 
     def _to_image(self, found: Found, view: View) -> Found:
-        """Return boxes in pixels of the image, with their view."""
+        """Return boxes in pixels of the image, with their view; those that others see better go."""
         size, corner = np.array(view.item.size), np.array((view.x, view.y))
         end = np.minimum(corner + view.factor * np.array(view.pixels.shape[:0:-1]), size)
         boxes = (found.boxes * view.factor + np.tile(corner, 2)).clip(max=np.tile(size, 2))
@@ -431,11 +439,13 @@ class Detector:
         found = found._replace(
             boxes=boxes.astype(np.float32), views=np.broadcast_to(rectangle, boxes.shape)
         )
-        if (end - corner < size).any():
-            return found
-        # Smaller objects are whole in a tile, and seen better there.
-        longest = (found.boxes[:, 2:] - found.boxes[:, :2]).max(axis=1)
-        return found.take(longest > self.settings.tile * self.settings.tile_overlap)
+        low, high = boxes[:, :2], boxes[:, 2:]
+        if view.core is None:  # the whole image: tiles see what they can hold better
+            return found.take((high - low).max(axis=1) > self.settings.tile)
+        slack = CORE_SLACK * self.settings.tile
+        middles = (low + high) / 2
+        in_core = (middles >= view.core[:2] - slack) & (middles <= view.core[2:] + slack)
+        return found.take(in_core.all(axis=1))
 
     def _merge(self, item: ImageItem) -> Detections:
         """Merge what was found in the views of an image."""

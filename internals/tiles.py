@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -58,6 +59,23 @@ def tile_starts(length: int, size: int, overlap: float) -> list[int]:
     last = length - size
     steps = -(-last // longest_step)
     return [last * i // steps for i in range(steps + 1)]
+
+
+def core_bounds(starts: list[int], size: int) -> dict[int, tuple[float, float]]:
+    """Return the core of each tile along a side: what is nearer to its middle than to others'.
+
+    An object whose middle is there and that is not longer than the overlap is whole in the tile.
+
+    Args:
+        starts: Of `tile_starts`.
+        size: The side of the tiles in pixels.
+
+    Returns:
+        The first and last pixel of the core by the start of the tile. At the borders of the image
+        it has no bound.
+    """
+    bounds = [(before + size + after) / 2 for before, after in pairwise(starts)]
+    return dict(zip(starts, pairwise([-math.inf, *bounds, math.inf]), strict=True))
 
 
 def cut_tiles(rows: Rows, size: int, overlap: float, factor: int | None = None) -> Iterator[Tile]:

@@ -1,8 +1,8 @@
 """Merge the detections in overlapping tiles of an image, and in the whole image.
 
-The same object is found in several tiles. Where it is whole in all of them, NMS keeps the box with
-the highest score. A box at the border of a tile may be of a part of the object: it is compared with
-the boxes of other tiles where both tiles see the image, and joined with those that agree there.
+The same object may be found in several tiles. Where it is whole, NMS keeps the box with the highest
+score. A box at the border of a tile may be of a part of an object: it is compared with the boxes of
+other tiles where both tiles see the image, and joined with those that agree there.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchvision.ops import batched_nms
 
-BORDER = 0.02  # of a tile's sides: boxes that come closer to its border may be cut
+BORDER = 0.005  # of a tile's sides: boxes that come closer to its border may be cut
 AGREEMENT = 0.5  # IoU within the common region of two views
 
 
