@@ -9,7 +9,7 @@ print(found.boxes, found.scores, found.names)
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,7 +282,7 @@ class Detector:
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             return self([images])[0]
         items = [_to_item(image) for image in images]
-        for item in self.stream(prefetch_map(self.read, items, THREADS, self.batch_size + THREADS)):
+        for item in self.pipeline(items):
             if item.error:
                 raise UserError(item.error)
             item.pixels = None
@@ -317,11 +317,21 @@ class Detector:
             return read_image(item.path, *item.annotated_size, self.rules, item.notes)
         return read_upright(item.path, self.rules, item.notes)
 
+    def pipeline(
+        self, items: Iterable[ImageItem], finish: Callable[[ImageItem], object] | None = None
+    ) -> Iterator:
+        """Read images, detect objects, and yield what `finish` returns of each finished one.
+
+        Threads read and finish images while the model runs on others. Images of other sizes may
+        overtake.
+        """
+        detected = self.stream(prefetch_map(self.read, items, THREADS, self.batch_size + THREADS))
+        return prefetch_map(finish, detected, THREADS, 2 * THREADS) if finish else detected
+
     def stream(self, items: Iterable[ImageItem]) -> Iterator[ImageItem]:
         """Detect objects in images that were read, and yield each when it is finished.
 
-        Images of other sizes may overtake. On CUDA the results of a batch are read while the next
-        one is computed.
+        On CUDA the results of a batch are read while the next one is computed.
         """
         failed, started = [], deque()
         views = self._views(items, failed)

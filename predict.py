@@ -16,19 +16,15 @@ import argparse
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import models
@@ -59,12 +55,11 @@ from internals.video import VideoReader, import_av, is_video, parse_time
 from internals.video_writer import VideoWriter
 from reporting import drawing, fonts
 from reporting.annotation_files import FOR_ANNOTATION, WRITERS, NamedImage
+from reporting.prediction_speed import measure_speeds, print_speeds, write_picture
 from reporting.truth import match_annotations
 
 __all__ = ["Detections", "Detector"]
 
-MAX_JPEG_SIDE = 65_500  # pixels: the limit of libjpeg
-BENCHMARK_IMAGES = 50  # at least, by repeating those given
 EPILOG = """\
 output in DIR:
   pictures/              the images with boxes, names and scores
@@ -237,14 +232,8 @@ class Run:
         """Detect objects in images, and write pictures."""
         folder = None if self.args.no_pictures else self.args.output_dir / "pictures"
         finish = partial(write_picture, draw=self.draw, folder=folder)
-        for item in self._progress(self.pipeline(images, finish), len(images)):
+        for item in self._progress(self.detector.pipeline(images, finish), len(images)):
             self._keep(item)
-
-    def pipeline(self, images: Iterable[NamedImage], finish: Callable) -> Iterator[NamedImage]:
-        """Read, detect and `finish`; threads read and finish images while the model runs."""
-        read = self.detector.read
-        ready = prefetch_map(read, images, THREADS, self.detector.batch_size + THREADS)
-        return prefetch_map(finish, self.detector.stream(ready), THREADS, 2 * THREADS)
 
     def detect_video(self, source: str, name: str, stem: str) -> None:
         """Detect objects in the frames of a video, and write a video with boxes."""
@@ -296,7 +285,7 @@ class Run:
         if item.error:
             return item, None
         if self.args.format in FOR_ANNOTATION:
-            save_image(item.pixels, self.args.output_dir / "frames" / item.file_name)
+            drawing.save(item.pixels, self.args.output_dir / "frames" / item.file_name, quality=95)
         drawn = self.draw(item).permute(1, 2, 0).numpy() if is_drawn else None
         return item, drawn
 
@@ -323,79 +312,6 @@ class Run:
             return drawing.draw_detections(item.pixels, rows, categories, item.factor)
         truth = (self.index, item.row)
         return drawing.draw_comparison(item.pixels, *truth, rows, categories, item.factor)
-
-
-def write_picture(item: NamedImage, draw: Callable, folder: Path | None) -> NamedImage:
-    """Write an image with boxes into a folder, if there is one; free its pixels."""
-    if not item.error and folder:
-        drawn = draw(item)
-        suffix = ".png" if max(drawn.shape) > MAX_JPEG_SIDE else ".jpg"
-        save_image(drawn, folder / (item.stem + suffix), quality=90)
-    item.pixels = None
-    return item
-
-
-def save_image(pixels: torch.Tensor, file: Path, quality: int = 95) -> None:
-    """Write an image, uint8 `[3, H, W]`, as JPEG or PNG."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Subsampled colors, Pillow's default, would smear the thin lines.
-    options = {"quality": quality, "subsampling": 0} if file.suffix == ".jpg" else {}
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, **options)
-
-
-# ---------------------------------------------------------------------------------- benchmark
-
-
-def benchmark(run: Run, images: list[NamedImage]) -> None:
-    """Print the latency of reading, model and drawing one after the other, and the speed of all.
-
-    The images are repeated to at least `BENCHMARK_IMAGES`; a first batch is not counted.
-    """
-    detector, size = run.detector, run.detector.batch_size
-    count = max(len(images), BENCHMARK_IMAGES, size)
-    repeated = [new_image(image) for image in islice(cycle(images), size + count)]
-    seconds = {"reading": [], f"model, batch of {size}": [], "drawing": []}
-    with tempfile.TemporaryDirectory() as folder:
-        finish = partial(write_picture, draw=run.draw, folder=Path(folder))
-        stages = (
-            lambda batch: [timed(detector.read, item) for item in batch],
-            lambda batch: [timed(list, detector.stream(batch))],
-            lambda batch: [timed(finish, item) for item in batch],
-        )
-        for start in range(0, size + count, size):
-            batch = repeated[start : start + size]
-            for name, stage in zip(seconds, stages, strict=True):
-                times = stage(batch)
-                seconds[name] += times if start else []
-            raise_if_unusable(batch)
-        pipelined = map(new_image, repeated[size:])
-        total = timed(list, run.pipeline(pipelined, finish))
-    utils.log(f"{'':<22}{'median':>12}{'95 %':>12}{'images/s':>12}")
-    for name, times in seconds.items():
-        median, high = 1000 * np.quantile(times, [0.5, 0.95])
-        rate = count / sum(times)
-        utils.log(f"{name:<22}{median:>9.1f} ms{high:>9.1f} ms{rate:>12.2f}")
-    utils.log(f"{'all, overlapping':<46}{count / total:>12.2f}")
-
-
-def new_image(image: NamedImage) -> NamedImage:
-    """Return an image that was not read yet."""
-    names = {"file_name": image.file_name, "stem": image.stem, "image_id": image.image_id}
-    return NamedImage(path=image.path, annotated_size=image.annotated_size, row=image.row, **names)
-
-
-def timed(function: Callable, argument: object) -> float:
-    """Return the seconds that `function` of `argument` takes."""
-    start = time.perf_counter()
-    function(argument)
-    return time.perf_counter() - start
-
-
-def raise_if_unusable(images: list[NamedImage]) -> None:
-    """Raise UserError if one of the images has an error: times would be too short."""
-    for image in images:
-        if image.error:
-            raise UserError(f"{image.error}. Remove it: --benchmark needs images without errors")
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -472,7 +388,7 @@ def main(argv: list[str] | None = None) -> None:
     detector.rules = choose_rules(images, detector.rules)
     run = Run(args, detector, index)
     if args.benchmark:
-        benchmark(run, images)
+        print_speeds(measure_speeds(detector, images, run.draw))
         return
     start, total = time.perf_counter(), len(images)
     interrupted = detect_all(run, images, videos)

@@ -36,16 +36,21 @@ import torch
 
 import coco_eval
 import coco_utils
+import models
 import samplers
 import transforms
+from detector import Detector, LoadedModel, Settings
 from internals.batches import Batch
 from internals.fast import FastFasterRCNN, plain_kernels, roi_heads, rpn, use_cuda_graphs
 from internals.fast.kernels import kernels_for
+from reporting import drawing, prediction_speed
+from reporting.annotation_files import NamedImage
 
 ROOT, RESULTS = common.ROOT, common.ROOT / "benchmarks/results"
 CUDA = torch.cuda.is_available()
 NUM_CLASSES = 91
 SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"  # for rehearsals
+PREDICTION_MODELS = ("fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn", SMALL)
 STEP_ARMS = ("stock", "parts", "fixed", "graphs", "plain")
 # Height and width: the most frequent sizes in COCO, as they alternate in a training.
 REAL_SHAPES = ((480, 640), (427, 640), (640, 480), (333, 500), (640, 427), (375, 500))
@@ -410,6 +415,40 @@ def commands(phase: Phase) -> None:
         phase.record(name, exit=done.returncode, seconds=seconds, lines=(kept or lines)[-8:])
 
 
+def prediction(phase: Phase) -> None:
+    """Time predict.py on JPEG files: reading, the model, drawing, and all of them together."""
+    files = phase.work / "pictures"
+    split = synthetic.make_coco(files, 4 if phase.tiny else 64, 8, noise=30.0)
+    images = sorted(split.images.iterdir())
+    for name in (SMALL,) if phase.tiny else PREDICTION_MODELS:
+        for batch in phase.batches_of(1, 1, 8):
+            run = partial(_time_prediction, phase, name, batch, images)
+            phase.attempt(f"{name}, batch {batch}", run)
+
+
+def _time_prediction(phase: Phase, name: str, batch: int, images: list[Path]) -> dict:
+    torch.manual_seed(0)
+    sizes = {"min_sizes": (phase.size,), "max_size": 2 * phase.size} if phase.tiny else {}
+    model = models.build_model(name, NUM_CLASSES, pretrained="detector", **sizes).eval()
+    with torch.no_grad():  # for as many detections as of a trained detector
+        model.roi_heads.box_predictor.cls_score.weight.mul_(30)
+    ids = tuple(range(1, NUM_CLASSES))
+    loaded = LoadedModel(model, coco_utils.Categories(ids, tuple(map(str, ids)), ids))
+    settings = Settings(batch_size=batch, amp=CUDA, device=phase.device.type)
+    detector = Detector(loaded, settings, dict.fromkeys(ids, 0.05))
+    items = [
+        NamedImage(path=path, file_name=path.name, stem=path.stem, image_id=n)
+        for n, path in enumerate(images, start=1)
+    ]
+
+    def draw(item: NamedImage) -> torch.Tensor:
+        return drawing.draw_detections(item.pixels, item.rows(), detector.categories)
+
+    count = 2 if phase.tiny else 64
+    speeds = prediction_speed.measure_speeds(detector, items, draw, count)
+    return {f"{stage}, {key}": x for stage, row in speeds.items() for key, x in row.items()}
+
+
 def profile(phase: Phase) -> None:
     """List the kernels that take the most time in a step."""
     for images in phase.batches_of(1, 2, 16):
@@ -437,6 +476,7 @@ PHASES = {
     evaluation: 70,
     commands: 120,
     end_to_end: 80,
+    prediction: 90,
     profile: 40,
     compiled: 240,
 }

@@ -2,6 +2,7 @@
 
 import colorsys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from coco_utils import Categories, CocoIndex
 from reporting import fonts
 
 MIN_SIDE = 480  # pixels: smaller images are enlarged to fit text
+MAX_JPEG_SIDE = 65_500  # pixels: the limit of libjpeg
 
 Color = tuple[int, int, int]
 
@@ -185,3 +187,13 @@ def side_by_side(images: list[torch.Tensor], captions: list[str]) -> torch.Tenso
         draw.text((n * pitch + 2, 3), caption, fill="black", font=font)
         canvas.paste(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), (n * pitch, top))
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def save(image: torch.Tensor, file: Path, quality: int) -> None:
+    """Write an image, uint8 `[3, H, W]`, as JPEG, or as PNG if it is too large for that."""
+    # Subsampled colors, Pillow's default, would smear thin lines.
+    options = {"quality": quality, "subsampling": 0}
+    if max(image.shape) > MAX_JPEG_SIDE:
+        file, options = file.with_name(f"{file.stem}.png"), {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, **options)

@@ -10,6 +10,7 @@ import copy
 import gc
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ from torchvision.models.detection._utils import Matcher
 import engine
 import models
 import utils
+from coco_utils import Categories
+from detector import Detector, LoadedModel, Settings
 from internals.batches import Batch
 from internals.errors import RunError
 from internals.fast import plain_kernels, use_cuda_graphs
@@ -181,6 +184,28 @@ def test_detections_equal_torchvisions_parts():
     assert sum(len(output["scores"]) for output in expected) > 100
     for ours, stock in zip(found, expected, strict=True):
         torch.testing.assert_close(ours["scores"], stock["scores"].cpu(), rtol=1e-3, atol=1e-4)
+
+
+@needs_gpu
+def test_detector_finds_what_the_cpu_finds():
+    """Batches on a GPU, one behind, against single images on the CPU; in tiles, too."""
+    ids = tuple(range(1, 7))
+    categories = Categories(ids=ids, names=tuple(map(str, ids)), labels=ids)
+    generator = np.random.default_rng(0)
+    shapes = [(128, 160, 3), (160, 128, 3), (128, 160, 3), (300, 400, 3), (160, 128, 3)]
+    images = [generator.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+    found = {}
+    for device, batch_size in (("cpu", 1), ("cuda", 3)):
+        model = build().eval().cpu()
+        model.fixed_shapes = None
+        with torch.no_grad():
+            model.roi_heads.box_predictor.cls_score.weight.mul_(300)
+        settings = Settings(device=device, batch_size=batch_size, tile=200)
+        detector = Detector(LoadedModel(model, categories), settings, dict.fromkeys(ids, 0.05))
+        found[device] = detector(images)
+    for cpu, gpu in zip(found["cpu"], found["cuda"], strict=True):
+        assert len(cpu) > 30
+        np.testing.assert_allclose(gpu.scores[:30], cpu.scores[:30], rtol=1e-3, atol=1e-3)
 
 
 class Loader(list):
