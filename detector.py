@@ -351,7 +351,7 @@ class Detector:
             try:
                 if not item.error:
                     yield from self._views_of(item)
-            except DataError as error:  # found while reading a large image
+            except UserError as error:  # found while reading a large image
                 item.error = str(error)
             if item.error:
                 failed.append(item)

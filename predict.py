@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from tqdm import tqdm
@@ -46,7 +46,7 @@ from detector import (
 from internals.bit_depth import BIT_DEPTHS
 from internals.command_line import ArgumentParser, at_least, positive_int, prepare_output_dir
 from internals.errors import RunError, UserError
-from internals.failures import run_command
+from internals.failures import is_out_of_memory, run_command
 from internals.image_arguments import find_images
 from internals.image_notes import log_notes
 from internals.images import DEEP_SUFFIXES, ImageRules, measure_bit_depth
@@ -194,11 +194,21 @@ def find_inputs(arguments: list[str]) -> tuple[list[NamedImage], list[tuple[str,
     images = [row for row in files if not is_video(str(row[0]))]
     videos = [(str(path), name, stem) for path, name, stem in files if is_video(str(path))]
     videos += [(text, text, f"stream-{n}") for n, text in enumerate(streams, start=1)]
+    folders = {part.lower() for _, _, stem in images for part in parents_of(stem)}
+    videos = [
+        (source, name, f"{stem}-video" if stem.lower() in folders else stem)
+        for source, name, stem in videos
+    ]
     numbered = enumerate(images, start=1)
     return [
         NamedImage(path=path, file_name=name, stem=stem, image_id=image_id)
         for image_id, (path, name, stem) in numbered
     ], videos
+
+
+def parents_of(stem: str) -> list[str]:
+    """Return the folders of an output file; a video's frames must not be among its images."""
+    return [parent.as_posix() for parent in PurePosixPath(stem).parents]
 
 
 def choose_rules(images: list[NamedImage], rules: ImageRules) -> ImageRules:
@@ -349,18 +359,32 @@ def write_results(run: Run, seconds: float) -> None:
     utils.log(f"output: {', '.join(written[:-1])}{' and ' if written[1:] else ''}{written[-1]}")
 
 
-def detect_all(run: Run, images: list[NamedImage], videos: list[tuple[str, str, str]]) -> bool:
-    """Detect in images and videos; return whether Ctrl-C or SIGTERM interrupted it."""
+def detect_all(
+    run: Run, images: list[NamedImage], videos: list[tuple[str, str, str]]
+) -> BaseException | None:
+    """Detect in images and videos; return what ended it early: an error, Ctrl-C or SIGTERM."""
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run.detect_images(images)
         for video in videos:
             run.detect_video(*video)
-    except KeyboardInterrupt:
-        return True
+    except (Exception, KeyboardInterrupt) as error:
+        return error
     finally:
         signal.signal(signal.SIGTERM, handler)
-    return False
+    return None
+
+
+def raise_early_end(error: BaseException, done: str) -> None:
+    """Raise what ended a run early, after its results are written."""
+    if isinstance(error, KeyboardInterrupt):
+        raise RunError(f"interrupted after {done}")
+    if is_out_of_memory(error):
+        first_line = str(error).partition("\n")[0][:200]
+        raise RunError(
+            f"out of memory after {done}: lower --batch-size, or use --tile ({first_line})"
+        ) from error
+    raise error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -391,11 +415,11 @@ def main(argv: list[str] | None = None) -> None:
         print_speeds(measure_speeds(detector, images, run.draw))
         return
     start, total = time.perf_counter(), len(images)
-    interrupted = detect_all(run, images, videos)
+    error = detect_all(run, images, videos)
     write_results(run, time.perf_counter() - start)
-    if interrupted:
+    if error:
         of_all = "" if videos else f" of {total}"
-        raise RunError(f"interrupted after {len(run.done)}{of_all} images")
+        raise_early_end(error, f"{len(run.done)}{of_all} images")
     if run.skipped:
         inputs, end = ("inputs", ", or not to their end") if videos else ("images", "")
         raise UserError(

@@ -172,7 +172,7 @@ def main() -> None:
     if args.arm:
         print(json.dumps(measure(args)))
         return
-    args.size = (900, 700) if args.quick else args.size
+    args.size = (250, 200) if args.quick else args.size
     with tempfile.TemporaryDirectory() as folder:
         prepare(args, Path(folder))
         make_mosaic(args, Path(folder))

@@ -4,14 +4,14 @@ import json
 import sys
 
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT, run, train_in_process
 
 pytestmark = pytest.mark.slow
 
 
-def quick(name: str, tmp_path) -> tuple[str, dict]:
-    file = tmp_path / "figures.json"
-    done = run(sys.executable, ROOT / f"benchmarks/{name}.py", "--quick", "--json", file)
+def quick(name: str, tmp_path, *arguments) -> tuple[str, dict]:
+    file, script = tmp_path / "figures.json", ROOT / f"benchmarks/{name}.py"
+    done = run(sys.executable, script, *arguments, "--quick", "--json", file)
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
     assert {"cpu", "cores", "torch", "pillow"} <= figures["machine"].keys()
@@ -68,6 +68,15 @@ def test_suspects(tmp_path):
     assert len(figures["found"]["hotcoco"]) == len(figures["found"]["here"]) == 5
     assert all(sum(found.values()) > 50 for found in figures["found"]["here"])
     assert "| hotcoco |" in printed
+
+
+def test_tiles(tiny, tmp_path):
+    train_in_process("--data-path", tiny, "--output-dir", tmp_path / "out")
+    work = (tmp_path / "out/model_best.pth", "--data-path", tiny, "--tile", 64)
+    printed, figures = quick("tiles", tmp_path, *work)
+    arms = [figures["found"][name] for name in ("single images", "tiles", "whole mosaic")]
+    assert all(arm["boxes"] > 0 and arm["seconds"] > 0 for arm in arms)
+    assert "| whole mosaic  |" in printed
 
 
 def test_gpu_rehearsal(tmp_path):

@@ -250,6 +250,24 @@ def test_tiles_have_the_size_asked_for_and_the_whole_image_is_reduced():
     assert seen == [(3, 100, 100)] * 20 + [(3, 75, 100)]
 
 
+def test_whole_image_adds_only_objects_longer_than_a_tile():
+    """Smaller ones are seen better in tiles: in the whole image they look like something else."""
+    detector = rectangle_detector(tile=100)
+    find = detector.model.find
+
+    def find_a_cat_in_all(gray):
+        found = find(gray)
+        if gray.shape == (75, 100):  # the whole image, reduced by 4
+            for name, row in (("boxes", [50.0, 50, 74, 60]), ("labels", 1), ("scores", 1.0)):
+                found[name] = torch.cat([found[name], torch.tensor([row]).to(found[name])])
+        return found
+
+    detector.model.find = find_a_cat_in_all
+    assert found_boxes(detector(rectangles(BOXES))) == EXPECTED
+    detector.settings = Settings(tile=95)  # 24 x 4 = 96
+    assert (200, 200, 296, 240) in found_boxes(detector(rectangles(BOXES)))
+
+
 def test_image_that_fits_into_a_tile_is_seen_once():
     detector = rectangle_detector(tile=400)
     assert found_boxes(detector(rectangles(BOXES))) == EXPECTED

@@ -483,6 +483,23 @@ def test_interrupted_run_writes_what_was_found(model, val, tmp_path, monkeypatch
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_failed_run_writes_what_was_found(command, model, val, tmp_path, monkeypatch):
+    start, calls = predict.Detector._start, []
+
+    def failing(self, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("tried to allocate\ndetails")
+        return start(self, batch)
+
+    monkeypatch.setattr(predict.Detector, "_start", failing)
+    code, output, errors = command(model, val, "--output-dir", tmp_path / "x")
+    assert code == 1
+    assert "output: " in output
+    count = len(read(tmp_path / "x/images.json")["images"])
+    assert f"out of memory after {count} of 3 images: lower --batch-size, or use --tile" in errors
+
+
 # -------------------------------------------------------------------------------------- videos
 
 
@@ -590,6 +607,16 @@ def test_interrupted_video_can_be_played(model, film, tmp_path, monkeypatch):
         detect(model, file, "--output-dir", tmp_path / "x")
     with VideoReader(str(tmp_path / "x/videos/film.mp4")) as written:
         assert len(list(written)) == 3
+
+
+def test_frames_do_not_mix_with_images_in_a_folder_of_the_videos_name(model, film, tmp_path):
+    file, _ = film
+    flags = ("--every", 9, "--format", "yolo", "--score-threshold", 0.05, "--no-pictures")
+    images = [write_image(tmp_path / f"Film/{name}.png") for name in ("000000", "x")]
+    detect(model, file, *images, *flags, "--output-dir", tmp_path / "out")
+    assert files_in(tmp_path / "out/labels") == [
+        "Film/000000.txt", "Film/x.txt", "film-video/000000.txt", "film-video/000009.txt",
+    ]  # fmt: skip
 
 
 def test_flags_for_images_refuse_videos(command, model, film, annotations, tmp_path):

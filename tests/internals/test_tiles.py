@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internals.tiles import cut_tiles, tile_starts
+from internals.tiles import core_bounds, cut_tiles, tile_starts
 
 
 class RecordedRows:
@@ -101,3 +101,13 @@ def test_image_that_fits_is_one_tile(size):
 
 def test_without_factor_there_are_tiles_only():
     assert [tile[:2] for tile in cut_tiles(make_rows(30, 20), 20, 0.5)] == [(0, 0), (10, 0)]
+
+
+def test_cores_divide_a_side_at_the_middle_of_each_overlap():
+    assert core_bounds([0, 8, 16], 10) == {0: (-np.inf, 9), 8: (9, 17), 16: (17, np.inf)}
+    assert core_bounds([0], 10) == {0: (-np.inf, np.inf)}
+    bounds = core_bounds(tile_starts(1000, 100, 0.3), 100)
+    for start, (low, high) in bounds.items():
+        # What is not longer than the overlap, and has its middle in the core, is in the tile.
+        assert max(low, 15) - 15 >= start
+        assert min(high, 985) + 15 <= start + 100
