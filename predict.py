@@ -30,21 +30,18 @@ from tqdm import tqdm
 import models
 import utils
 from coco_utils import CocoIndex
-from detector import (
+from detector import THREADS, Detector, choose_thresholds, load_model
+from internals.bit_depth import BIT_DEPTHS
+from internals.command_line import ArgumentParser, at_least, positive_int, prepare_output_dir
+from internals.detections import (
     BEST,
     BEST_PER_CATEGORY,
     DEFAULT_SCORE,
     MAX_OVERLAP,
     MIN_TILE,
-    THREADS,
     Detections,
-    Detector,
     Settings,
-    choose_thresholds,
-    load_model,
 )
-from internals.bit_depth import BIT_DEPTHS
-from internals.command_line import ArgumentParser, at_least, positive_int, prepare_output_dir
 from internals.errors import RunError, UserError
 from internals.failures import is_out_of_memory, run_command
 from internals.image_arguments import find_images

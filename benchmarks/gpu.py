@@ -39,8 +39,9 @@ import coco_utils
 import models
 import samplers
 import transforms
-from detector import Detector, LoadedModel, Settings
+from detector import Detector, LoadedModel
 from internals.batches import Batch
+from internals.detections import Settings
 from internals.fast import FastFasterRCNN, plain_kernels, roi_heads, rpn, use_cuda_graphs
 from internals.fast.kernels import kernels_for
 from reporting import drawing, prediction_speed

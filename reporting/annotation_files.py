@@ -11,7 +11,7 @@ import numpy as np
 
 import coco_eval
 from coco_utils import Categories
-from detector import ImageItem
+from internals.detections import ImageItem
 from internals.video import Frame
 from reporting import fonts
 

@@ -29,8 +29,9 @@ import engine
 import models
 import utils
 from coco_utils import Categories
-from detector import Detector, LoadedModel, Settings
+from detector import Detector, LoadedModel
 from internals.batches import Batch
+from internals.detections import Settings
 from internals.errors import RunError
 from internals.fast import plain_kernels, use_cuda_graphs
 from internals.fast.kernels import kernels_for

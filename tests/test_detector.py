@@ -9,8 +9,9 @@ from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from coco_utils import Categories
-from detector import LoadedModel, Settings
+from detector import LoadedModel
 from internals import images
+from internals.detections import Settings
 from internals.errors import UserError
 from predict import Detector
 
@@ -119,9 +120,19 @@ def test_unusable_image_is_an_error(trained, image, message):
         load(trained)([image])
 
 
-@pytest.mark.parametrize("settings", [{"tiles": 7}, {"tile": 5}, {"tile_overlap": 1.0},
-                                      {"score_threshold": 2}, {"nms_threshold": -1},
-                                      {"batch_size": 0}, {"max_detections": 0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tiles": 7},
+        {"tile": 5},
+        {"tile_overlap": 1.0},
+        {"score_threshold": 2},
+        {"score_threshold": "bset"},
+        {"nms_threshold": -1},
+        {"batch_size": 0},
+        {"max_detections": 0},
+    ],
+)
 def test_wrong_setting_is_an_error(trained, settings):
     (name,) = settings
     with pytest.raises((UserError, TypeError), match=name):
