@@ -158,8 +158,13 @@ class Detector:
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             return self([images])[0]
-        items = [_to_item(image) for image in images]
-        for item in self.pipeline(items):
+        items = []
+
+        def add(image) -> ImageItem:
+            items.append(_to_item(image))
+            return items[-1]
+
+        for item in self.pipeline(map(add, images)):
             if item.error:
                 raise UserError(item.error)
             item.pixels = None

@@ -73,6 +73,21 @@ def test_result_of_several_images_is_a_list(trained):
     assert detector([]) == []
 
 
+def test_images_are_taken_from_an_iterator_as_they_are_needed(trained):
+    detector, taken, left = load(trained), [], []
+
+    def images():
+        for n in range(30):
+            taken.append(n)
+            yield np.full((48, 64, 3), n, np.uint8)
+
+    start = detector._start
+    detector._start = lambda batch: left.append(len(taken)) or start(batch)
+    assert len(detector(images())) == 30
+    assert left[0] < 10
+    assert left == sorted(left)
+
+
 def test_batches_find_the_same_in_the_same_order(trained):
     files = [trained / f"data/val2017/{n}.png" for n in (0, 2, 1, 3, 2, 0, 0)]
     found, alone = (load(trained, batch_size=size)(files) for size in (3, 1))
