@@ -32,12 +32,18 @@ import utils
 from coco_utils import CocoIndex
 from detector import THREADS, Detector, choose_thresholds, load_model
 from internals.bit_depth import BIT_DEPTHS
-from internals.command_line import ArgumentParser, at_least, positive_int, prepare_output_dir
+from internals.command_line import (
+    ArgumentParser,
+    at_least,
+    positive_int,
+    prepare_output_dir,
+    share_below_1,
+    share_or_0,
+)
 from internals.detections import (
     BEST,
     BEST_PER_CATEGORY,
     DEFAULT_SCORE,
-    MAX_OVERLAP,
     MIN_TILE,
     Detections,
     Settings,
@@ -76,26 +82,7 @@ command line, the checkpoint or some of the images.
 
 def score(text: str) -> float | str:
     """Parse a number from 0 to 1, or the name of thresholds of a checkpoint; an argparse type."""
-    return text if text in (BEST, BEST_PER_CATEGORY) else unit_share(text)
-
-
-def unit_share(text: str) -> float:
-    """Parse a number from 0 to 1; an argparse type."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-unit_share.__name__ = "float"  # for "invalid float value"
-
-
-def overlap(text: str) -> float:
-    """Parse a number from 0 to `MAX_OVERLAP`; an argparse type."""
-    value = float(text)
-    if not 0 <= value <= MAX_OVERLAP:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {MAX_OVERLAP}")
-    return value
+    return text if text in (BEST, BEST_PER_CATEGORY) else share_or_0(text)
 
 
 # fmt: off
@@ -122,7 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-detections", type=positive_int, metavar="N",
         help="keep the N highest scores of an image (default: as in training, 100 in a "
         "Faster R-CNN; with --tile 100 of each tile)")
-    add("--nms-threshold", type=unit_share, metavar="IOU",
+    add("--nms-threshold", type=share_or_0, metavar="IOU",
         help="of two boxes of a category with a higher IoU keep the one with the higher score "
         "(default: as in torchvision, 0.5 in a Faster R-CNN)")
     add("--class-agnostic-nms", action="store_true",
@@ -131,7 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="for small objects in large images: detect in overlapping tiles of SIZE x SIZE pixels "
         "and in the whole image; best the size of the images in training (default: whole images "
         "only)")
-    add("--tile-overlap", type=overlap, default=Settings.tile_overlap, metavar="SHARE",
+    add("--tile-overlap", type=share_below_1, default=Settings.tile_overlap, metavar="SHARE",
         help="overlap of neighbouring tiles, as a share of their side; objects up to it are whole "
         "in a tile (default: %(default)s)")
     add("--format", choices=WRITERS, default="coco",
