@@ -1,6 +1,7 @@
 """Write videos with the time stamps of those that were read, by PyAV."""
 
 import importlib
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -109,6 +110,10 @@ class VideoWriter:
         rate = (self._reader.rate or Fraction(25)) / self._reader.every
         self._stream = self._container.add_stream(name, rate=rate, options=ENCODERS[name])
         context, time_base = self._stream.codec_context, self._reader.time_base
+        if self._reader.rate:
+            # Matroska's milliseconds are no multiple of most rates: then take slightly less.
+            step = 1 / self._reader.rate
+            time_base = step / math.ceil(step / time_base)
         is_too_fine = name == "mpeg4" and time_base.denominator >= 1 << 16
         # Of the pictures; that of the stream is another as soon as the file is created.
         self._time_base = MPEG4_TIME_BASE if is_too_fine else time_base
@@ -126,13 +131,24 @@ class VideoWriter:
         context.flags |= importlib.import_module("av.codec.context").Flags.frame_duration
 
     def _set_time(self, picture, frame: Frame) -> None:
-        ticks = round(frame.time / self._time_base)
+        ticks = round(self._exact_time(frame.time) / self._time_base)
         if self._first is None:
             rate = self._stream.codec_context.framerate
             self._first, self._last = ticks, -max(1, round(1 / (rate * self._time_base)))
         picture.pts = max(ticks - self._first, self._last + 1)
         picture.duration = picture.pts - self._last
         picture.time_base, self._last = self._time_base, picture.pts
+
+    def _exact_time(self, time: float) -> float | Fraction:
+        """Return the time of a frame without the rounding of the input's time stamps.
+
+        Otherwise the rate of a file with rounded ones would be slightly another.
+        """
+        rate = self._reader.rate
+        if rate is None:
+            return time
+        regular = round(time * rate) / rate
+        return regular if abs(regular - time) <= 0.6 * self._reader.time_base else time
 
     def _encode(self, picture) -> None:
         try:

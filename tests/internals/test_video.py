@@ -473,6 +473,17 @@ def test_rate_and_duration_are_those_of_the_input(tmp_path, rate):
             assert stream.duration * stream.time_base == count / Fraction(rate)
 
 
+@pytest.mark.parametrize("rate", [24, Fraction(30000, 1001), 7])
+def test_rate_of_a_file_with_rounded_time_stamps(tmp_path, rate):
+    """Matroska has milliseconds."""
+    video = write_video(tmp_path / "v.mkv", make_frames(50), rate)
+    copied, reader = copy(video, tmp_path / "copy.mp4")
+    assert reader.rate == rate
+    assert [frame.time for frame in copied] == pytest.approx(
+        [float(n / Fraction(rate)) for n in range(50)], abs=1e-6
+    )
+
+
 def test_build_without_x264(tmp_path, monkeypatch):
     from internals import video_writer as module
 
