@@ -45,9 +45,11 @@ from internals.images import TOO_LARGE, ImageRules, narrowness, read_image, read
 from internals.mixed_precision import autocast, resolve_precision
 from internals.pipeline import batch_by_key, prefetch_map
 from internals.tiles import core_bounds, cut_tiles, tile_starts
+from internals.video import is_video
 from internals.view_merging import Found, merge_views
 
 CORE_SLACK = 0.01  # of a tile: neighbours may see the middle of an object in other places
+PICTURE_SIDE = 4000  # pixels: of images that are too large for memory
 OUTPUT_NAMES = ("boxes", "scores", "labels")  # of torchvision's detectors
 THREADS = min(4, os.cpu_count() or 1)  # to read and draw images
 
@@ -99,6 +101,7 @@ class Detector:
         precision: Description of the numbers it computes with.
         highest_score: Of all detections so far, also of those below the thresholds.
         lowest_threshold: That of the category with the lowest.
+        on_batch: Called with the number of images or tiles of each finished batch.
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings, thresholds: dict[int, float]):
@@ -122,6 +125,7 @@ class Detector:
         self.rules = ImageRules(
             settings.bit_depth or loaded.bit_depth, settings.truncated_images == "use"
         )
+        self.on_batch = lambda views: None
         self.highest_score, self.lowest_threshold = 0.0, min(thresholds.values())
         self._id_of_label = self.categories.ids_of_labels()
         self._lowest = np.array([thresholds.get(i, np.inf) for i in self._id_of_label.tolist()])
@@ -154,14 +158,15 @@ class Detector:
             The detections of the image, or a list of those of each.
 
         Raises:
-            UserError: An image cannot be used.
+            UserError: An image cannot be used; a ValueError.
         """
-        if isinstance(images, str | Path | Image.Image | np.ndarray):
+        is_single = not isinstance(images, Iterable) or isinstance(images, bytes | dict)
+        if is_single or isinstance(images, str | Path | Image.Image | np.ndarray | torch.Tensor):
             return self([images])[0]
         items = []
 
         def add(image) -> ImageItem:
-            items.append(_to_item(image))
+            items.append(_to_item(image, len(items)))
             return items[-1]
 
         for item in self.pipeline(map(add, images)):
@@ -181,8 +186,9 @@ class Detector:
         except DataError as error:
             item.error = str(error)
             if error.kind == TOO_LARGE:
-                if self.settings.tile:
-                    item.size, item.error = read_size(item.path), None
+                item.size = item.annotated_size or read_size(item.path)
+                if self.settings.tile and item.size:
+                    item.error = None
                 else:
                     limit, _, _ = item.error.rpartition(": ")
                     item.error = f"{limit}: use --tile SIZE, or downscale the image"
@@ -207,7 +213,8 @@ class Detector:
         Threads read and finish images while the model runs on others. Images of other sizes may
         overtake.
         """
-        detected = self.stream(prefetch_map(self.read, items, THREADS, self.batch_size + THREADS))
+        ahead = THREADS + (0 if self.settings.tile else self.batch_size)
+        detected = self.stream(prefetch_map(self.read, items, THREADS, ahead))
         return prefetch_map(finish, detected, THREADS, 2 * THREADS) if finish else detected
 
     def stream(self, items: Iterable[ImageItem]) -> Iterator[ImageItem]:
@@ -244,11 +251,12 @@ class Detector:
             item.views = 1
             yield View(item, item.pixels)
             return
-        factor = self._whole_factor(*item.size)
+        factor, in_memory = self._whole_factor(*item.size), item.pixels is not None
+        if factor and not in_memory:  # the reduced image becomes a picture
+            factor = max(1, min(factor, max(item.size) // PICTURE_SIDE))
         starts = [tile_starts(side, tile, overlap) for side in item.size]
         columns, rows = (core_bounds(starts_of_side, tile) for starts_of_side in starts)
         item.views = len(columns) * len(rows) + (factor is not None)
-        in_memory = item.pixels is not None
         source = (
             nullcontext(ArrayRows(item.pixels.permute(1, 2, 0).numpy()))
             if in_memory
@@ -299,6 +307,7 @@ class Detector:
 
     def _finish(self, batch: list[View], outputs) -> Iterator[ImageItem]:
         """Read the outputs of a batch, and yield the images that are finished with it."""
+        self.on_batch(len(batch))
         for view, found in zip(batch, self._read_outputs(outputs), strict=True):
             item = view.item
             item.found.append(found if item.views == 1 else self._to_image(found, view))
@@ -357,23 +366,27 @@ class Detector:
         return detections[: self.settings.max_detections]
 
 
-def _to_item(image) -> ImageItem:
-    """Return an image as given to a Detector, in the form in which it goes through."""
+def _to_item(image, number: int) -> ImageItem:
+    """Return the `number`-th image given to a Detector, in the form in which it goes through."""
     if isinstance(image, str | Path):
+        if is_video(str(image)):
+            raise UserError(f"{image} is a video: use predict.py")
         return ImageItem(path=Path(image))
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
             raise UserError(f"a PIL image of mode {image.mode} has no range: give its path instead")
         image = np.asarray(image.convert("RGB"))
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        kind = getattr(image, "dtype", type(image).__name__)
+        is_array = isinstance(image, np.ndarray)
+        kind = f"an array of {image.dtype}" if is_array else type(image).__name__
         raise UserError(f"an image is a path, a PIL image or a uint8 array, not {kind}")
     if image.ndim == 2:
         image = np.repeat(image[:, :, None], 3, axis=2)
     if image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise UserError(f"an array of shape {image.shape} is no image: use [H, W, 3] or [H, W]")
-    image = np.require(image, requirements=["C", "W"])  # as PyTorch wants arrays
-    return ImageItem(path=Path("array"), pixels=torch.from_numpy(image).permute(2, 0, 1))
+    # A copy, as the caller may use the array for the next image.
+    pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
+    return ImageItem(path=Path(f"image {number}"), pixels=pixels)
 
 
 def _resized(height: int, width: int, transform: GeneralizedRCNNTransform) -> tuple[int, int]:
@@ -409,9 +422,9 @@ def choose_thresholds(
         return dict.fromkeys(ids, DEFAULT_SCORE if chosen is None else chosen), text
     if points is None:
         raise UserError(
-            f"--score-threshold {chosen}: {weights} has no threshold. It was saved within an epoch "
+            f"score threshold {chosen}: {weights} has no threshold. It was saved within an epoch "
             "or by an earlier version, nothing was found in its evaluation, or it is not from "
-            f"train.py: use {checkpoint.BEST}, or give a number"
+            "train.py: give a number. train.py --test-only prints the one with the best F1"
         )
     overall, own = points["overall"], points["per_category"]
     if chosen == BEST:

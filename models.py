@@ -366,6 +366,10 @@ def load_pretrained_detector(
     load_detector(model, state, same, f"--weights {weights}", new_layers)
     new_head = f"with a new head for {len(categories.ids)} categories"
     utils.log_field("weights", f"{where}, {'with its head' if same else new_head}")
+    before, now = (trained or {}).get("min_size"), model.transform.min_size[-1]
+    if before and model.transform.fixed_size is None and before != now:
+        size_note = f"trained with --min-size {before}, not {now}: objects will have other sizes"
+        utils.log_field("", size_note)
     if difference:
         start = "the layers of their outputs start anew" if new_layers else "all layers are kept"
         utils.log_field("", f"other anchors, {start}: {difference}")

@@ -18,11 +18,12 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
-from pathlib import Path, PurePosixPath
+from itertools import count
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -118,15 +119,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="for small objects in large images: detect in overlapping tiles of SIZE x SIZE pixels "
         "and in the whole image; best the size of the images in training (default: whole images "
         "only)")
-    add("--tile-overlap", type=share_below_1, default=Settings.tile_overlap, metavar="SHARE",
+    add("--tile-overlap", type=share_below_1, metavar="SHARE",
         help="overlap of neighbouring tiles, as a share of their side; objects up to it are whole "
-        "in a tile (default: %(default)s)")
+        f"in a tile (default: {Settings.tile_overlap})")
     add("--format", choices=WRITERS, default="coco",
         help="format of the detections, see below (default: %(default)s)")
     add("--no-pictures", action="store_true",
         help="write no images and videos with boxes, only the detections")
-    add("--every", type=positive_int, default=1, metavar="N",
-        help="of videos: use each N-th frame (default: all)")
+    add("--every", type=positive_int, metavar="N",
+        help="of videos: use the frames whose number, from 0, is a multiple of N (default: all)")
     add("--start", type=parse_time, metavar="TIME",
         help="of videos: begin at this time, in seconds or [H:]MM:SS (default: at the start)")
     add("--end", type=parse_time, metavar="TIME",
@@ -155,10 +156,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="mixed precision: float16 on CUDA, bfloat16 on a CPU with instructions for it "
         "(default: float32)")
     add("--benchmark", action="store_true",
-        help="write nothing; print the latency of reading, model and drawing, and images/s")
+        help="write nothing; print the latency of reading, model and drawing, and images/s, of "
+        "at least 50 images (those given are repeated)")
     args = parser.parse_intermixed_args(argv)
     if not args.benchmark and args.output_dir is None:
         parser.error("the following arguments are required: --output-dir")
+    if args.tile_overlap is not None and not args.tile:
+        parser.error("--tile-overlap has no effect without --tile")
+    if args.start is not None and args.end is not None and args.start >= args.end:
+        parser.error("--start must be before --end")
     return args
 
 # fmt: on
@@ -177,12 +183,13 @@ def find_inputs(arguments: list[str]) -> tuple[list[NamedImage], list[tuple[str,
     files = find_images([text for text in arguments if "://" not in text])
     images = [row for row in files if not is_video(str(row[0]))]
     videos = [(str(path), name, stem) for path, name, stem in files if is_video(str(path))]
-    videos += [(text, text, f"stream-{n}") for n, text in enumerate(streams, start=1)]
-    folders = {part.lower() for _, _, stem in images for part in parents_of(stem)}
-    videos = [
-        (source, name, f"{stem}-video" if stem.lower() in folders else stem)
-        for source, name, stem in videos
-    ]
+    taken = {stem for _, _, stem in videos}
+    names = (name for n in count(1) if (name := f"stream-{n}") not in taken)
+    videos += [(text, text, next(names)) for text in streams]
+    for folder in filter(os.path.isdir, arguments):
+        unused = [name for _, _, names in os.walk(folder) for name in names if is_video(name)]
+        if unused:
+            utils.log(f"note: {len(unused)} videos in {folder} are not used, name them one by one")
     numbered = enumerate(images, start=1)
     return [
         NamedImage(path=path, file_name=name, stem=stem, image_id=image_id)
@@ -190,9 +197,22 @@ def find_inputs(arguments: list[str]) -> tuple[list[NamedImage], list[tuple[str,
     ], videos
 
 
-def parents_of(stem: str) -> list[str]:
-    """Return the folders of an output file; a video's frames must not be among its images."""
-    return [parent.as_posix() for parent in PurePosixPath(stem).parents]
+def check_videos(args: argparse.Namespace, images: list, videos: list[tuple]) -> None:
+    """Raise UserError if flags and inputs do not fit, or PyAV is missing."""
+    if not videos:
+        for flag in ("every", "start", "end"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} is for videos, but none is given")
+        return
+    if args.benchmark or args.show_truth:
+        flag = "--benchmark" if args.benchmark else "--show-truth"
+        raise UserError(f"{flag} is for images: remove {videos[0][0]}")
+    if images and args.format in FOR_ANNOTATION:
+        raise UserError(
+            f"--format {args.format} is for images or videos: run them separately, as the frames "
+            "of videos are saved in a folder of their own"
+        )
+    import_av()
 
 
 def choose_rules(images: list[NamedImage], rules: ImageRules) -> ImageRules:
@@ -225,15 +245,24 @@ class Run:
     def detect_images(self, images: list[NamedImage]) -> None:
         """Detect objects in images, and write pictures."""
         folder = None if self.args.no_pictures else self.args.output_dir / "pictures"
-        finish = partial(write_picture, draw=self.draw, folder=folder)
-        for item in self._progress(self.detector.pipeline(images, finish), len(images)):
-            self._keep(item)
+
+        def finish(item: NamedImage) -> NamedImage:
+            write_picture(item, self.draw, folder)
+            if not item.error:
+                self.done.append(item)
+            return item
+
+        with self._progress(len(images), "image"):
+            for item in self.detector.pipeline(images, finish):
+                log_notes(item.notes)
+                if item.error:
+                    self._skip(item.error)
 
     def detect_video(self, source: str, name: str, stem: str) -> None:
         """Detect objects in the frames of a video, and write a video with boxes."""
         args = self.args
         try:
-            with VideoReader(source, args.every, args.start, args.end) as reader:
+            with VideoReader(source, args.every or 1, args.start, args.end) as reader:
                 self._detect_frames(reader, name, stem)
         except UserError as error:
             self._skip(str(error))
@@ -247,10 +276,14 @@ class Run:
             finish = partial(self._finish_frame, is_drawn=writer is not None)
             frames = map(self.detector.read, self._frames(reader, name, stem))
             finished = prefetch_map(finish, self.detector.stream(frames), THREADS, 2 * THREADS)
-            for item, drawn in self._progress(finished, reader.total, name):
-                if drawn is not None:
-                    writer.write(drawn, item.video_frame)
-                self._keep(item)
+            with self._progress(reader.total, "frame", name):
+                for item, drawn in finished:
+                    if item.error:  # all frames have one size
+                        raise UserError(item.error)
+                    if drawn is not None:
+                        writer.write(drawn, item.video_frame)
+                    item.pixels = item.video_frame = None
+                    self.done.append(item)
 
     def _video_writer(self, file: Path, reader: VideoReader):
         if self.args.no_pictures:
@@ -264,7 +297,7 @@ class Run:
         for image_id, frame in enumerate(reader, start=first_id):
             frame_stem = f"{stem}/{frame.number:06d}"
             yield NamedImage(
-                path=Path(name),
+                path=Path(reader.source),
                 pixels=torch.from_numpy(frame.pixels).permute(2, 0, 1),
                 file_name=f"{frame_stem}.jpg" if saves else name,
                 stem=frame_stem,
@@ -283,17 +316,15 @@ class Run:
         drawn = self.draw(item).permute(1, 2, 0).numpy() if is_drawn else None
         return item, drawn
 
-    def _progress(self, items: Iterable, total: int | None, name: str | None = None) -> Iterator:
-        unit = "frame" if name else "image"
-        return tqdm(items, desc=name, total=total, unit=unit, leave=False, disable=None)
-
-    def _keep(self, item: NamedImage) -> None:
-        log_notes(item.notes)
-        item.pixels = item.video_frame = None
-        if item.error:
-            self._skip(item.error)
-        else:
-            self.done.append(item)
+    @contextmanager
+    def _progress(self, total: int | None, unit: str, name: str | None = None) -> Iterator[None]:
+        """Show a progress bar of images or frames, with --tile of tiles."""
+        if self.args.tile:
+            total, unit = None, "tile"
+        options = {"unit": unit, "leave": False, "disable": None}  # on a terminal only
+        with tqdm(desc=name, total=total, **options) as bar:
+            self.detector.on_batch = bar.update
+            yield
 
     def _skip(self, message: str) -> None:
         tqdm.write(f"skipped: {message}", file=sys.stderr)
@@ -339,7 +370,7 @@ def write_results(run: Run, seconds: float) -> None:
         highest = run.detector.highest_score
         utils.log(f"highest score: {highest:.2f}; try a lower --score-threshold")
     others = [args.output_dir / name for name in ("pictures", "videos", "frames")]
-    written = [str(file), *(f"{folder}{os.sep}" for folder in others if folder.exists())]
+    written = [str(file), *(f"{path}{os.sep}" for path in others if any(path.glob("*")))]
     utils.log(f"output: {', '.join(written[:-1])}{' and ' if written[1:] else ''}{written[-1]}")
 
 
@@ -376,16 +407,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     fonts.prefer_font(args.font)
     images, videos = find_inputs(args.images)
-    if videos and (args.benchmark or args.show_truth):
-        flag = "--benchmark" if args.benchmark else "--show-truth"
-        raise UserError(f"{flag} is for images: remove {videos[0][0]}")
-    if videos:
-        import_av()
+    check_videos(args, images, videos)
     loaded = load_model(args.checkpoint, args.model)
     thresholds, text = choose_thresholds(args.score_threshold, loaded, args.checkpoint)
     categories = loaded.categories
     index = match_annotations(images, args.show_truth, categories) if args.show_truth else None
     settings = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    settings = {name: value for name, value in settings.items() if value is not None}
     detector = Detector(loaded, Settings(**settings), thresholds)
     if not args.benchmark:
         prepare_output_dir(args.output_dir, must_be_empty=True)
@@ -402,13 +430,14 @@ def main(argv: list[str] | None = None) -> None:
     error = detect_all(run, images, videos)
     write_results(run, time.perf_counter() - start)
     if error:
-        of_all = "" if videos else f" of {total}"
-        raise_early_end(error, f"{len(run.done)}{of_all} images")
+        of_all = " images and frames" if videos else f" of {total} images"
+        raise_early_end(error, f"{len(run.done)}{of_all}")
     if run.skipped:
         inputs, end = ("inputs", ", or not to their end") if videos else ("images", "")
+        others = "; the others are done" if run.done else ""
         raise UserError(
             f"{len(run.skipped)} of {total + len(videos)} {inputs} could not be used{end}, see "
-            "above; the others are done"
+            f"above{others}"
         )
 
 

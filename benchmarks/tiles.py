@@ -114,7 +114,10 @@ def measure(args: argparse.Namespace) -> dict:
         tile_overlap=args.tile_overlap,
     )  # fmt: skip
     idle, start = common.process_memory("VmRSS"), time.perf_counter()
-    rows = function(detector, args.work, args)
+    try:
+        rows = function(detector, args.work, args)
+    except MemoryError as error:  # supervision compares all pairs of boxes
+        return {"error": str(error)}
     seconds, peak = time.perf_counter() - start, common.process_memory("VmHWM")
     index = CocoIndex(Split(args.work / FILES["truth"], args.work))
     metrics, uncut = (
@@ -179,12 +182,14 @@ def main() -> None:
         flags = [str(args.checkpoint), "--tile", str(args.tile)]
         flags += ["--tile-overlap", str(args.tile_overlap), *(["--amp"] if args.amp else [])]
         names = [name for name in ARMS if name != "supervision" or find_spec("supervision")]
-        found = {
-            name: common.Arm(__file__, name, Path(folder), threads=None, flags=flags).run()
-            for name in names
-        }
-    keys = next(iter(found.values())).keys()
-    common.print_table(["", *keys], [[name, *row.values()] for name, row in found.items()])
+        found = {}
+        for name in names:
+            arm = common.Arm(__file__, name, Path(folder), threads=None, flags=flags)
+            found[name] = arm.run()
+            print(f"{name}: {found[name]}", flush=True)
+    keys = found[ARMS[0]].keys()
+    rows = [[name, *(row.get(key) for key in keys)] for name, row in found.items()]
+    common.print_table(["", *keys], rows)
     common.save_results(args.json, found=found, tile=args.tile, size=args.size)
 
 

@@ -101,6 +101,7 @@ class TiledSet:
         self.is_kept = np.zeros(len(index.boxes), dtype=bool)
         self.notes: list[ImageNote] = []
         boxes = index.clipped_boxes()
+        self.areas = np.where(np.isfinite(index.areas), index.areas, boxes[:, 2] * boxes[:, 3])
         self.corners = np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
         self.box_areas = boxes[:, 2] * boxes[:, 3]
 
@@ -169,7 +170,7 @@ class TiledSet:
                 "image_id": tile_id,
                 "category_id": int(self.index.category_ids[rows[i]]),
                 "bbox": boxes[i].round(4).tolist(),
-                "area": round(float(self.index.areas[rows[i]] * visible[i]), 4),
+                "area": round(float(self.areas[rows[i]] * visible[i]), 4),
                 "iscrowd": int(not is_box[i]),
                 "source_annotation_id": self.annotation_id(rows[i]),
             }

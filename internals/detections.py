@@ -1,6 +1,7 @@
 """The settings and results of prediction, and an image on its way between them."""
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert
 
+from internals.bit_depth import BIT_DEPTHS
 from internals.errors import UserError
 from internals.image_notes import ImageNote
 from internals.view_merging import Found
@@ -51,19 +53,31 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raise UserError if a setting is out of range."""
-        for name, low, high in (
-            ("score_threshold", 0, 1),
-            ("nms_threshold", 0, 1),
-            ("tile", MIN_TILE, np.inf),
-            ("tile_overlap", 0, MAX_OVERLAP),
-            ("max_detections", 1, np.inf),
-            ("batch_size", 1, np.inf),
+        for name, kind, low, high in (
+            ("score_threshold", Real, 0, 1),
+            ("nms_threshold", Real, 0, 1),
+            ("tile", Integral, MIN_TILE, None),
+            ("tile_overlap", Real, 0, MAX_OVERLAP),
+            ("max_detections", Integral, 1, None),
+            ("batch_size", Integral, 1, None),
         ):
-            value = getattr(self, name)
-            if value is None or (name == "score_threshold" and value in (BEST, BEST_PER_CATEGORY)):
+            value, names = getattr(self, name), ()
+            if name == "score_threshold":
+                names = (BEST, BEST_PER_CATEGORY)
+            is_default = value is None and name != "tile_overlap"
+            if is_default or (isinstance(value, str) and value in names):
                 continue
-            if not isinstance(value, int | float) or not low <= value <= high:
-                raise UserError(f"{name} is {value!r}: use {low} or more, up to {high}")
+            if not isinstance(value, kind) or value < low or (high is not None and value > high):
+                number = "an integer" if kind is Integral else "a number"
+                bounds = f"from {low} on" if high is None else f"from {low} to {high}"
+                choices = ", ".join(["", *names])
+                raise UserError(f"{name} is {value!r}: use {number} {bounds}{choices}")
+        for name, choices in (
+            ("bit_depth", (None, *BIT_DEPTHS)),
+            ("truncated_images", ("refuse", "use")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}: use one of {choices}")
 
 
 @dataclass

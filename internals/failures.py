@@ -35,6 +35,8 @@ KILLED_WORKER, RAISED_IN_WORKER = "DataLoader worker (pid", "in DataLoader worke
 
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`; on an error print one message and exit with the exit code of its type."""
+    if hasattr(sys.stdout, "reconfigure"):  # names need not be in the encoding of the console
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _await_worker_error(main)
     except StopRequested:

@@ -7,6 +7,9 @@ from pathlib import Path, PurePath
 from internals.errors import UserError
 from internals.images import IMAGE_SUFFIXES, image_files
 
+OUTPUT_SUFFIXES = (".jpg", ".png", ".txt", ".xml", ".mp4")
+MAX_NAME = 230  # bytes of a stem: most file systems allow 255 in a name
+
 
 def find_images(arguments: list[str]) -> list[tuple[Path, str, str]]:
     """Resolve command-line arguments to images, in their order and without duplicates.
@@ -57,15 +60,26 @@ def _expand(argument: str) -> list[tuple[Path, Path]]:
 def _unique_stems(names: list[str]) -> list[str]:
     """Return file names without suffix; a number is appended to repeated ones.
 
-    Stems that differ only in case are equal, as on some file systems.
+    Stems that differ only in case are equal, as on some file systems. No output file has the name
+    of a folder, or one that is too long.
     """
     stems, taken = [], set()
+    folders = {parent.as_posix().lower() for name in names for parent in PurePath(name).parents}
     for name in names:
-        stem = unique = PurePath(name).with_suffix("").as_posix()
+        path = PurePath(name).with_suffix("")
+        stem = unique = path.with_name(_shorten(path.name)).as_posix()
         number = 1
-        while unique.lower() in taken:
+        while unique.lower() in taken or any(
+            f"{unique}{suffix}".lower() in folders for suffix in OUTPUT_SUFFIXES
+        ):
             number += 1
             unique = f"{stem}-{number}"
         taken.add(unique.lower())
         stems.append(unique)
     return stems
+
+
+def _shorten(name: str) -> str:
+    """Cut a name for a number and a suffix to fit behind it."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= MAX_NAME else encoded[:MAX_NAME].decode(errors="ignore")

@@ -168,6 +168,8 @@ def _open_regions(
     with rasterio.Env(**GDAL_OPTIONS):
         try:
             dataset = rasterio.open(path)
+        except UnicodeEncodeError as error:
+            raise _unreadable(path, "its name is not UTF-8: rename it") from error
         except rasterio.errors.RasterioIOError as error:
             raise _unreadable(path, error) from error
         with dataset:

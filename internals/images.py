@@ -13,6 +13,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+import utils
 from internals.bit_depth import Samples, bits_of, scale_gray
 from internals.errors import DataError
 from internals.image_notes import PAGES, TRUNCATED, UNTURNED, WARNED, ImageNote, warnings_as_notes
@@ -273,7 +274,7 @@ def _spread(files: Sequence[Path], count: int) -> list[Path]:
 def _largest_gray_value(file: Path, decode: bool = True) -> int:
     """Return the largest value of 16-bit gray; 0 for other images and unreadable ones.
 
-    Without `decode` 1 is returned for 16-bit gray.
+    Without `decode` 1 is returned for 16-bit gray; of too large ones always 0.
     """
     with (
         contextlib.suppress(Exception),  # reading it will raise an error that names it
@@ -282,6 +283,8 @@ def _largest_gray_value(file: Path, decode: bool = True) -> int:
     ):
         samples = Samples.of(image)
         if not (samples.has_16_bits and image.mode.startswith("I")):
+            return 0
+        if image.width * image.height > MAX_PIXELS:
             return 0
         if not decode:
             return 1
@@ -378,13 +381,17 @@ def narrowness(height: int, width: int, transform: GeneralizedRCNNTransform) -> 
     )
 
 
+def _note_unread(error: OSError) -> None:
+    utils.log(f"note: {error.filename} cannot be read, and is skipped: {error.strerror}")
+
+
 def image_files(folder: Path) -> list[Path]:
     """List the files with an image suffix in a folder and its subfolders, sorted.
 
     Hidden files and folders are skipped: operating systems store thumbnails in them.
     """
     files, visited = [], set()
-    for home, folders, names in os.walk(folder, followlinks=True):
+    for home, folders, names in os.walk(folder, onerror=_note_unread, followlinks=True):
         real = os.path.realpath(home)
         if real in visited:  # a link to a folder that is already listed
             folders.clear()

@@ -27,6 +27,7 @@ ENCODERS = {
     "libx264": {"crf": "20", "preset": "veryfast", "bf": "0"},
     "mpeg4": {"qscale": "3"},
 }
+LOWEST_RATE = Fraction(1, 10_000)  # frames per second
 # The standard of MPEG-4 part 2 has 16 bits for the denominator of the time base.
 MPEG4_TIME_BASE = Fraction(1, 60_000)
 
@@ -107,7 +108,8 @@ class VideoWriter:
 
     def _add_stream(self, width: int, height: int) -> None:
         name = next(name for name in ENCODERS if name in self._av.codecs_available)
-        rate = (self._reader.rate or Fraction(25)) / self._reader.every
+        # Nominal; FFmpeg crashes with very low ones.
+        rate = max((self._reader.rate or Fraction(25)) / self._reader.every, LOWEST_RATE)
         self._stream = self._container.add_stream(name, rate=rate, options=ENCODERS[name])
         context, time_base = self._stream.codec_context, self._reader.time_base
         if self._reader.rate:

@@ -101,6 +101,7 @@ def write_voc(folder: Path, images: Sequence[NamedImage], categories: Categories
 
     Coordinates are pixels from 0, rounded, as labelImg writes them.
     """
+    names = dict(zip(categories.ids, map(fonts.one_line, categories.display_names), strict=True))
     for image in images:
         name = PurePosixPath(fonts.one_line(image.file_name))
         root = ElementTree.Element("annotation")
@@ -111,7 +112,7 @@ def write_voc(folder: Path, images: Sequence[NamedImage], categories: Categories
         boxes = found.boxes.round().astype(int).tolist()
         for box, score, category in zip(boxes, found.scores, found.category_ids, strict=True):
             entry = ElementTree.SubElement(root, "object")
-            text = fonts.one_line(categories.id_to_name[category]) or f"category {category}"
+            text = names[category] or f"category {category}"
             _add(entry, name=text, pose="Unspecified", truncated=0, difficult=0, score=score)
             corners = dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
             _add(ElementTree.SubElement(entry, "bndbox"), **corners)
@@ -143,10 +144,11 @@ def write_csv(folder: Path, images: Sequence[NamedImage], categories: Categories
         writer.writerow(("file_name", "category_id", "category", "score", *box, *of_frame))
         for image in images:
             of_frame = (image.frame, image.time) if has_frames else ()
-            # The model computes in float32: more digits have no information.
-            for _, *xywh, score, i in image.rows().astype(np.float32):
-                box = (*xywh, *of_frame)
-                writer.writerow((image.file_name, int(i), names[int(i)], score, *box))
+            for _, *numbers, category in image.rows():
+                # The model computes in float32: more digits have no information.
+                *xywh, score = np.float32(numbers)
+                row = (image.file_name, int(category), names[int(category)], score)
+                writer.writerow((*row, *xywh, *of_frame))
     return file
 
 

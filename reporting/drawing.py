@@ -196,4 +196,7 @@ def save(image: torch.Tensor, file: Path, quality: int) -> None:
     if max(image.shape) > MAX_JPEG_SIDE:
         file, options = file.with_name(f"{file.stem}.png"), {}
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, **options)
+    try:
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, **options)
+    except OSError as error:  # Pillow's do not name the file
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error

@@ -45,13 +45,21 @@ def load_font(source: str, size: int) -> ImageFont.FreeTypeFont:
 
 def one_line(name: str) -> str:
     """Return a name without line breaks, control and other invisible characters."""
-    kinds = ((c, unicodedata.category(c)) for c in unicodedata.normalize("NFC", name))
+    kept = (
+        (c, kind)
+        for c in unicodedata.normalize("NFC", name)
+        if (kind := unicodedata.category(c)) != "Cf" or c in JOINERS
+    )
     visible = (
-        "\ufffd" if kind == "Cs" else " " if kind in ("Cc", "Zl", "Zp") else c
-        for c, kind in kinds
-        if kind != "Cf" or c in JOINERS
+        " " if kind in ("Cc", "Zl", "Zp") else "\ufffd" if kind == "Cs" or is_noncharacter(c) else c
+        for c, kind in kept
     )
     return " ".join("".join(visible).split())
+
+
+def is_noncharacter(c: str) -> bool:
+    """Return whether a code point is none of a character, such as U+FFFE: XML forbids them."""
+    return ord(c) & 0xFFFE == 0xFFFE
 
 
 def readable_names(categories: Categories) -> tuple[str, ...]:

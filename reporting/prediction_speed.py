@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import utils
 from detector import Detector
@@ -21,7 +22,9 @@ def write_picture(
     item: NamedImage, draw: Callable[[NamedImage], torch.Tensor], folder: Path | None
 ) -> NamedImage:
     """Write an image with boxes into a folder, if there is one; free its pixels."""
-    if not item.error and folder:
+    if folder and item.pixels is None and not item.error:
+        utils.log(f"no picture of {item.path}: the whole image is too narrow for the model")
+    elif folder and not item.error:
         drawing.save(draw(item), folder / f"{item.stem}.jpg", quality=90)
     item.pixels = None
     return item
@@ -55,13 +58,15 @@ def measure_speeds(
             lambda batch: [_time(list, detector.stream(batch))],
             lambda batch: [_time(finish, item) for item in batch],
         )
-        for start in range(0, size + count, size):
+        starts = range(0, size + count, size)
+        for start in tqdm(starts, "one after the other", leave=False, disable=None):
             batch = repeated[start : start + size]
             for name, stage in zip(seconds, stages, strict=True):
                 times = stage(batch)
                 seconds[name] += times if start else []
             _raise_if_unusable(batch)
-        total = _time(list, detector.pipeline(map(_copy, repeated[size:]), finish))
+        copies = tqdm(repeated[size:], "overlapping", leave=False, disable=None)
+        total = _time(list, detector.pipeline(map(_copy, copies), finish))
     speeds = {}
     for name, times in seconds.items():
         median, high = (1000 * np.quantile(times, [0.5, 0.95])).tolist()

@@ -88,6 +88,20 @@ def test_images_are_taken_from_an_iterator_as_they_are_needed(trained):
     assert left == sorted(left)
 
 
+def test_array_may_be_used_again_for_the_next_image(trained):
+    files = [trained / f"data/val2017/{n}.png" for n in (0, 3, 0, 3)]
+    arrays = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+
+    def images():
+        buffer = np.empty_like(arrays[0])
+        for array in arrays:
+            buffer[:] = array
+            yield buffer
+
+    detector = load(trained)
+    assert all(map(equal, detector(images()), detector(arrays)))
+
+
 def test_batches_find_the_same_in_the_same_order(trained):
     files = [trained / f"data/val2017/{n}.png" for n in (0, 2, 1, 3, 2, 0, 0)]
     found, alone = (load(trained, batch_size=size)(files) for size in (3, 1))
@@ -121,18 +135,22 @@ def test_arrays_are_those_of_supervision(trained):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4, 3)), "not float64"),
+        (np.zeros((4, 4, 3)), "not an array of float64"),
         (np.zeros((4, 4, 4), np.uint8), r"shape \(4, 4, 4\) is no image"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\) is no image"),
-        (np.zeros((1, 3000, 3), np.uint8), "array: 3000 x 1 pixels are too narrow"),
+        (np.zeros((1, 3000, 3), np.uint8), "image 0: 3000 x 1 pixels are too narrow"),
         (Image.new("I;16", (9, 9)), "mode I;16 has no range: give its path"),
         ("missing.jpg", "missing.jpg cannot be read as an image"),
         (7, "a uint8 array, not int"),
+        (None, "a uint8 array, not NoneType"),
+        (torch.zeros(3, 4, 4), "a uint8 array, not Tensor"),
+        ("film.mp4", "film.mp4 is a video: use predict.py"),
     ],
 )
 def test_unusable_image_is_an_error(trained, image, message):
-    with pytest.raises(UserError, match=message):
-        load(trained)([image])
+    for given in (image, [image]):
+        with pytest.raises(UserError, match=message):
+            load(trained)(given)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +163,10 @@ def test_unusable_image_is_an_error(trained, image, message):
         {"score_threshold": "bset"},
         {"nms_threshold": -1},
         {"batch_size": 0},
+        {"batch_size": 1.5},
+        {"tile": "800"},
+        {"bit_depth": 9},
+        {"truncated_images": "yes"},
         {"max_detections": 0},
     ],
 )
@@ -152,6 +174,11 @@ def test_wrong_setting_is_an_error(trained, settings):
     (name,) = settings
     with pytest.raises((UserError, TypeError), match=name):
         Detector.load(trained / "out/model_best.pth", **settings)
+
+
+def test_settings_may_be_numbers_of_numpy(trained):
+    detector = load(trained, nms_threshold=np.float32(0.5), tile=np.int64(64))
+    assert len(detector(trained / "data/val2017/0.png")) > 10
 
 
 def test_class_agnostic_nms(trained):

@@ -18,7 +18,7 @@ import detector
 import models
 import predict
 from coco_utils import Categories
-from internals import mixed_precision
+from internals import images, mixed_precision
 from internals.errors import RunError, UserError
 from internals.failures import run_command
 from internals.video import VideoReader
@@ -149,7 +149,7 @@ def test_score_thresholds_of_the_checkpoint(model, val, tmp_path, capsys):
 
 def test_checkpoint_without_score_thresholds_is_an_error(model, val, tmp_path):
     out = ("--output-dir", tmp_path / "out")
-    with pytest.raises(UserError, match=r"thresholds.pth has no threshold. .* use model_best.pth"):
+    with pytest.raises(UserError, match=r"thresholds.pth has no threshold. .* give a number"):
         detect(with_thresholds(model, tmp_path, None), val, *out, "--score-threshold", "best")
     assert not (tmp_path / "out").exists()
 
@@ -286,6 +286,19 @@ def test_names_are_one_line_in_every_format(trained, model, val, tmp_path, capsy
     assert {element.text for element in root.iter("name")} == {"斑 马", "d ög"}
 
 
+def test_huge_category_ids_in_csv(model, val, tmp_path):
+    saved = torch.load(model, weights_only=True)
+    ids = (33_554_433, 2**53 - 1)
+    for row, number in zip(saved["categories"], ids, strict=True):
+        row["id"] = number
+    torch.save(saved, tmp_path / "ids.pth")
+    flags = ("--score-threshold", 0, "--format", "csv", "--no-pictures", "--tile", 40)
+    detect(tmp_path / "ids.pth", val / "1.png", "--output-dir", tmp_path / "x", *flags)
+    with (tmp_path / "x/detections.csv").open(newline="") as file:
+        found = {(int(line["category_id"]), line["category"]) for line in csv.DictReader(file)}
+    assert found == {(ids[0], "cat"), (ids[1], "dog")}
+
+
 def test_no_detections_give_empty_files(model, val, tmp_path, capsys):
     for name in predict.WRITERS:
         detect(model, val / "0.png", "--output-dir", tmp_path / name, "--score-threshold", 1,
@@ -402,6 +415,30 @@ def test_equal_file_names_do_not_collide(model, tmp_path):
     }  # fmt: skip
 
 
+def test_names_of_outputs_are_no_folders_and_not_too_long(model, tmp_path):
+    names = ["x.png", "x.jpg/y.png", f"{'l' * 251}.png", f"{'l' * 251}.bmp"]
+    files = [write_image(tmp_path / "in" / name) for name in names]
+    for form in ("coco", "voc"):
+        detect(model, *files, "--output-dir", tmp_path / form, "--format", form)
+        drawn = files_in(tmp_path / form / "pictures")
+        cut = "l" * 230
+        assert drawn == [f"{cut}-2.jpg", f"{cut}.jpg", "x-2.jpg", "x.jpg/y.jpg"]
+    assert len(files_in(tmp_path / "voc/Annotations")) == 4
+
+
+def test_large_image_has_a_reduced_picture(model, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rasterio")
+    monkeypatch.setattr(images, "MAX_PIXELS", 50 * 1000)
+    monkeypatch.setattr(detector, "PICTURE_SIDE", 300)
+    wide, narrow = (write_image(tmp_path / f"{n}.png", n, 60000 // n) for n in (600, 10_000))
+    detect(model, wide, narrow, "--tile", 100, "--output-dir", tmp_path / "x")
+    assert Image.open(tmp_path / "x/pictures/600.jpg").size == (600, 100)  # 300 x 50, enlarged
+    assert files_in(tmp_path / "x/pictures") == ["600.jpg"]
+    sizes = [(row["width"], row["height"]) for row in read(tmp_path / "x/images.json")["images"]]
+    assert sizes == [(600, 100), (10_000, 6)]
+    assert f"no picture of {narrow}: the whole image is too narrow" in capsys.readouterr().out
+
+
 def test_boxes_are_drawn(model, val, tmp_path):
     for name, threshold in (("none", 1), ("all", 0)):
         detect(model, val / "0.png", "--output-dir", tmp_path / name,
@@ -479,7 +516,8 @@ def test_interrupted_run_writes_what_was_found(model, val, tmp_path, monkeypatch
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RunError, match=r"interrupted after \d of 3 images"):
         detect(model, val, "--output-dir", tmp_path / "x")
-    assert (tmp_path / "x/detections.json").exists()
+    drawn = [f"{row['id'] - 1}.jpg" for row in read(tmp_path / "x/images.json")["images"]]
+    assert drawn == files_in(tmp_path / "x/pictures")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -550,6 +588,20 @@ def test_written_video_has_the_frames_and_the_rate_of_the_input(model, film, tmp
         assert np.abs(there.pixels - enlarged).mean() < 5  # lossy, and nothing drawn
 
 
+def test_videos_in_a_folder_are_noted(model, film, tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    detect(model, tmp_path, "--output-dir", tmp_path / "x")
+    expected = f"note: 1 videos in {tmp_path} are not used, name them one by one"
+    assert expected in capsys.readouterr().out
+
+
+def test_huge_step_through_a_video(model, film, tmp_path):
+    file, _ = film
+    detect(model, file, "--every", 10**9, "--output-dir", tmp_path / "x")
+    with VideoReader(str(tmp_path / "x/videos/film.mp4")) as written:
+        assert len(list(written)) == 1
+
+
 def test_part_of_a_video(model, film, tmp_path):
     file, _ = film
     flags = ("--score-threshold", 0.05, "--every", 3, "--start", 0.6, "--end", "0:01.9")
@@ -565,11 +617,11 @@ def test_part_of_a_video(model, film, tmp_path):
 def test_frames_for_annotation_are_saved(model, film, tmp_path):
     file, frames = film
     flags = ("--score-threshold", 0.05, "--every", 4, "--format", "coco-dataset", "--no-pictures")
-    detect(model, write_image(tmp_path / "a.png"), file, *flags, "--output-dir", tmp_path / "x")
+    detect(model, file, *flags, "--output-dir", tmp_path / "x")
     content = read(tmp_path / "x/annotations.json")
     names = [f"film/00000{n}.jpg" for n in (0, 4, 8)]
-    assert [row["file_name"] for row in content["images"]][1:] == names
-    assert [row["id"] for row in content["images"]] == [1, 2, 3, 4]
+    assert [row["file_name"] for row in content["images"]] == names
+    assert [row["id"] for row in content["images"]] == [1, 2, 3]
     for name, n in zip(names, (0, 4, 8), strict=True):
         saved = np.asarray(Image.open(tmp_path / "x/frames" / name)).astype(int)
         assert np.abs(saved - frames[n]).mean() < 8
@@ -603,24 +655,29 @@ def test_interrupted_video_can_be_played(model, film, tmp_path, monkeypatch):
 
     monkeypatch.setattr(predict.Detector, "_start", interrupted)
     monkeypatch.setattr(predict, "THREADS", 1)
-    with pytest.raises(RunError, match=r"interrupted after 3 images"):
+    with pytest.raises(RunError, match=r"interrupted after 3 images and frames"):
         detect(model, file, "--output-dir", tmp_path / "x")
     with VideoReader(str(tmp_path / "x/videos/film.mp4")) as written:
         assert len(list(written)) == 3
 
 
-def test_frames_do_not_mix_with_images_in_a_folder_of_the_videos_name(model, film, tmp_path):
+def test_images_and_videos_are_numbered_together(model, film, tmp_path):
     file, _ = film
-    flags = ("--every", 9, "--format", "yolo", "--score-threshold", 0.05, "--no-pictures")
-    images = [write_image(tmp_path / f"Film/{name}.png") for name in ("000000", "x")]
-    detect(model, file, *images, *flags, "--output-dir", tmp_path / "out")
-    assert files_in(tmp_path / "out/labels") == [
-        "Film/000000.txt", "Film/x.txt", "film-video/000000.txt", "film-video/000009.txt",
-    ]  # fmt: skip
+    image = write_image(tmp_path / "a.png")
+    detect(model, file, image, "--every", 4, "--output-dir", tmp_path / "x")
+    rows = read(tmp_path / "x/images.json")["images"]
+    found = [(row["id"], row["file_name"], row.get("frame")) for row in rows]
+    assert found == [(1, "a.png", None), *((2 + n, "film.mkv", 4 * n) for n in range(3))]
+    assert files_in(tmp_path / "x/pictures") == ["a.jpg"]
 
 
 def test_flags_for_images_refuse_videos(command, model, film, annotations, tmp_path):
     file, _ = film
+    out = ("--output-dir", tmp_path / "x")
+    image = write_image(tmp_path / "a.png")
+    code, _, errors = command(model, file, image, *out, "--format", "voc")
+    assert code == 2
+    assert "--format voc is for images or videos: run them separately" in errors
     for flags in (("--benchmark",), ("--show-truth", annotations, "--output-dir", tmp_path / "x")):
         code, _, errors = command(model, file, *flags)
         assert code == 2
@@ -734,12 +791,12 @@ def test_invalid_arguments_are_rejected(command, model, trained, annotations, tm
         ((model, image, *out, "--show-truth", truth), "category 2 ('horse') does not fit"),
         ((model, image, *out, "--format", "xml"), "invalid choice: 'xml'"),
         ((model, image, *out, "--tile", 31), "31 is below 32"),
-        (
-            (model, image, *out, "--tile-overlap", 0.95),
-            "tile_overlap is 0.95: use 0 or more, up to 0.9",
-        ),
+        ((model, image, *out, "--tile", 64, "--tile-overlap", 0.95), "use a number from 0 to 0.9"),
         ((model, image, *out, "--nms-threshold", "x"), "invalid float value: 'x'"),
         ((model, image, *out, "--every", 0), "0 is below 1"),
+        ((model, image, *out, "--every", 2), "--every is for videos, but none is given"),
+        ((model, image, *out, "--start", 2, "--end", "0:01"), "--start must be before --end"),
+        ((model, image, *out, "--tile-overlap", 0.5), "--tile-overlap has no effect without"),
         ((model, image, *out, "--font", truth), "truth.json cannot be read as a font"),
     ):
         code, _, errors = command(*arguments)

@@ -73,6 +73,14 @@ def test_other_groups_are_other_objects():
     assert kept == [(whole, 0.6, 2), (whole, 0.5, 1)]
 
 
+@pytest.mark.parametrize("group", [0, 90, 100_001, 2**25 + 1, 2**53 - 1])
+def test_groups_may_be_any_integers(group):
+    """Torchvision moves boxes apart by their group, in the precision of the boxes."""
+    rows = [((20, 20, 40, 40), A, 0.9, group), ((22, 20, 42, 40), A, 0.8, group)]
+    rows += [((20, 20, 40, 40), A, 0.7, group - 1), ((50, 50, 60, 60), A, 0.6, group)]
+    assert [score for _, score, _ in merge(*rows)] == pytest.approx([0.9, 0.7, 0.6])
+
+
 def test_nms_threshold():
     rows = [((20, 20, 40, 40), A, 0.8, 1), ((22, 20, 42, 40), A, 0.9, 1)]  # IoU 0.82
     assert len(merge(*rows, nms_threshold=0.8)) == 1
