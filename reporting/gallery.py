@@ -128,17 +128,20 @@ def build_suspect_cards(results: DetectionResults, suspects: list[Suspect]) -> l
 def build_suspect_card(results: DetectionResults, suspect: Suspect) -> dict:
     """Build the card of a suspect as `build_suspect_cards` does."""
     index, names = results.index, fonts.readable_names(results.index.categories)
-    d, t, boxes = suspect.detection, suspect.box, []
+    d, t, boxes, parts = suspect.detection, suspect.box, [], []
     if t >= 0:
         i = int(np.searchsorted(index.offsets, t, side="right")) - 1
         boxes.append((index.true_boxes()[t], names[results.gt_category[t]], CORRECT))
+        parts.append(f"annotated as {boxes[-1][1]}")
     if d >= 0:
         _, *box, score, _ = results.confident[d]
         i = int(index.positions_of(results.confident[d, :1].astype(np.int64))[0])
         text = f"{names[results.detection_category[d]]} {score:.2f}"
         boxes.append((np.array(box), text, WRONG))
+        parts.append(f"detected as {text}")
     card = {"kind": suspect.kind, "suspicion": suspect.suspicion, "id": int(index.image_ids[i])}
     card |= {"file": index.file_name(i), "annotation": None, "problem": None}
+    card["text"] = ", ".join(parts)
     if t >= 0 and index.annotation_ids[t] >= 0:
         card["annotation"] = int(index.annotation_ids[t])
     try:

@@ -200,7 +200,9 @@ def test_suspects_are_written_logged_and_shown(output, capsys):
     printed = capsys.readouterr().out
     assert f"report: 3 suspect annotations in {output / 'suspects.json'}: {counts}" in printed
     assert f"one of them is wrong: {counts}" in text
-    assert re.search(r"1\. wrong category, 0\.\d\d 0\.png, image 100, annotation 0 2\. not ", text)
+    names = r"annotated as cat, detected as dog 0\.\d\d"
+    caption = rf"1\. wrong category, 0\.\d\d {names} 0\.png, image 100, annotation 0 2\. not "
+    assert re.search(caption, text)
 
 
 def test_suspects_without_images(tiny, output):
