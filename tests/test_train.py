@@ -296,11 +296,15 @@ def fine_tune(trained: Path, *flags) -> str:
 @pytest.mark.slow
 def test_fine_tuning_replaces_head_for_other_categories(trained, tiny, tmp_path):
     flags = ("--data-path", tiny, "--max-steps", "1")
-    assert "with its head" in fine_tune(trained, *flags, "--output-dir", tmp_path / "same")
+    output = fine_tune(trained, *flags, "--output-dir", tmp_path / "same")
+    assert "with its head" in output
+    assert "trained with --min-size" not in output
     for name in ("train", "val"):
         rewrite(split_of(tiny, name), lambda d: d["categories"].append({"id": 6, "name": "cow"}))
-    output = fine_tune(trained, *flags, "--output-dir", tmp_path / "other")
+    out = ("--output-dir", tmp_path / "other", "--min-size", 72)
+    output = fine_tune(trained, *flags, *out)
     assert "with a new head for 3 categories" in output
+    assert "trained with --min-size 64, not 72: objects will have other sizes" in output
     with pytest.raises(UserError, match=r"other categories than .*: to fine-tune"):
         fine_tune(trained, *flags, "--output-dir", tmp_path / "same", "--resume", "auto")
 
