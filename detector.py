@@ -252,8 +252,9 @@ class Detector:
             yield View(item, item.pixels)
             return
         factor, in_memory = self._whole_factor(*item.size), item.pixels is not None
-        if factor and not in_memory:  # the reduced image becomes a picture
-            factor = max(1, min(factor, max(item.size) // PICTURE_SIDE))
+        first_factor = factor
+        if factor and not in_memory:  # the image is reduced to a picture, which is reduced further
+            first_factor = max(1, min(factor, max(item.size) // PICTURE_SIDE))
         starts = [tile_starts(side, tile, overlap) for side in item.size]
         columns, rows = (core_bounds(starts_of_side, tile) for starts_of_side in starts)
         item.views = len(columns) * len(rows) + (factor is not None)
@@ -263,7 +264,7 @@ class Detector:
             else open_rows(item.path, self.rules, item.notes, item.annotated_size)
         )
         with source as pixels:
-            parts = cut_tiles(pixels, tile, overlap, factor)
+            parts = cut_tiles(pixels, tile, overlap, first_factor)
             for number, part in enumerate(parts, start=1):
                 part_pixels = torch.from_numpy(part.pixels).permute(2, 0, 1)
                 view = View(item, part_pixels, part.x, part.y, part.factor)
@@ -272,6 +273,7 @@ class Detector:
                     view = view._replace(core=core)
                 elif not in_memory:
                     item.pixels, item.factor = part_pixels, part.factor
+                    view = _reduce(view, factor // first_factor)
                 yield view
 
     def _whole_factor(self, width: int, height: int) -> int | None:
@@ -387,6 +389,13 @@ def _to_item(image, number: int) -> ImageItem:
     # A copy, as the caller may use the array for the next image.
     pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
     return ImageItem(path=Path(f"image {number}"), pixels=pixels)
+
+
+def _reduce(view: View, factor: int) -> View:
+    """Reduce a view further."""
+    picture = Image.fromarray(view.pixels.permute(1, 2, 0).numpy()).reduce(factor)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return view._replace(pixels=pixels, factor=factor * view.factor)
 
 
 def _resized(height: int, width: int, transform: GeneralizedRCNNTransform) -> tuple[int, int]:
