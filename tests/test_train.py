@@ -65,6 +65,7 @@ def test_training_output(trained):
     assert {path.name for path in out.iterdir()} == {
         *("checkpoint.pth", "model_best.pth", "metrics.jsonl", "detections.json"),
         *("checkpoint_00000004.pth", "checkpoint_00000008.pth", "report.html"),
+        "suspects.json",
     }
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     epoch = ["train"] * 4 + ["eval"]
