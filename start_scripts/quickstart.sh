@@ -18,6 +18,7 @@ cat << END
 
 In that folder:
   report.html       curves, errors and images with boxes; open it in a browser
+  suspects.json     annotations that may be wrong, worst first, in COCO's format
   model_best.pth    the checkpoint with the best AP
   detections.json   detections on the validation images, in COCO's results format
   metrics.jsonl     all losses and APs
