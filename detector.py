@@ -187,11 +187,11 @@ class Detector:
             item.error = str(error)
             if error.kind == TOO_LARGE:
                 item.size = item.annotated_size or read_size(item.path)
-                if self.settings.tile and item.size:
+                if self.settings.tile and item.size and self.settings.tile < max(item.size):
                     item.error = None
                 else:
                     limit, _, _ = item.error.rpartition(": ")
-                    item.error = f"{limit}: use --tile SIZE, or downscale the image"
+                    item.error = f"{limit}: use --tile with a smaller SIZE, or downscale it"
         if item.pixels is not None:
             item.size = (item.pixels.shape[2], item.pixels.shape[1])
         if not item.error:

@@ -199,7 +199,7 @@ def _refuse(path: Path, header: _Header, reason: str, remedy: str = "") -> DataE
     return DataError(
         f"{path} {reason}, which is not supported for images of more than {images.MAX_PIXELS:,} "
         f"pixels (it has {width} x {height}): {remedy}",
-        kind="image files that are too large",
+        kind=images.TOO_LARGE,
     )
 
 

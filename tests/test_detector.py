@@ -348,8 +348,11 @@ def test_image_too_large_for_memory_is_read_in_parts(suffix, tmp_path, monkeypat
     file = tmp_path / f"large{suffix}"
     Image.fromarray(rectangles(BOXES)).save(file, quality=100, subsampling=0)
     monkeypatch.setattr(images, "MAX_PIXELS", 400 * 300 - 1)
-    with pytest.raises(UserError, match=r"large.* the limit of .*: use --tile SIZE"):
-        rectangle_detector()(file)
+    for tile in (None, 400):  # a tile must not hold the whole image
+        with pytest.raises(
+            UserError, match=r"large.* the limit of .*: use --tile with a smaller SIZE"
+        ):
+            rectangle_detector(tile=tile)(file)
     found = rectangle_detector(tile=100)([file, rectangles({5: (3, 3, 20, 20)})])
     assert found_boxes(found[1]) == {(3, 3, 20, 20): "cat"}
     if suffix != ".jpg":  # whose levels differ slightly

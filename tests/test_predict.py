@@ -588,6 +588,17 @@ def test_written_video_has_the_frames_and_the_rate_of_the_input(model, film, tmp
         assert np.abs(there.pixels - enlarged).mean() < 5  # lossy, and nothing drawn
 
 
+def test_stream_is_read_to_its_end(model, film, tmp_path):
+    """What has the form of an address is no file; FFmpeg reads addresses of files, too."""
+    file, _ = film
+    stream = f"file://{file}"
+    detect(model, stream, "--every", 5, "--output-dir", tmp_path / "x")
+    rows = read(tmp_path / "x/images.json")["images"]
+    assert [(row["file_name"], row["frame"]) for row in rows] == [(stream, 0), (stream, 5)]
+    with VideoReader(str(tmp_path / "x/videos/stream-1.mp4")) as written:
+        assert len(list(written)) == 2
+
+
 def test_videos_in_a_folder_are_noted(model, film, tmp_path, capsys):
     write_image(tmp_path / "a.png")
     detect(model, tmp_path, "--output-dir", tmp_path / "x")
